@@ -1,0 +1,2 @@
+venv:
+	/usr/bin/python3 -m venv .venv
