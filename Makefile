@@ -1,2 +1,41 @@
-venv:
-	/usr/bin/python3 -m venv .venv
+# Every command of the project. `make setup` is part of each and does nothing when all is there.
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-unit test-root demo clean
+
+BIN := .venv/bin
+C_FILES := $(wildcard bpf/*.c bpf/include/*.h)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
+
+setup: ## install the Debian packages and the virtual environment (root)
+	@scripts/setup.sh
+
+check: setup ## format, lint, types, layers, spelling: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(if $(C_FILES),clang-format --dry-run --Werror $(C_FILES))
+	shellcheck scripts/*.sh .ci/run
+	$(BIN)/codespell
+
+format: setup ## rewrite sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(C_FILES),clang-format -i $(C_FILES))
+
+test: setup ## every test, against this machine's kernel (root)
+	REQUIRE_ROOT=1 $(BIN)/pytest
+
+test-unit: setup ## the tests that need neither root nor BPF
+	$(BIN)/pytest -m 'not root'
+
+test-root: setup ## the tests that need root and BPF
+	REQUIRE_ROOT=1 $(BIN)/pytest -m root
+
+demo: setup ## two nodes on this machine: plain before, mutual TLS after, with evidence
+	@$(BIN)/sidestep demo
+
+clean: ## remove what the targets made here
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis sidestep.egg-info

@@ -1,0 +1,59 @@
+"""Session rules: what a missing privilege means, and the proof that nothing is left behind.
+
+A test marked `root` is skipped without privilege; with REQUIRE_ROOT=1 (`make test`, CI) the
+whole run is refused instead, so that a skip can never pass for a success.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REQUIRE_ROOT = os.environ.get("REQUIRE_ROOT") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="root is missing"))
+
+
+def pytest_sessionstart() -> None:
+    if REQUIRE_ROOT and os.geteuid() != 0:
+        raise pytest.UsageError("root is missing, and REQUIRE_ROOT=1 allows no skip")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if REQUIRE_ROOT and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and REQUIRE_ROOT=1 allows no skip"
+    return report
+
+
+def list_leftovers() -> set[str]:
+    """What tests could leave on the machine: namespaces, pins, cgroups, links."""
+    places = (
+        "/run/netns",
+        "/sys/fs/bpf",
+        "/sys/fs/cgroup/unified",
+        "/sys/class/net",
+        "/run/sidestep",
+    )
+    return {str(path) for place in places if Path(place).is_dir() for path in Path(place).iterdir()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    before = list_leftovers()
+    yield
+    assert list_leftovers() - before == set()

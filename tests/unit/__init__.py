@@ -1,0 +1,1 @@
+"""Mirrors the source tree: one test file per module."""
