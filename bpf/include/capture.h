@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Which outbound connection of a pod is captured, and where its original destination is kept. */
+#ifndef SIDESTEP_CAPTURE_H
+#define SIDESTEP_CAPTURE_H
+
+#include "address.h"
+#include "maps.h"
+
+/* The listeners in each enrolled pod; the numbers are those of ambient mesh. */
+#define PORT_OUTBOUND	   15001
+#define PORT_INBOUND	   15006
+#define PORT_INBOUND_HBONE 15008
+#define PORT_DNS	   15053
+
+enum capture {
+	CAPTURE_PASS,	/* not ours: leave the connection alone */
+	CAPTURE_STEER,	/* steer it to the outbound listener */
+	CAPTURE_REFUSE, /* it should be steered and cannot be */
+};
+
+static __always_inline bool is_excluded_port(u64 netns_cookie, __be16 port_be, u16 direction)
+{
+	struct port port = {
+		.netns_cookie = netns_cookie,
+		.port_be = port_be,
+		.direction = direction,
+	};
+
+	return ss_ports.lookup(&port) != 0;
+}
+
+static __always_inline enum capture
+capture_connect(struct bpf_sock_addr *ctx, const struct address *destination, struct pod **found)
+{
+	struct network network = {};
+	struct origin *origin;
+	u64 netns_cookie = bpf_get_netns_cookie(ctx);
+	__be16 port_be = ctx->user_port;
+
+	*found = ss_pods.lookup(&netns_cookie);
+	if (!*found)
+		return CAPTURE_PASS;
+	if (ss_exempt.sk_storage_get(ctx->sk, 0, 0))
+		return CAPTURE_PASS;
+
+	network.prefix_bits = 32 + 64 + 128;
+	network.netns_cookie = netns_cookie;
+	network.address = *destination;
+	if (address_is_local_scope(destination) || ss_bypass.lookup(&network) ||
+	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND)) {
+		/* A socket may connect again after a failure: forget where it wanted to go. */
+		ss_origin.sk_storage_delete(ctx->sk);
+		return CAPTURE_PASS;
+	}
+
+	origin = ss_origin.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!origin)
+		return CAPTURE_REFUSE;
+	origin->address = *destination;
+	origin->port_be = port_be;
+	return CAPTURE_STEER;
+}
+
+#endif

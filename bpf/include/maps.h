@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Every map. Names keep the kernel's limit of 15 characters. All keys carry the netns cookie, which
+ * the kernel gives out once and a pod can neither choose nor change, so several agents can share
+ * one kernel. "Agent" is the control process unless a worker is named. SS_PINS is the pin
+ * directory, given by the compiler.
+ */
+#ifndef SIDESTEP_MAPS_H
+#define SIDESTEP_MAPS_H
+
+#include "types.h"
+
+#define MAX_PODS  1024
+#define MAX_FLOWS 65536
+
+/* netns cookie -> the pod's own addresses; presence means enrolled.
+ * Written by enroll, read by connect, bind and sockops; lives until unenroll. */
+BPF_TABLE_PINNED("hash", u64, struct pod, ss_pods, MAX_PODS, SS_PINS "/ss_pods");
+
+/* netns cookie -> uid, namespace and name, so that the command line can decode the other maps with
+ * no agent alive. Written by enroll, read by `sidestep maps`; lives as long as the ss_pods entry.
+ */
+BPF_TABLE_PINNED("hash", u64, struct pod_name, ss_pod_names, MAX_PODS, SS_PINS "/ss_pod_names");
+
+/* socket of the agent -> 1: never captured. Written from user space with the agent's own socket
+ * before bind or connect, which a pod cannot do (an SO_MARK it could). The kernel frees the entry
+ * with the socket. */
+BPF_TABLE_PINNED("sk_storage", int, u32, ss_exempt, 0, SS_PINS "/ss_exempt", BPF_F_NO_PREALLOC);
+
+/* captured socket -> the destination that it asked for. Written by connect, read by sockops and
+ * getpeername; freed with the socket. */
+BPF_TABLE_PINNED("sk_storage", int, struct origin, ss_origin, 0, SS_PINS "/ss_origin",
+		 BPF_F_NO_PREALLOC);
+
+/* source of a captured connection -> the destination that it asked for. Written by sockops before
+ * the SYN leaves, read by the workers at accept and by getpeername; deleted by sockops at the
+ * close. A plain hash: an evicted entry would be a connection to nowhere, a full map refuses. */
+BPF_TABLE_PINNED("hash", struct source, struct origin, ss_origin_flow, MAX_FLOWS,
+		 SS_PINS "/ss_origin_flow");
+
+/* connection dialed by the agent inside a pod -> 1: lookup lets it through to the application.
+ * Written by sockops before the SYN leaves, deleted by it at the close. */
+BPF_TABLE_PINNED("hash", struct agent_flow, u32, ss_agent_flows, MAX_FLOWS,
+		 SS_PINS "/ss_agent_flows");
+
+/* network that a pod reaches without capture: its own addresses, excluded networks.
+ * Written by enroll, read by connect; lives until unenroll. */
+BPF_TABLE_PINNED("lpm_trie", struct network, u32, ss_bypass, 16384, SS_PINS "/ss_bypass",
+		 BPF_F_NO_PREALLOC);
+
+/* port excluded from capture, by direction. Written by enroll, read by connect and lookup; lives
+ * until unenroll. */
+BPF_TABLE_PINNED("hash", struct port, u32, ss_ports, 16384, SS_PINS "/ss_ports");
+
+/* netns cookie -> the inbound listener (15006) of the pod. Written by enroll, read by lookup; the
+ * kernel removes a listener that is closed, and lookup drops what finds none. Holds listeners
+ * only: application sockets in a sockmap lose data (see docs/datapath.md). */
+BPF_TABLE_PINNED("sockhash", u64, u64, ss_listeners, MAX_PODS, SS_PINS "/ss_listeners");
+
+/* 0 -> what these pins are. Written once by the loader, read by whoever opens the directory. */
+BPF_TABLE_PINNED("array", u32, struct meta, ss_meta, 1, SS_PINS "/ss_meta");
+
+/* index -> one instruction of lookup.c, for one stamped copy of it per pod: sk_lookup can not read
+ * the netns cookie. Written once by the loader, read by enroll; needs no compiler at run time. */
+BPF_TABLE_PINNED("array", u32, u64, ss_lookup_text, 2048, SS_PINS "/ss_lookup_text");
+
+#endif

@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * sk_lookup, one link per enrolled netns: inbound capture. It runs for a SYN that looks for a
+ * listener, never for the packets of a connection. The context knows no netns, so each pod has its
+ * own copy with its cookie stamped over NETNS_COOKIE_MARK.
+ */
+#include "capture.h"
+
+static __always_inline bool is_agent_flow(u64 netns_cookie, const struct address *remote,
+					  struct bpf_sk_lookup *ctx)
+{
+	struct agent_flow flow = {};
+
+	flow.netns_cookie = netns_cookie;
+	flow.source = *remote;
+	flow.source_port_be = ctx->remote_port;
+	flow.destination_port_be = bpf_htons(ctx->local_port);
+	return ss_agent_flows.lookup(&flow) != 0;
+}
+
+int ss_lookup(struct bpf_sk_lookup *ctx)
+{
+	struct address local, remote;
+	struct bpf_sock *listener;
+	u64 netns_cookie;
+	long error;
+
+	/* NETNS_COOKIE_MARK: volatile, so that the constant stays one instruction to be patched */
+	asm volatile("%0 = 0x51de57e9c00c1e55 ll" : "=r"(netns_cookie));
+
+	if (ctx->protocol != IPPROTO_TCP || ctx->local_port == PORT_INBOUND_HBONE)
+		return SK_PASS;
+	if (ctx->family == AF_INET) {
+		local = address_from_v4(ctx->local_ip4);
+		remote = address_from_v4(ctx->remote_ip4);
+	} else {
+		local.words_be[0] = ctx->local_ip6[0];
+		local.words_be[1] = ctx->local_ip6[1];
+		local.words_be[2] = ctx->local_ip6[2];
+		local.words_be[3] = ctx->local_ip6[3];
+		remote.words_be[0] = ctx->remote_ip6[0];
+		remote.words_be[1] = ctx->remote_ip6[1];
+		remote.words_be[2] = ctx->remote_ip6[2];
+		remote.words_be[3] = ctx->remote_ip6[3];
+	}
+	/* The pod speaking to itself; its own address shows eth0 as interface, so compare. */
+	if (address_is_loopback(&local) || address_is_equal(&local, &remote))
+		return SK_PASS;
+	if (is_excluded_port(netns_cookie, bpf_htons(ctx->local_port), DIRECTION_INBOUND))
+		return SK_PASS;
+	if (is_agent_flow(netns_cookie, &remote, ctx))
+		return SK_PASS;
+
+	listener = ss_listeners.lookup(&netns_cookie);
+	if (!listener)
+		return SK_DROP; /* closed: no agent listens, and the application must not answer */
+	error = bpf_sk_assign((void *)ctx, (void *)listener, 0);
+	bpf_sk_release(listener);
+	return error ? SK_DROP : SK_PASS; /* closed, for the same reason */
+}

@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The one translation unit: every program shares the maps. */
+#include <linux/bpf.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/socket.h>
+
+#include "connect.c"
+#include "peername.c"
+#include "bind.c"
+#include "sockops.c"
+#include "lookup.c"
