@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* The one translation unit: every program shares the maps. */
+#define BPF_LICENSE Dual BSD/GPL
 #include <linux/bpf.h>
 #include <linux/in.h>
 #include <linux/in6.h>
