@@ -31,17 +31,17 @@ int ss_lookup(struct bpf_sk_lookup *ctx)
 	if (ctx->protocol != IPPROTO_TCP || ctx->local_port == PORT_INBOUND_HBONE)
 		return SK_PASS;
 	if (ctx->family == AF_INET) {
-		local = address_from_v4(ctx->local_ip4);
-		remote = address_from_v4(ctx->remote_ip4);
+		local = address_from_v4(CONTEXT_WORD(ctx->local_ip4));
+		remote = address_from_v4(CONTEXT_WORD(ctx->remote_ip4));
 	} else {
-		local.words_be[0] = ctx->local_ip6[0];
-		local.words_be[1] = ctx->local_ip6[1];
-		local.words_be[2] = ctx->local_ip6[2];
-		local.words_be[3] = ctx->local_ip6[3];
-		remote.words_be[0] = ctx->remote_ip6[0];
-		remote.words_be[1] = ctx->remote_ip6[1];
-		remote.words_be[2] = ctx->remote_ip6[2];
-		remote.words_be[3] = ctx->remote_ip6[3];
+		local.words_be[0] = CONTEXT_WORD(ctx->local_ip6[0]);
+		local.words_be[1] = CONTEXT_WORD(ctx->local_ip6[1]);
+		local.words_be[2] = CONTEXT_WORD(ctx->local_ip6[2]);
+		local.words_be[3] = CONTEXT_WORD(ctx->local_ip6[3]);
+		remote.words_be[0] = CONTEXT_WORD(ctx->remote_ip6[0]);
+		remote.words_be[1] = CONTEXT_WORD(ctx->remote_ip6[1]);
+		remote.words_be[2] = CONTEXT_WORD(ctx->remote_ip6[2]);
+		remote.words_be[3] = CONTEXT_WORD(ctx->remote_ip6[3]);
 	}
 	/* The pod speaking to itself; its own address shows eth0 as interface, so compare. */
 	if (address_is_loopback(&local) || address_is_equal(&local, &remote))
@@ -51,7 +51,7 @@ int ss_lookup(struct bpf_sk_lookup *ctx)
 	if (is_agent_flow(netns_cookie, &remote, ctx))
 		return SK_PASS;
 
-	listener = ss_listeners.lookup(&netns_cookie);
+	listener = (struct bpf_sock *)ss_listeners.lookup(&netns_cookie);
 	if (!listener)
 		return SK_DROP; /* closed: no agent listens, and the application must not answer */
 	error = bpf_sk_assign((void *)ctx, (void *)listener, 0);

@@ -20,12 +20,12 @@ static __always_inline struct origin *peer_origin(struct bpf_sock_addr *ctx, boo
 	/* MPTCP: connect ran on the subflow, which has a storage of its own. */
 	source.netns_cookie = bpf_get_netns_cookie(ctx);
 	if (is_v6) {
-		source.address.words_be[0] = ctx->sk->src_ip6[0];
-		source.address.words_be[1] = ctx->sk->src_ip6[1];
-		source.address.words_be[2] = ctx->sk->src_ip6[2];
-		source.address.words_be[3] = ctx->sk->src_ip6[3];
+		source.address.words_be[0] = CONTEXT_WORD(ctx->sk->src_ip6[0]);
+		source.address.words_be[1] = CONTEXT_WORD(ctx->sk->src_ip6[1]);
+		source.address.words_be[2] = CONTEXT_WORD(ctx->sk->src_ip6[2]);
+		source.address.words_be[3] = CONTEXT_WORD(ctx->sk->src_ip6[3]);
 	} else {
-		source.address = address_from_v4(ctx->sk->src_ip4);
+		source.address = address_from_v4(CONTEXT_WORD(ctx->sk->src_ip4));
 	}
 	source.port_be = bpf_htons(ctx->sk->src_port);
 	return ss_origin_flow.lookup(&source);

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* The one translation unit: every program shares the maps. */
-#define BPF_LICENSE Dual BSD/GPL
+#define BPF_LICENSE Dual BSD / GPL
 #include <linux/bpf.h>
 #include <linux/in.h>
 #include <linux/in6.h>
-#include <linux/socket.h>
 
 #include "connect.c"
 #include "peername.c"

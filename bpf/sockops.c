@@ -12,11 +12,11 @@ static __always_inline struct address sockops_local(struct bpf_sock_ops *ops)
 	struct address address;
 
 	if (ops->family == AF_INET)
-		return address_from_v4(ops->local_ip4);
-	address.words_be[0] = ops->local_ip6[0];
-	address.words_be[1] = ops->local_ip6[1];
-	address.words_be[2] = ops->local_ip6[2];
-	address.words_be[3] = ops->local_ip6[3];
+		return address_from_v4(CONTEXT_WORD(ops->local_ip4));
+	address.words_be[0] = CONTEXT_WORD(ops->local_ip6[0]);
+	address.words_be[1] = CONTEXT_WORD(ops->local_ip6[1]);
+	address.words_be[2] = CONTEXT_WORD(ops->local_ip6[2]);
+	address.words_be[3] = CONTEXT_WORD(ops->local_ip6[3]);
 	return address;
 }
 

@@ -134,7 +134,9 @@ class TypeTable:
         """Return the layout of one type (AbiMismatch if it is not a struct or an integer)."""
         found = self._resolve(type_id)
         if found.kind == _INT:
-            return Layout(found.name, found.size_or_type, (Field("value", 0, found.size_or_type, True),))
+            return Layout(
+                found.name, found.size_or_type, (Field("value", 0, found.size_or_type, True),)
+            )
         if found.kind != _STRUCT:
             raise AbiMismatch(f"type {found.name or type_id} is neither struct nor integer")
         fields = []

@@ -8,8 +8,8 @@ No kernel headers are needed. bcc is pointed (BCC_KERNEL_SOURCE) at a tree made 
 stands in for the four internal headers that bcc asks for, and of the exported headers of
 linux-libc-dev.
 
-bcc rewrites map methods in the main text only, not in included files, so our own includes are
-expanded before it sees them; `#line` keeps the file names in compiler messages.
+bcc rewrites map methods in the main text only, not in included files, so `source.expand` puts our
+own includes in place first; `#line` keeps the file names in compiler messages.
 
 Exit code 0, or 1 with the reason on stderr.
 """
@@ -17,84 +17,30 @@ Exit code 0, or 1 with the reason on stderr.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
-import re
 import shutil
-import struct
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.datapath.source import (
+    LOOKUP_PROGRAM,
+    LOOKUP_TYPE,
+    MAGIC,
+    MAIN,
+    MAPS,
+    PROGRAMS,
+    SOURCES,
+    expand,
+    program_hash,
+    relocatable_text,
+    schema_hash,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-SOURCES = Path(__file__).parents[2] / "bpf"
-MAIN = "sidestep.c"
-MAGIC = 0x53494445_53544550  # "SIDESTEP"
-NETNS_COOKIE_MARK = 0x51DE57E9C00C1E55  # the constant in lookup.c that each copy replaces
-
-# program -> (enum bpf_prog_type, enum bpf_attach_type) of linux/bpf.h
-PROGRAMS = {
-    "ss_connect4": (18, 10),
-    "ss_connect6": (18, 11),
-    "ss_getpeername4": (18, 29),
-    "ss_getpeername6": (18, 30),
-    "ss_bind4": (18, 8),
-    "ss_bind6": (18, 9),
-    "ss_sockops": (13, 3),
-}
-LOOKUP_PROGRAM = "ss_lookup"
-LOOKUP_TYPE = (30, 36)  # bcc has no name for sk_lookup
-MAPS = (
-    "ss_pods",
-    "ss_pod_names",
-    "ss_exempt",
-    "ss_origin",
-    "ss_origin_flow",
-    "ss_agent_flows",
-    "ss_bypass",
-    "ss_ports",
-    "ss_listeners",
-    "ss_meta",
-    "ss_lookup_text",
-)
-LD_IMM64 = 0x18
-PSEUDO_MAP_FD = 1  # source register of a ld_imm64 whose constant is a map's descriptor
-
-
-def expand(name: str, sources: Path = SOURCES, seen: set[str] | None = None) -> str:
-    """Return the text of bpf/`name` with our own includes put in place, each once."""
-    seen = set() if seen is None else seen
-    seen.add(name)
-    path = next(path for path in (sources / name, sources / "include" / name) if path.exists())
-    lines = [f'#line 1 "{path}"']
-    for number, line in enumerate(path.read_text().splitlines(), start=2):
-        included = re.fullmatch(r'#include "([^"]+)"', line)
-        if included is None:
-            lines.append(line)
-        elif included[1] not in seen:
-            lines += [expand(included[1], sources, seen), f'#line {number} "{path}"']
-        else:
-            lines.append("")
-    return "\n".join(lines)
-
-
-def _digest(*names: str, sources: Path) -> str:
-    text = "".join(expand(name, sources) for name in names)
-    return hashlib.sha256(re.sub(r"(?m)^#line .*$", "", text).encode()).hexdigest()[:16]
-
-
-def schema_hash(sources: Path = SOURCES) -> str:
-    """Name the layout of the maps: pins of another layout live in another directory."""
-    return _digest("maps.h", sources=sources)
-
-
-def program_hash(sources: Path = SOURCES) -> str:
-    """Name the text of all programs: an agent with other programs loads its own."""
-    return _digest(MAIN, sources=sources)
 
 
 @contextlib.contextmanager
@@ -110,23 +56,16 @@ def _header_tree() -> Iterator[Path]:
         yield tree
 
 
-def relocatable_text(program: bytes, map_index_by_fd: dict[int, int]) -> list[int]:
-    """Return the instructions of a loaded program with map descriptors as indexes into MAPS."""
-    instructions = []
-    for (instruction,) in struct.iter_unpack("=Q", program):
-        word = instruction
-        if word & 0xFF == LD_IMM64 and (word >> 12) & 0xF == PSEUDO_MAP_FD:
-            word = (word & 0xFFFFFFFF) | map_index_by_fd[word >> 32] << 32
-        instructions.append(word)
-    return instructions
-
-
 def _load(staging: Path) -> None:
     from bcc import BPF, lib  # heavy, and only ever in this process
 
     with _header_tree() as tree:
         os.environ["BCC_KERNEL_SOURCE"] = str(tree)
-        flags = [f'-DSS_PINS="{staging}/maps"', "-Wno-macro-redefined", "-Wno-duplicate-decl-specifier"]
+        flags = [
+            f'-DSS_PINS="{staging}/maps"',
+            "-Wno-macro-redefined",
+            "-Wno-duplicate-decl-specifier",
+        ]
         module: Any = BPF(text=expand(MAIN), cflags=flags)
 
     def pin(fd: int, name: str) -> None:

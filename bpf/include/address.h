@@ -5,6 +5,24 @@
 
 #include "types.h"
 
+/* From the C library's headers, which do not go with the kernel's. */
+#ifndef AF_INET
+#define AF_INET	 2
+#define AF_INET6 10
+#endif
+
+/*
+ * Read one word of the context here and not later: LLVM else merges the loads of two branches into
+ * one through a computed pointer, and the verifier allows only constant offsets into a context
+ * ("dereference of modified ctx ptr", met on 6.18 with bcc 0.26).
+ */
+#define CONTEXT_WORD(word)                                                                         \
+	({                                                                                         \
+		u32 value = (word);                                                                \
+		asm volatile("" : "+r"(value));                                                    \
+		value;                                                                             \
+	})
+
 #define V4_MAPPED_BE bpf_htonl(0x0000ffff)
 
 static __always_inline struct address address_from_v4(__be32 address_be)

@@ -1,0 +1,83 @@
+"""Attach programs: once at the root of cgroup v2, and one lookup program for each pod's netns.
+
+Links are pinned, so the data path outlives the agent; removing the pin detaches. A lookup link
+ends with its netns by itself, and its pin is then a husk that `detach_lookup` removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.datapath import libbpf
+from agent.datapath.source import LOOKUP_PROGRAM, MAPS, PROGRAMS, stamped_text
+from agent.errors import AttachError, FeatureMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.datapath.pins import Pins
+
+
+def cgroup_root(mounts: Path = Path("/proc/self/mounts")) -> Path:
+    """Return where cgroup v2 is mounted (FeatureMissing if nowhere)."""
+    for line in mounts.read_text().splitlines():
+        _device, place, kind, *_rest = line.split(" ")
+        if kind == "cgroup2":
+            return Path(place)
+    raise FeatureMissing("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def attach_cgroup(pins: Pins, root: Path) -> None:
+    """Attach every cgroup program at `root`, where that is not done yet."""
+    with _closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
+        for name, (_program_type, attach_type) in PROGRAMS.items():
+            path = pins.link_path(name)
+            with _closing(pins.program(name)) as program_fd:
+                if path.exists():
+                    with _closing(libbpf.open_pin(path)) as link_fd:
+                        attached = libbpf.link_facts(link_fd).program_id
+                    if attached != libbpf.program_facts(program_fd).id:
+                        raise AttachError(f"{path} is attached to another program")
+                    continue
+                with _closing(
+                    libbpf.create_link(program_fd, cgroup_fd, attach_type, name)
+                ) as link_fd:
+                    libbpf.pin(link_fd, path)
+
+
+def lookup_link_name(netns_cookie: int) -> str:
+    """Name the pin of one pod's lookup link."""
+    return f"lookup_{netns_cookie}"
+
+
+def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
+    """Load the pod's own copy of the lookup program and attach it to its netns."""
+    length = pins.meta["lookup_instructions"]
+    assert isinstance(length, int)
+    text = [pins.maps["ss_lookup_text"].get({"value": index}) for index in range(length)]
+    instructions = [int(entry["value"]) for entry in text if entry is not None]
+    stamped = stamped_text(instructions, netns_cookie, [pins.maps[name].fd for name in MAPS])
+    path = pins.link_path(lookup_link_name(netns_cookie))
+    with (
+        _closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd,
+        _closing(
+            libbpf.create_link(program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP, LOOKUP_PROGRAM)
+        ) as link_fd,
+    ):
+        libbpf.pin(link_fd, path)
+
+
+def detach_lookup(pins: Pins, netns_cookie: int) -> None:
+    """Remove the pod's lookup link, if it is there."""
+    pins.link_path(lookup_link_name(netns_cookie)).unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""One pinned map, read and written by member names.
+
+The layout comes from the map's own BTF, so that nothing here knows an offset. Used by `pins`, which
+opens maps, and by those who hold one; a Map owns its descriptor until `close`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from agent.datapath import libbpf
+from agent.datapath.btf import Layout, TypeTable, Value
+from agent.errors import AbiMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+Record = dict[str, Value]
+
+
+class Map:
+    """An open map; `key` and `value` are the layouts of its entries."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the map pinned at `path` (MapError; AbiMismatch if it is not one of ours)."""
+        self.fd = libbpf.open_pin(path)
+        try:
+            self.facts = libbpf.map_facts(self.fd)
+            if not self.facts.btf_id:
+                raise AbiMismatch(f"{path} carries no type information, so it is not Sidestep's")
+            types = TypeTable(libbpf.read_btf(self.facts.btf_id))
+            self.key: Layout = types.layout(self.facts.key_type_id)
+            self.value: Layout = types.layout(self.facts.value_type_id)
+            if (self.key.size, self.value.size) != (self.facts.key_size, self.facts.value_size):
+                raise AbiMismatch(f"{path} has sizes that its type information does not explain")
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def get(self, key: Record) -> Record | None:
+        """Return the value of `key` by member names, or None."""
+        value = libbpf.lookup(self.fd, self.key.encode(**key), self.facts.value_size)
+        return None if value is None else self.value.decode(value)
+
+    def put(self, key: Record, value: Record) -> None:
+        """Write `value` under `key` (MapError, for one if the map is full)."""
+        libbpf.update(self.fd, self.key.encode(**key), self.value.encode(**value))
+
+    def delete(self, key: Record) -> bool:
+        """Delete `key`; False if it was not there."""
+        return libbpf.delete(self.fd, self.key.encode(**key))
+
+    def items(self) -> Iterator[tuple[Record, Record]]:
+        """Yield the entries; one that goes away meanwhile is left out."""
+        for key in libbpf.keys(self.fd, self.facts.key_size, self.facts.max_entries):
+            value = libbpf.lookup(self.fd, key, self.facts.value_size)
+            if value is not None:
+                yield self.key.decode(key), self.value.decode(value)
+
+    def close(self) -> None:
+        """Give the descriptor back; the pinned map stays."""
+        os.close(self.fd)

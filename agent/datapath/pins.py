@@ -1,0 +1,157 @@
+"""The pin directory: made by the compiler child, opened by everybody else.
+
+    <root>/<schema hash>/maps/ss_*        every map of bpf/include/maps.h
+                        /programs/ss_*    every program
+                        /links/ss_*       cgroup links; lookup_<netns cookie>, one for each pod
+
+Pins keep programs and maps alive without the agent. A directory that is truncated, foreign, or made
+by other sources is refused with AbiMismatch before anything is written to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.datapath import libbpf
+from agent.datapath.maps import Map
+from agent.datapath.source import LOOKUP_PROGRAM, MAGIC, MAPS, PROGRAMS, program_hash, schema_hash
+from agent.errors import AbiMismatch, FeatureMissing, LoadError, MapError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_ROOT = Path("/sys/fs/bpf/sidestep")
+BPF_FS_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC of linux/magic.h
+COMPILE_SECONDS = 60
+
+
+class Pins:
+    """An open, verified pin directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open `directory` and verify every part of it (AbiMismatch names what is wrong)."""
+        self.directory = directory
+        self.maps: dict[str, Map] = {}
+        try:
+            self._verify_names("maps", set(MAPS))
+            self._verify_names("programs", {*PROGRAMS, LOOKUP_PROGRAM})
+            if not (directory / "links").is_dir():
+                raise AbiMismatch(f"{directory}/links is missing")
+            for name in MAPS:
+                try:
+                    self.maps[name] = Map(directory / "maps" / name)
+                except MapError as error:
+                    raise AbiMismatch(str(error)) from error
+                if self.maps[name].facts.name != name:
+                    raise AbiMismatch(f"{directory}/maps/{name} is another map")
+            self.meta = self.maps["ss_meta"].get({"value": 0}) or {}
+            if self.meta.get("magic") != MAGIC:
+                raise AbiMismatch(f"{directory} has no mark of Sidestep in ss_meta")
+            if self.meta["schema"] != schema_hash().encode().ljust(64, b"\0"):
+                raise AbiMismatch(f"{directory} holds maps of another layout")
+        except BaseException:
+            self.close()
+            raise
+
+    def _verify_names(self, kind: str, expected: set[str]) -> None:
+        folder = self.directory / kind
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if found != expected:
+            parts = [f"{name} is missing" for name in sorted(expected - found)]
+            parts += [f"{name} is not ours" for name in sorted(found - expected)]
+            raise AbiMismatch(
+                f"{folder} is not a complete pin directory: {', '.join(parts)}; remove "
+                f"{self.directory} if no agent uses it"
+            )
+
+    @property
+    def programs(self) -> str:
+        """The hash of the sources that the loaded programs were made from."""
+        text = self.meta["programs"]
+        assert isinstance(text, bytes)
+        return text.rstrip(b"\0").decode()
+
+    def program(self, name: str) -> int:
+        """Open a program and return its descriptor, which the caller closes."""
+        return libbpf.open_pin(self.directory / "programs" / name)
+
+    def link_path(self, name: str) -> Path:
+        """Return where the link `name` is, or would be, pinned."""
+        return self.directory / "links" / name
+
+    def close(self) -> None:
+        """Give the descriptors back; pins stay."""
+        for opened in self.maps.values():
+            opened.close()
+        self.maps.clear()
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    # bpffs holds no regular file; the directory itself can be locked.
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def load(root: Path = DEFAULT_ROOT) -> Pins:
+    """Open the pins under `root`, compiling and loading first where there are none.
+
+    Raises:
+        FeatureMissing: `root` is not on a BPF file system, or root's rights are missing.
+        LoadError: the sources do not compile, or the verifier refuses a program.
+        AbiMismatch: there is a directory, and it is not one that these sources made.
+    """
+    if os.geteuid() != 0:
+        raise FeatureMissing("root is missing: loading BPF programs needs it")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FeatureMissing(f"{root} cannot be made, is bpffs mounted? {error}") from error
+    directory = root / schema_hash()
+    with _locked(root):
+        if not directory.exists():
+            _compile(root / "loading", directory)
+        pins = Pins(directory)
+    if pins.programs != program_hash():
+        pins.close()
+        raise AbiMismatch(
+            f"{directory} holds programs of another build ({pins.programs}): take that agent "
+            "down and remove its pins first"
+        )
+    return pins
+
+
+def _compile(staging: Path, directory: Path) -> None:
+    if staging.exists():  # of a child that was killed; we hold the lock
+        shutil.rmtree(staging)
+    staging.mkdir()
+    command = [sys.executable, "-m", "agent.datapath.compiler", str(staging)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        )
+        if done.returncode != 0:
+            raise LoadError(f"the BPF programs were not loaded: {done.stderr.strip()[-2000:]}")
+        staging.rename(directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def remove(directory: Path) -> None:
+    """Remove a pin directory: programs detach and maps go with their last user."""
+    # Links first: with a map gone a program could only refuse.
+    for part in ("links", "programs", "maps"):
+        shutil.rmtree(directory / part, ignore_errors=True)
+    directory.rmdir()
