@@ -79,6 +79,11 @@ class Layout:
         return values
 
 
+def integer_layout(size: int) -> Layout:
+    """Return the layout of a plain integer of `size` bytes."""
+    return Layout("integer", size, (Field("value", 0, size, True),))
+
+
 @dataclass(frozen=True, slots=True)
 class _Type:
     name: str
@@ -134,9 +139,7 @@ class TypeTable:
         """Return the layout of one type (AbiMismatch if it is not a struct or an integer)."""
         found = self._resolve(type_id)
         if found.kind == _INT:
-            return Layout(
-                found.name, found.size_or_type, (Field("value", 0, found.size_or_type, True),)
-            )
+            return integer_layout(found.size_or_type)
         if found.kind != _STRUCT:
             raise AbiMismatch(f"type {found.name or type_id} is neither struct nor integer")
         fields = []

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROGRAM_TYPE_SK_LOOKUP = 30  # enum bpf_prog_type
 ATTACH_SK_LOOKUP = 36  # enum bpf_attach_type
 UPDATE_ANY = 0  # BPF_ANY
+MAP_TYPE_SOCKHASH = 18  # enum bpf_map_type
 LINK_TYPE_NETNS = 5  # enum bpf_link_type
 
 

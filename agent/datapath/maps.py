@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf
-from agent.datapath.btf import Layout, TypeTable, Value
+from agent.datapath.btf import Layout, TypeTable, Value, integer_layout
 from agent.errors import AbiMismatch
 
 if TYPE_CHECKING:
@@ -28,16 +28,21 @@ class Map:
         self.fd = libbpf.open_pin(path)
         try:
             self.facts = libbpf.map_facts(self.fd)
-            if not self.facts.btf_id:
-                raise AbiMismatch(f"{path} carries no type information, so it is not Sidestep's")
-            types = TypeTable(libbpf.read_btf(self.facts.btf_id))
-            self.key: Layout = types.layout(self.facts.key_type_id)
-            self.value: Layout = types.layout(self.facts.value_type_id)
+            self.key, self.value = self._read_layouts(path)
             if (self.key.size, self.value.size) != (self.facts.key_size, self.facts.value_size):
                 raise AbiMismatch(f"{path} has sizes that its type information does not explain")
         except BaseException:
             os.close(self.fd)
             raise
+
+    def _read_layouts(self, path: Path) -> tuple[Layout, Layout]:
+        if self.facts.type == libbpf.MAP_TYPE_SOCKHASH:
+            # The kernel keeps no types for these; both sides are plain integers.
+            return integer_layout(self.facts.key_size), integer_layout(self.facts.value_size)
+        if not self.facts.btf_id:
+            raise AbiMismatch(f"{path} carries no type information, so it is not Sidestep's")
+        types = TypeTable(libbpf.read_btf(self.facts.btf_id))
+        return types.layout(self.facts.key_type_id), types.layout(self.facts.value_type_id)
 
     def get(self, key: Record) -> Record | None:
         """Return the value of `key` by member names, or None."""
