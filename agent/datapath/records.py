@@ -1,0 +1,63 @@
+"""Values of the model as members of map keys and values, and back. Pure."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.datapath.btf import Value
+    from agent.model.pod import Address, LocalPod, Network
+
+V4_MAPPED = b"\0" * 10 + b"\xff\xff"
+V4_MAPPED_BITS = 96
+NETWORK_HEAD_BITS = 32 + 64  # pad and netns cookie stand before the address in `struct network`
+OUTBOUND, INBOUND = 0, 1  # enum direction
+
+
+def pack_address(address: Address) -> bytes:
+    """Return 16 bytes, IPv4 as v4-mapped (RFC 4291 §2.5.5.2)."""
+    return V4_MAPPED + address.packed if isinstance(address, IPv4Address) else address.packed
+
+
+def unpack_address(packed: Value) -> Address:
+    """Return the address of 16 bytes, v4-mapped as IPv4."""
+    address = IPv6Address(packed)
+    return address.ipv4_mapped or address
+
+
+def pod_record(pod: LocalPod) -> dict[str, Value]:
+    """Return the value of ss_pods; of several addresses of a family the first counts."""
+    record: dict[str, Value] = {}
+    for address in reversed(pod.addresses):
+        record[f"address{address.version}"] = pack_address(address)
+    return record
+
+
+def pod_name_record(pod: LocalPod) -> dict[str, Value]:
+    """Return the value of ss_pod_names."""
+    return {
+        "uid": pod.uid.encode(),
+        "namespace": pod.namespace.encode(),
+        "name": pod.name.encode(),
+    }
+
+
+def network_key(netns_cookie: int, network: Network) -> dict[str, Value]:
+    """Return a key of ss_bypass."""
+    mapped = V4_MAPPED_BITS if isinstance(network, IPv4Network) else 0
+    return {
+        "prefix_bits": NETWORK_HEAD_BITS + mapped + network.prefixlen,
+        "netns_cookie": netns_cookie,
+        "address": pack_address(network.network_address),
+    }
+
+
+def port_key(netns_cookie: int, port: int, direction: int) -> dict[str, Value]:
+    """Return a key of ss_ports."""
+    return {"netns_cookie": netns_cookie, "port_be": port, "direction": direction}
+
+
+def source_key(netns_cookie: int, address: Address, port: int) -> dict[str, Value]:
+    """Return a key of ss_origin_flow."""
+    return {"netns_cookie": netns_cookie, "address": pack_address(address), "port_be": port}

@@ -1,0 +1,177 @@
+"""Enroll and unenroll one pod: ordered steps, each with its undo.
+
+The order keeps the pod closed or untouched, never half open:
+
+    1 reply route   marked packets come back to us       undo: delete rule and route, old sysctl
+    2 listeners     15001, 15006, 15008 in the pod       undo: close
+    3 slot          15006 into ss_listeners              undo: delete
+    4 exclusions    ss_bypass, ss_ports                  undo: delete
+    5 lookup link   inbound is captured from here on     undo: unpin
+    6 ss_pods       outbound is captured from here on    undo: delete
+
+Undo runs in reverse order. No process of the pod is touched, and its open connections go on. The
+caller holds the returned Enrollment; its listeners are what the workers accept on.
+
+Called by the reconciler, and by tests. Does not decide which pod takes part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent import netlink, netns
+from agent.datapath import libbpf, links, records
+from agent.errors import EnrollError, KernelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.datapath.btf import Value
+    from agent.datapath.pins import Pins
+    from agent.model.pod import LocalPod
+
+OUTBOUND_PORT = 15001
+INBOUND_PORT = 15006
+HBONE_PORT = 15008
+BACKLOG = 1024  # what a burst of 500 connects needs, with room
+# Of the pod's namespace: an accepted connection answers with the mark of its SYN.
+FWMARK_ACCEPT = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
+
+
+@dataclass
+class Enrollment:
+    """One enrolled pod: its namespace, its listeners, and how to undo it."""
+
+    pod: LocalPod
+    netns_fd: int
+    netns_cookie: int
+    outbound: list[socket.socket] = field(default_factory=list)
+    inbound: list[socket.socket] = field(default_factory=list)
+    hbone: list[socket.socket] = field(default_factory=list)
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
+    """Enroll `pod`, whose network namespace is behind `netns_fd` (stays the caller's).
+
+    Raises:
+        EnrollError: a step failed; all steps before it are undone.
+    """
+    enrollment = Enrollment(pod, netns_fd, netns.netns_cookie(netns_fd))
+    with contextlib.ExitStack() as undo:
+        try:
+            _add_reply_route(enrollment, undo)
+            _open_listeners(pins, enrollment, undo)
+            _fill_slot(pins, enrollment, undo)
+            _write_exclusions(pins, enrollment, undo)
+            links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
+            undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
+            _write_pod(pins, enrollment, undo)
+        except (KernelError, OSError) as error:
+            raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
+        enrollment.undo = undo.pop_all()
+    return enrollment
+
+
+def unenroll(enrollment: Enrollment) -> None:
+    """Undo every step, last first."""
+    enrollment.undo.close()
+
+
+def _add_reply_route(enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+    def add() -> tuple[str, list[int]]:
+        families = [socket.AF_INET] + ([socket.AF_INET6] if netns.has_ipv6() else [])
+        before = FWMARK_ACCEPT.read_text()
+        undo.callback(netns.run_in, enrollment.netns_fd, lambda: take_away(before, families))
+        FWMARK_ACCEPT.write_text("1")
+        for family in families:
+            netlink.add_reply_route(family)
+        return before, [int(family) for family in families]
+
+    def take_away(before: str, families: list[socket.AddressFamily]) -> None:
+        for family in families:
+            netlink.delete_reply_route(family)
+        FWMARK_ACCEPT.write_text(before)
+
+    netns.run_in(enrollment.netns_fd, add)
+
+
+def exempt(pins: Pins, agent_socket: socket.socket) -> None:
+    """Mark a socket as the agent's own: do it before bind() or connect()."""
+    libbpf.update(
+        pins.maps["ss_exempt"].fd,
+        agent_socket.fileno().to_bytes(4, "little"),
+        (1).to_bytes(4, "little"),
+    )
+
+
+def _open_listeners(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+    def listen(host: str, port: int) -> socket.socket:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        undo.callback(listener.close)
+        exempt(pins, listener)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host == "::1"))
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        return listener
+
+    def open_all() -> None:
+        has_ipv6 = netns.has_ipv6()
+        enrollment.outbound += [listen("127.0.0.1", OUTBOUND_PORT)]
+        if has_ipv6:
+            enrollment.outbound += [listen("::1", OUTBOUND_PORT)]
+        wildcard = "::" if has_ipv6 else "0.0.0.0"  # the pod's own namespace
+        enrollment.inbound += [listen(wildcard, INBOUND_PORT)]
+        enrollment.hbone += [listen(wildcard, HBONE_PORT)]
+
+    netns.run_in(enrollment.netns_fd, open_all)
+
+
+def _put(
+    pins: Pins,
+    undo: contextlib.ExitStack,
+    name: str,
+    key: dict[str, Value],
+    value: dict[str, Value],
+) -> None:
+    pins.maps[name].put(key, value)
+    undo.callback(pins.maps[name].delete, key)
+
+
+def _fill_slot(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+    (listener,) = enrollment.inbound
+    key: dict[str, Value] = {"value": enrollment.netns_cookie}
+    _put(pins, undo, "ss_listeners", key, {"value": listener.fileno()})
+
+
+def _exclusion_entries(
+    enrollment: Enrollment,
+) -> Iterator[tuple[str, dict[str, Value]]]:
+    cookie, exclusions = enrollment.netns_cookie, enrollment.pod.exclusions
+    own = tuple(ip_network(address) for address in enrollment.pod.addresses)
+    for network in own + exclusions.outbound_networks:
+        yield "ss_bypass", records.network_key(cookie, network)
+    for port in exclusions.outbound_ports:
+        yield "ss_ports", records.port_key(cookie, port, records.OUTBOUND)
+    for port in exclusions.inbound_ports:
+        yield "ss_ports", records.port_key(cookie, port, records.INBOUND)
+
+
+def _write_exclusions(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+    for name, key in _exclusion_entries(enrollment):
+        _put(pins, undo, name, key, {"value": 1})
+
+
+def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+    key: dict[str, Value] = {"value": enrollment.netns_cookie}
+    _put(pins, undo, "ss_pod_names", key, records.pod_name_record(enrollment.pod))
+    _put(pins, undo, "ss_pods", key, records.pod_record(enrollment.pod))

@@ -1,0 +1,1 @@
+"""What Sidestep knows, as frozen values: identities, pods, workloads, services. Pure."""

@@ -1,0 +1,138 @@
+"""The only pyroute2 import: links, addresses, rules and routes of the current namespace.
+
+Each function works on the namespace of the calling thread, so callers use it inside
+`agent.netns.run_in`. Repeating a call changes nothing; taking away what is not there is no error.
+pyroute2's own errors end here as NetlinkError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from typing import TYPE_CHECKING, Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError as ForeignNetlinkError
+
+from agent.errors import NetlinkError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
+
+    Interface = IPv4Interface | IPv6Interface
+    Network = IPv4Network | IPv6Network
+
+# The numbers that ambient mesh uses for the same purpose.
+REPLY_MARK = 0x111
+REPLY_MARK_MASK = 0xFFF
+REPLY_TABLE = 100
+REPLY_RULE_PRIORITY = 32764
+_RTN_LOCAL = 2
+_SCOPE_HOST = 254
+_IFA_F_NODAD = 0x02
+
+
+@contextlib.contextmanager
+def _session(what: str, *ignored: int) -> Iterator[Any]:
+    try:
+        with IPRoute() as ipr:
+            yield ipr
+    except ForeignNetlinkError as error:
+        if error.code not in ignored:
+            raise NetlinkError(f"{what}: {error}") from error
+
+
+def _index(ipr: Any, name: str) -> int:
+    found = ipr.link_lookup(ifname=name)
+    if not found:
+        raise NetlinkError(f"there is no interface {name}")
+    return int(found[0])
+
+
+def add_veth(name: str, peer: str, peer_netns_fd: int) -> None:
+    """Make a veth pair: `name` here, `peer` in another namespace."""
+    with _session(f"veth {name} cannot be made") as ipr:
+        ipr.link("add", ifname=name, kind="veth", peer={"ifname": peer, "net_ns_fd": peer_netns_fd})
+
+
+def delete_link(name: str) -> None:
+    """Delete an interface, and with a veth its other end."""
+    with _session(f"{name} cannot be deleted") as ipr:
+        if found := ipr.link_lookup(ifname=name):
+            ipr.link("del", index=found[0])
+
+
+def set_up(name: str) -> None:
+    """Bring an interface up."""
+    with _session(f"{name} cannot be brought up") as ipr:
+        ipr.link("set", index=_index(ipr, name), state="up")
+
+
+def add_address(name: str, interface: Interface) -> None:
+    """Give an interface an address, at once usable (no duplicate address detection)."""
+    with _session(f"{interface} cannot be added to {name}", errno.EEXIST) as ipr:
+        flags = {"flags": _IFA_F_NODAD} if interface.version == 6 else {}
+        ipr.addr(
+            "add",
+            index=_index(ipr, name),
+            address=str(interface.ip),
+            prefixlen=interface.network.prefixlen,
+            **flags,
+        )
+
+
+def add_route(destination: Network, name: str, gateway: str | None = None) -> None:
+    """Route a network over an interface, through `gateway` if one is given."""
+    with _session(f"the route to {destination} cannot be added", errno.EEXIST) as ipr:
+        through = (
+            {"gateway": gateway} if gateway else {"scope": 253 if destination.version == 4 else 0}
+        )
+        ipr.route(
+            "add",
+            dst=str(destination),
+            oif=_index(ipr, name),
+            family=socket.AF_INET if destination.version == 4 else socket.AF_INET6,
+            **through,
+        )
+
+
+def add_reply_route(family: int) -> None:
+    """Deliver marked packets locally: answers to a client's address that the agent borrowed."""
+    everything = "0.0.0.0/0" if family == socket.AF_INET else "::/0"
+    with _session("the rule for marked replies cannot be added", errno.EEXIST) as ipr:
+        ipr.rule(
+            "add",
+            family=family,
+            priority=REPLY_RULE_PRIORITY,
+            fwmark=REPLY_MARK,
+            fwmask=REPLY_MARK_MASK,
+            table=REPLY_TABLE,
+        )
+    with _session("the route for marked replies cannot be added", errno.EEXIST) as ipr:
+        ipr.route(
+            "add",
+            family=family,
+            dst=everything,
+            type=_RTN_LOCAL,
+            scope=_SCOPE_HOST,
+            oif=_index(ipr, "lo"),
+            table=REPLY_TABLE,
+        )
+
+
+def delete_reply_route(family: int) -> None:
+    """Undo `add_reply_route`."""
+    gone = (errno.ENOENT, errno.ESRCH, errno.EAFNOSUPPORT)
+    with _session("the rule for marked replies cannot be deleted", *gone) as ipr:
+        ipr.rule(
+            "del",
+            family=family,
+            priority=REPLY_RULE_PRIORITY,
+            fwmark=REPLY_MARK,
+            fwmask=REPLY_MARK_MASK,
+            table=REPLY_TABLE,
+        )
+    with _session("the route for marked replies cannot be deleted", *gone) as ipr:
+        ipr.flush_routes(table=REPLY_TABLE, family=family)
