@@ -59,6 +59,22 @@ def run_in(netns_fd: int, function: Callable[[], Result]) -> Result:
     return call.result[0]
 
 
+def create() -> int:
+    """Make a network namespace with its loopback down; it lives as long as the descriptor."""
+
+    def unshare() -> int:
+        if _libc.unshare(CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise KernelError(f"a network namespace cannot be made: {os.strerror(number)}")
+        return open_netns(Path("/proc/thread-self/ns/net"))
+
+    own = open_netns(Path("/proc/self/ns/net"))
+    try:
+        return run_in(own, unshare)
+    finally:
+        os.close(own)
+
+
 def open_netns(path: Path) -> int:
     """Open a namespace file such as /proc/PID/ns/net; the caller closes the descriptor."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,1 @@
+"""The programs on this machine's kernel, with real sockets in real namespaces."""
