@@ -19,7 +19,6 @@ from agent.model.pod import Exclusions, LocalPod
 
 POD4, PEER4 = "10.77.0.2", "10.77.0.1"
 POD6, PEER6 = "fd77::2", "fd77::1"
-UNKNOWN4 = "10.77.0.1"
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ class Namespace:
     fd: int
     cleanup: ExitStack = field(default_factory=ExitStack)
 
-    def socket(
+    def open_socket(
         self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0
     ) -> socket.socket:
         made = netns.run_in(self.fd, lambda: socket.socket(family, kind, protocol))
@@ -49,14 +48,14 @@ class Namespace:
         return made
 
     def listen(self, host: str, port: int = 0, family: int | None = None) -> socket.socket:
-        listener = self.socket(family or (socket.AF_INET6 if ":" in host else socket.AF_INET))
+        listener = self.open_socket(family or (socket.AF_INET6 if ":" in host else socket.AF_INET))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         netns.run_in(self.fd, lambda: listener.bind((host, port)))
         listener.listen()
         return listener
 
     def connect(self, host: str, port: int) -> socket.socket:
-        client = self.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        client = self.open_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         client.connect((host, port))
         return client
 

@@ -6,14 +6,17 @@ import errno
 import socket
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING
 
 import pytest
 
 from agent import enroll, netns
 from agent.datapath import records
-from agent.datapath.pins import Pins
 from agent.enroll import Enrollment
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network, blocked
+
+if TYPE_CHECKING:
+    from agent.datapath.pins import Pins
 
 pytestmark = pytest.mark.root
 
@@ -53,7 +56,7 @@ def test_outbound_is_steered_and_shows_what_was_asked(
     shown: str,
 ) -> None:
     enrollment = enrolled()
-    client = network.pod.socket(family)
+    client = network.pod.open_socket(family)
     client.connect((asked, 8080))
     accepted, _ = enrollment.outbound[listener].accept()
     with accepted:
@@ -103,7 +106,7 @@ def test_pod_to_itself_is_untouched(network: Network, enrolled: Enroll, host: st
 
 def test_mptcp_client_is_steered(loaded: Pins, network: Network, enrolled: Enroll) -> None:
     enrollment = enrolled()
-    client = network.pod.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP)
+    client = network.pod.open_socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP)
     client.connect((PEER4, 8080))
     accepted, _ = enrollment.outbound[0].accept()
     with accepted:
@@ -118,12 +121,13 @@ def test_fast_open_client_is_steered(
     loaded: Pins, network: Network, enrolled: Enroll, deferred: bool
 ) -> None:
     enrollment = enrolled()
-    client = network.pod.socket()
+    client = network.pod.open_socket()
     if deferred:
         client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
         client.connect((PEER4, 8080))
         client.sendall(b"early")
     else:
+        client.settimeout(None)
         client.sendto(b"early", MSG_FASTOPEN, (PEER4, 8080))
     accepted, _ = enrollment.outbound[0].accept()
     accepted.settimeout(5)
@@ -135,7 +139,7 @@ def test_fast_open_client_is_steered(
 
 def test_non_blocking_connect_is_steered(loaded: Pins, network: Network, enrolled: Enroll) -> None:
     enrollment = enrolled()
-    client = network.pod.socket()
+    client = network.pod.open_socket()
     client.setblocking(False)
     assert client.connect_ex((PEER4, 8080)) in (0, errno.EINPROGRESS)
     accepted, _ = enrollment.outbound[0].accept()
@@ -209,12 +213,12 @@ def test_agent_socket_is_not_captured_and_a_mark_gains_nothing(
 ) -> None:
     enrollment = enrolled()
     server = network.peer.listen(PEER4, 8080)
-    own = network.pod.socket()
+    own = network.pod.open_socket()
     enroll.exempt(loaded, own)
     own.connect((PEER4, 8080))
     server.accept()[0].close()
 
-    marked = network.pod.socket()
+    marked = network.pod.open_socket()
     for mark in (0x539, 0x111, 1337):
         marked.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
     marked.connect((PEER4, 8080))
@@ -227,7 +231,7 @@ def test_agent_socket_is_not_captured_and_a_mark_gains_nothing(
 def test_pod_cannot_bind_the_ports_of_our_listeners(
     network: Network, enrolled: Enroll, host: str, port: int
 ) -> None:
-    probe = network.pod.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    probe = network.pod.open_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     enrolled()
     with pytest.raises(PermissionError):
         probe.bind((host, port))
@@ -242,7 +246,7 @@ def test_application_sees_the_clients_address(
     """The agent dials with an address that is not the pod's; answers come back to it."""
     enrolled()
     server = network.pod.listen(pod, 8081)
-    dialed = network.pod.socket(socket.AF_INET6 if ":" in pod else socket.AF_INET)
+    dialed = network.pod.open_socket(socket.AF_INET6 if ":" in pod else socket.AF_INET)
     enroll.exempt(loaded, dialed)
     enroll.borrow_source(dialed, ip_address(client))
     dialed.connect((pod, 8081))
