@@ -1,0 +1,620 @@
+"""One end of an HTTP/2 connection that carries HBONE streams: bytes in, events out.
+
+No I/O, no clock. Feed what was read to `receive`, act on the events, write what `take_output`
+returns. A fault of the peer never raises: it queues GOAWAY and yields ConnectionTerminated, or
+resets one stream. A fault of ours raises LocalProtocolError.
+
+Theory of operation. Both windows bound what a peer may have in flight. The connection's window is
+refilled when bytes arrive, a stream's when its application took them (`acknowledge`). So a reader
+that stalls costs one stream window and stops its own stream, never the others (RFC 9113 §5.2.2).
+
+DATA payload is passed on as it arrives, also in the middle of a frame: how the bytes were chunked
+changes how DataReceived is split, and nothing else.
+
+Floods are counted, not timed: what a peer can make us queue or do for nothing is bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import hpack
+
+from agent.errors import LocalProtocolError, RemoteProtocolError
+from agent.tunnel import events, frames
+from agent.tunnel.frames import ErrorCode, FrameType, Setting
+from agent.tunnel.streams import (
+    MAY_RECEIVE,
+    MAY_SEND,
+    TRANSITIONS,
+    Stream,
+    StreamInput,
+    StreamState,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent.tunnel.events import Event
+
+# Frames that cost the peer nothing and us a reply, before any of the replies was written.
+MAX_UNSENT_REPLIES = 1000
+# Resets and empty frames beyond the work that the connection did (CVE-2023-44487).
+FREE_NUISANCES = 400
+
+
+class Role(Enum):
+    """Who opens streams."""
+
+    CLIENT = auto()
+    SERVER = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What we let a peer do, in bytes and counts."""
+
+    stream_window: int = 1 << 20
+    connection_window: int = 16 << 20
+    frame_bytes: int = 1 << 20
+    concurrent_streams: int = 200
+    header_list_bytes: int = 16 << 10
+
+
+class Connection:
+    """One end. The preface and our SETTINGS are in the output from the start."""
+
+    def __init__(self, role: Role, limits: Limits | None = None) -> None:
+        self.role = role
+        self.limits = limits or Limits()
+        self.is_terminated = False
+        self.is_draining = False  # by either side: no new streams
+        self.is_ready = False  # the peer's SETTINGS are known
+        self.peer_concurrent_streams = 2**32 - 1
+        self._streams: dict[int, Stream] = {}
+        self._output: list[bytes | memoryview] = []
+        self._unsent_replies = 0
+        self._nuisances = FREE_NUISANCES
+        self._encoder = hpack.Encoder()
+        self._decoder = hpack.Decoder(max_header_list_size=self.limits.header_list_bytes)
+        self._send_window = frames.DEFAULT_WINDOW
+        self._receive_window = self.limits.connection_window
+        self._peer_stream_window = frames.DEFAULT_WINDOW
+        self._peer_frame_bytes = frames.DEFAULT_FRAME_BYTES
+        self._next_stream_id = 1
+        self._last_peer_stream_id = 0
+        self._pending = b""  # an incomplete frame other than DATA
+        self._data_stream_id = 0  # the DATA frame that is being received
+        self._data_left = 0
+        self._data_padding = 0
+        self._data_ends = False
+        self._block: bytearray | None = None  # header block until END_HEADERS
+        self._block_stream_id = 0
+        self._block_ends = False
+        self._preface_left = frames.PREFACE if role is Role.SERVER else b""
+        self._handlers: dict[int, Callable[[int, int, memoryview], list[Event]]] = {
+            FrameType.HEADERS: self._on_headers,
+            FrameType.RST_STREAM: self._on_reset,
+            FrameType.SETTINGS: self._on_settings,
+            FrameType.PUSH_PROMISE: self._on_push_promise,
+            FrameType.PING: self._on_ping,
+            FrameType.GOAWAY: self._on_goaway,
+            FrameType.WINDOW_UPDATE: self._on_window_update,
+            FrameType.CONTINUATION: self._on_continuation,
+        }
+        self._open()
+
+    def _open(self) -> None:
+        limits = self.limits
+        settings = {
+            Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
+            Setting.MAX_FRAME_SIZE: limits.frame_bytes,
+            Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
+        }
+        if self.role is Role.CLIENT:
+            self._output.append(frames.PREFACE)
+            settings[Setting.ENABLE_PUSH] = 0
+        else:
+            settings[Setting.MAX_CONCURRENT_STREAMS] = limits.concurrent_streams
+        self._output.append(frames.build_settings(settings))
+        extra = limits.connection_window - frames.DEFAULT_WINDOW
+        if extra > 0:
+            self._output.append(frames.build_window_update(0, extra))
+
+    # -- what we do ---------------------------------------------------------------------------
+
+    def take_output(self) -> bytes:
+        """Return and forget what is to be written."""
+        output = b"".join(self._output)
+        self._output.clear()
+        self._unsent_replies = 0
+        return output
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self._output)
+
+    @property
+    def stream_count(self) -> int:
+        return len(self._streams)
+
+    @property
+    def may_open(self) -> bool:
+        """Whether `open_stream` is allowed now."""
+        return (
+            self.role is Role.CLIENT
+            and not self.is_terminated
+            and not self.is_draining
+            and len(self._streams) < self.peer_concurrent_streams
+            and self._next_stream_id <= frames.MAX_STREAM_ID
+        )
+
+    def open_stream(self, authority: str, headers: dict[str, str]) -> int:
+        """Send a CONNECT and return its stream id; the answer is a ResponseReceived."""
+        if not self.may_open:
+            raise LocalProtocolError("a stream was opened on a connection that takes none")
+        stream_id = self._next_stream_id
+        self._next_stream_id += 2
+        self._streams[stream_id] = Stream(self._peer_stream_window, self.limits.stream_window)
+        block = [(":method", "CONNECT"), (":authority", authority), *headers.items()]
+        self._send_headers(stream_id, block, ends=False)
+        return stream_id
+
+    def respond(self, stream_id: int, status: int) -> None:
+        """Answer a ConnectRequested; any status but 200 ends the stream."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return  # reset meanwhile
+        if stream.has_response:
+            raise LocalProtocolError("a stream was answered twice")
+        stream.has_response = True
+        self._send_headers(stream_id, [(":status", str(status))], ends=status != 200)
+        if status != 200:
+            self._advance(stream_id, stream, StreamInput.SEND_END)
+            if stream_id in self._streams:  # RFC 9113 §8.1: we need no more of the request
+                self.reset(stream_id, ErrorCode.NO_ERROR)
+
+    def sendable(self, stream_id: int) -> int:
+        """Return how many bytes `send_data` takes now; 0 if the stream is gone."""
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.state not in MAY_SEND:
+            return 0
+        return max(0, min(stream.send_window, self._send_window))
+
+    def send_data(self, stream_id: int, data: bytes | memoryview, *, ends: bool = False) -> None:
+        """Send at most `sendable` bytes; `ends` sends FIN after them."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return  # reset meanwhile
+        size = len(data)
+        if stream.state not in MAY_SEND or size > min(stream.send_window, self._send_window):
+            if size or stream.state not in MAY_SEND:
+                raise LocalProtocolError("data was sent against the window or after the end")
+        stream.send_window -= size
+        self._send_window -= size
+        limit = self._peer_frame_bytes
+        output = self._output
+        if size <= limit:
+            output.append(frames.build_head(size, FrameType.DATA, int(ends), stream_id))
+            output.append(data)
+        else:
+            view = memoryview(data)
+            for start in range(0, size, limit):
+                part = view[start : start + limit]
+                last = int(ends and start + limit >= size)
+                output.append(frames.build_head(len(part), FrameType.DATA, last, stream_id))
+                output.append(part)
+        if ends:
+            self._advance(stream_id, stream, StreamInput.SEND_END)
+
+    def acknowledge(self, stream_id: int, size: int) -> None:
+        """Say that the application took `size` bytes of a stream: the peer may send more."""
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.state not in MAY_RECEIVE:
+            return
+        stream.consumed += size
+        # Half a window at a time: a frame of 13 bytes for every read would cost more than it gives.
+        if stream.consumed * 2 >= self.limits.stream_window:
+            self._output.append(frames.build_window_update(stream_id, stream.consumed))
+            stream.receive_window += stream.consumed
+            stream.consumed = 0
+
+    def reset(self, stream_id: int, code: int) -> None:
+        """End a stream at once; nothing happens if it is gone."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._output.append(frames.build_reset(stream_id, code))
+            self._advance(stream_id, stream, StreamInput.RESET)
+
+    def ping(self, payload: bytes) -> None:
+        """Send a PING of 8 bytes; PongReceived brings them back."""
+        self._output.append(frames.build_ping(payload, is_ack=False))
+
+    def drain(self) -> None:
+        """Take no new streams and tell the peer; open ones go on."""
+        if not self.is_draining:
+            self.is_draining = True
+            self._output.append(frames.build_goaway(self._last_peer_stream_id, ErrorCode.NO_ERROR))
+
+    def close(self, code: int = ErrorCode.NO_ERROR) -> None:
+        """Say goodbye: write the output, then close the socket."""
+        if not self.is_terminated:
+            self.is_terminated = True
+            self._output.append(frames.build_goaway(self._last_peer_stream_id, code))
+
+    def _send_headers(self, stream_id: int, block: list[tuple[str, str]], *, ends: bool) -> None:
+        payload = self._encoder.encode(block)
+        limit = self._peer_frame_bytes
+        for start in range(0, len(payload), limit):
+            part = payload[start : start + limit]
+            flags = frames.END_HEADERS if start + limit >= len(payload) else 0
+            frame_type = FrameType.HEADERS if start == 0 else FrameType.CONTINUATION
+            if start == 0 and ends:
+                flags |= frames.END_STREAM
+            self._output.append(frames.build_head(len(part), frame_type, flags, stream_id))
+            self._output.append(part)
+
+    def _advance(self, stream_id: int, stream: Stream, step: StreamInput) -> None:
+        try:
+            stream.state = TRANSITIONS[stream.state, step]
+        except KeyError:
+            raise LocalProtocolError(f"{step.name} on a stream in {stream.state.name}") from None
+        if stream.state is StreamState.CLOSED:
+            del self._streams[stream_id]
+
+    # -- what the peer does -------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes from the peer, any chunking, and return what they mean."""
+        found: list[Event] = []
+        if self.is_terminated:
+            return found
+        try:
+            self._receive(data, found)
+        except RemoteProtocolError as error:
+            self.close(error.code)
+            found.append(events.ConnectionTerminated(error.code, str(error)))
+        return found
+
+    def _receive(self, data: bytes, found: list[Event]) -> None:
+        if self._preface_left:
+            data = self._receive_preface(data)
+        if self._pending:
+            data = self._pending + data
+            self._pending = b""
+        view = memoryview(data)
+        at, end = 0, len(data)
+        while at < end:
+            if self._data_left or self._data_padding:
+                at = self._receive_data(view, at, found)
+                continue
+            if end - at < frames.HEADER_BYTES:
+                break
+            length, frame_type, flags, stream_id = frames.parse_head(view[at : at + 9])
+            self._check_frame(length, frame_type, stream_id)
+            if frame_type == FrameType.DATA:
+                # Its first byte may be the padding's length, so that one must be here as well.
+                needed = frames.HEADER_BYTES + (1 if flags & frames.PADDED else 0)
+                if end - at < needed:
+                    break
+                self._begin_data(length, flags, stream_id, view[at + 9 : at + needed], found)
+                at += needed
+                continue
+            if end - at < frames.HEADER_BYTES + length:
+                break
+            payload = view[at + 9 : at + 9 + length]
+            at += frames.HEADER_BYTES + length
+            handler = self._handlers.get(frame_type)
+            if handler is not None:
+                found += handler(flags, stream_id, payload)
+        if at < end:
+            self._pending = bytes(view[at:])
+
+    def _receive_preface(self, data: bytes) -> bytes:
+        size = min(len(data), len(self._preface_left))
+        if data[:size] != self._preface_left[:size]:
+            raise RemoteProtocolError("the peer does not speak HTTP/2", ErrorCode.PROTOCOL_ERROR)
+        self._preface_left = self._preface_left[size:]
+        return data[size:]
+
+    def _check_frame(self, length: int, frame_type: int, stream_id: int) -> None:
+        if length > self.limits.frame_bytes:
+            raise RemoteProtocolError("a frame is too long", ErrorCode.FRAME_SIZE_ERROR)
+        if not self.is_ready and frame_type != FrameType.SETTINGS:
+            raise RemoteProtocolError("SETTINGS is not the first frame", ErrorCode.PROTOCOL_ERROR)
+        if self._block is not None and (
+            frame_type != FrameType.CONTINUATION or stream_id != self._block_stream_id
+        ):
+            raise RemoteProtocolError("a header block is interrupted", ErrorCode.PROTOCOL_ERROR)
+        if frame_type != FrameType.DATA and length > frames.DEFAULT_FRAME_BYTES * 4:
+            # Only DATA is passed on in parts; anything else would have to be held whole.
+            raise RemoteProtocolError("a control frame is too long", ErrorCode.FRAME_SIZE_ERROR)
+
+    def _annoy(self) -> None:
+        self._nuisances -= 1
+        if self._nuisances < 0:
+            raise RemoteProtocolError("too many frames for nothing", ErrorCode.ENHANCE_YOUR_CALM)
+
+    def _reply(self, frame: bytes) -> None:
+        self._unsent_replies += 1
+        if self._unsent_replies > MAX_UNSENT_REPLIES:
+            raise RemoteProtocolError("too many replies to write", ErrorCode.ENHANCE_YOUR_CALM)
+        self._output.append(frame)
+
+    def _is_idle(self, stream_id: int) -> bool:
+        """Whether the number was never used; a stream that is gone is not idle."""
+        if self.role is Role.CLIENT:
+            return stream_id % 2 == 0 or stream_id >= self._next_stream_id
+        return stream_id % 2 == 0 or stream_id > self._last_peer_stream_id
+
+    # DATA
+
+    def _begin_data(
+        self, length: int, flags: int, stream_id: int, first: memoryview, found: list[Event]
+    ) -> None:
+        if self._is_idle(stream_id):
+            raise RemoteProtocolError("DATA on an idle stream", ErrorCode.PROTOCOL_ERROR)
+        padding = 0
+        if flags & frames.PADDED:
+            padding = first[0] + 1
+            if padding > length:
+                raise RemoteProtocolError("padding is too long", ErrorCode.PROTOCOL_ERROR)
+        if length == padding and not flags & frames.END_STREAM:
+            self._annoy()
+        self._receive_window -= length
+        if self._receive_window < 0:
+            raise RemoteProtocolError(
+                "the connection window is broken", ErrorCode.FLOW_CONTROL_ERROR
+            )
+        if self._receive_window * 2 <= self.limits.connection_window:
+            missing = self.limits.connection_window - self._receive_window
+            self._output.append(frames.build_window_update(0, missing))
+            self._receive_window += missing
+
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            if stream.state not in MAY_RECEIVE:
+                self._fail_stream(stream_id, ErrorCode.STREAM_CLOSED, found)
+            elif length > stream.receive_window:
+                self._fail_stream(stream_id, ErrorCode.FLOW_CONTROL_ERROR, found)
+            else:
+                stream.receive_window -= length
+                if padding:
+                    self.acknowledge(stream_id, padding)
+        self._data_stream_id = stream_id
+        self._data_left = length - padding
+        self._data_padding = max(0, padding - 1)
+        self._data_ends = bool(flags & frames.END_STREAM)
+        if not self._data_left and not self._data_padding:
+            self._end_data(found)
+
+    def _receive_data(self, view: memoryview, at: int, found: list[Event]) -> int:
+        if self._data_left:
+            size = min(self._data_left, len(view) - at)
+            if self._data_stream_id in self._streams:
+                part = view[at : at + size]
+                found.append(events.DataReceived(self._data_stream_id, part))
+            self._data_left -= size
+        else:
+            size = min(self._data_padding, len(view) - at)
+            self._data_padding -= size
+        if not self._data_left and not self._data_padding:
+            self._end_data(found)
+        return at + size
+
+    def _end_data(self, found: list[Event]) -> None:
+        if self._data_ends:
+            self._data_ends = False
+            self._end_stream(self._data_stream_id, found)
+
+    def _end_stream(self, stream_id: int, found: list[Event]) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._nuisances = min(FREE_NUISANCES, self._nuisances + 1)
+            self._advance(stream_id, stream, StreamInput.RECEIVE_END)
+            found.append(events.StreamEnded(stream_id))
+
+    def _fail_stream(self, stream_id: int, code: int, found: list[Event]) -> None:
+        self.reset(stream_id, code)
+        found.append(events.StreamReset(stream_id, code))
+
+    # HEADERS and CONTINUATION
+
+    def _on_headers(self, flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if stream_id == 0:
+            raise RemoteProtocolError("HEADERS on stream 0", ErrorCode.PROTOCOL_ERROR)
+        start, end = 0, len(payload)
+        if flags & frames.PADDED:
+            if end < 1 or payload[0] >= end:
+                raise RemoteProtocolError("padding is too long", ErrorCode.PROTOCOL_ERROR)
+            start, end = 1, end - payload[0]
+        if flags & frames.PRIORITY_FLAG:
+            start += 5
+        if start > end:
+            raise RemoteProtocolError("HEADERS is too short", ErrorCode.FRAME_SIZE_ERROR)
+        self._block = bytearray(payload[start:end])
+        self._block_stream_id = stream_id
+        self._block_ends = bool(flags & frames.END_STREAM)
+        return self._end_block() if flags & frames.END_HEADERS else []
+
+    def _on_continuation(self, flags: int, _stream_id: int, payload: memoryview) -> list[Event]:
+        if self._block is None:
+            raise RemoteProtocolError("CONTINUATION of nothing", ErrorCode.PROTOCOL_ERROR)
+        if not payload:
+            self._annoy()
+        self._block += payload
+        # A compressed block is no longer than what it expands to, but for its own overhead.
+        if len(self._block) > 2 * self.limits.header_list_bytes:
+            raise RemoteProtocolError("a header block is too long", ErrorCode.ENHANCE_YOUR_CALM)
+        return self._end_block() if flags & frames.END_HEADERS else []
+
+    def _end_block(self) -> list[Event]:
+        assert self._block is not None
+        block, self._block = bytes(self._block), None
+        try:
+            headers = [(str(n), str(v)) for n, v in self._decoder.decode(block, raw=False)]
+        except hpack.OversizedHeaderListError as error:
+            raise RemoteProtocolError(
+                "headers are too long", ErrorCode.ENHANCE_YOUR_CALM
+            ) from error
+        except (hpack.HPACKError, UnicodeDecodeError) as error:
+            raise RemoteProtocolError(
+                "headers cannot be decoded", ErrorCode.COMPRESSION_ERROR
+            ) from error
+        found: list[Event] = []
+        if self.role is Role.SERVER:
+            self._on_request(self._block_stream_id, headers, found)
+        else:
+            self._on_response(self._block_stream_id, headers, found)
+        if self._block_ends:
+            self._end_stream(self._block_stream_id, found)
+        return found
+
+    def _on_request(
+        self, stream_id: int, headers: list[tuple[str, str]], found: list[Event]
+    ) -> None:
+        if stream_id in self._streams:
+            self._on_trailers(stream_id, found)
+            return
+        if stream_id % 2 == 0 or stream_id <= self._last_peer_stream_id:
+            raise RemoteProtocolError("a stream number is used again", ErrorCode.PROTOCOL_ERROR)
+        if self.is_draining or len(self._streams) >= self.limits.concurrent_streams:
+            if not self.is_draining:
+                self._last_peer_stream_id = stream_id
+                self._annoy()
+            self._reply(frames.build_reset(stream_id, ErrorCode.REFUSED_STREAM))
+            return
+        self._last_peer_stream_id = stream_id
+        self._streams[stream_id] = Stream(self._peer_stream_window, self.limits.stream_window)
+        named = dict(headers)
+        method, authority = named.get(":method"), named.get(":authority", "")
+        fault = None
+        if method != "CONNECT":
+            fault = f"the method is {method}, not CONNECT"
+        elif not authority:
+            fault = "there is no :authority"
+        elif ":scheme" in named or ":path" in named:
+            fault = "CONNECT carries :scheme or :path"  # RFC 9113 §8.5
+        found.append(events.ConnectRequested(stream_id, authority, named, fault))
+
+    def _on_response(
+        self, stream_id: int, headers: list[tuple[str, str]], found: list[Event]
+    ) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            if self._is_idle(stream_id):
+                raise RemoteProtocolError("an answer to no request", ErrorCode.PROTOCOL_ERROR)
+            return
+        if stream.has_response:
+            self._on_trailers(stream_id, found)
+            return
+        status = dict(headers).get(":status", "")
+        if not (len(status) == 3 and status.isascii() and status.isdigit()):
+            self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)
+        elif status.startswith("1"):
+            self._annoy()
+        else:
+            stream.has_response = True
+            found.append(events.ResponseReceived(stream_id, int(status)))
+
+    def _on_trailers(self, stream_id: int, found: list[Event]) -> None:
+        if not self._block_ends:
+            self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)
+
+    # everything else
+
+    def _on_reset(self, _flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if len(payload) != 4:
+            raise RemoteProtocolError("RST_STREAM has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
+        if self._is_idle(stream_id):
+            raise RemoteProtocolError("RST_STREAM on an idle stream", ErrorCode.PROTOCOL_ERROR)
+        self._annoy()
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return []
+        self._advance(stream_id, stream, StreamInput.RESET)
+        return [events.StreamReset(stream_id, frames.parse_word(payload))]
+
+    def _on_settings(self, flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if stream_id != 0:
+            raise RemoteProtocolError("SETTINGS on a stream", ErrorCode.PROTOCOL_ERROR)
+        if flags & frames.ACK:
+            if payload:
+                raise RemoteProtocolError("SETTINGS ACK has a payload", ErrorCode.FRAME_SIZE_ERROR)
+            return []
+        if len(payload) % 6:
+            raise RemoteProtocolError("SETTINGS has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
+        for name, value in frames.parse_settings(payload):
+            self._apply_setting(name, value)
+        self.is_ready = True
+        self._reply(frames.SETTINGS_ACK)
+        return [events.SettingsReceived()]
+
+    def _apply_setting(self, name: int, value: int) -> None:
+        if name == Setting.HEADER_TABLE_SIZE:
+            # Ours to use, so never more than the default: a peer does not size our memory.
+            self._encoder.header_table_size = min(value, 4096)
+        elif name == Setting.MAX_CONCURRENT_STREAMS:
+            self.peer_concurrent_streams = value
+        elif name == Setting.INITIAL_WINDOW_SIZE:
+            if value > frames.MAX_WINDOW:
+                raise RemoteProtocolError("a window is too large", ErrorCode.FLOW_CONTROL_ERROR)
+            for stream in self._streams.values():
+                stream.send_window += value - self._peer_stream_window
+            self._peer_stream_window = value
+        elif name == Setting.MAX_FRAME_SIZE:
+            if not frames.DEFAULT_FRAME_BYTES <= value <= frames.MAX_FRAME_BYTES:
+                raise RemoteProtocolError("a frame size is not allowed", ErrorCode.PROTOCOL_ERROR)
+            self._peer_frame_bytes = value
+
+    def _on_push_promise(self, _flags: int, _stream_id: int, _payload: memoryview) -> list[Event]:
+        raise RemoteProtocolError("PUSH_PROMISE is off", ErrorCode.PROTOCOL_ERROR)
+
+    def _on_ping(self, flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if stream_id != 0:
+            raise RemoteProtocolError("PING on a stream", ErrorCode.PROTOCOL_ERROR)
+        if len(payload) != 8:
+            raise RemoteProtocolError("PING has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
+        if flags & frames.ACK:
+            return [events.PongReceived(bytes(payload))]
+        self._reply(frames.build_ping(bytes(payload), is_ack=True))
+        return []
+
+    def _on_goaway(self, _flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if stream_id != 0:
+            raise RemoteProtocolError("GOAWAY on a stream", ErrorCode.PROTOCOL_ERROR)
+        if len(payload) < 8:
+            raise RemoteProtocolError("GOAWAY has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
+        last, code = frames.parse_goaway(payload)
+        self.is_draining = True
+        found: list[Event] = []
+        if self.role is Role.CLIENT:
+            for refused in [number for number in self._streams if number > last]:
+                del self._streams[refused]
+                found.append(events.StreamReset(refused, ErrorCode.REFUSED_STREAM))
+        return [*found, events.GoAwayReceived(last, code)]
+
+    def _on_window_update(self, _flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if len(payload) != 4:
+            raise RemoteProtocolError("WINDOW_UPDATE has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
+        increment = frames.parse_word(payload) & frames.MAX_WINDOW
+        if stream_id == 0:
+            self._send_window += increment
+            if increment == 0 or self._send_window > frames.MAX_WINDOW:
+                raise RemoteProtocolError("a window is not allowed", ErrorCode.FLOW_CONTROL_ERROR)
+            return [events.WindowOpened(0)]
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            if self._is_idle(stream_id):
+                raise RemoteProtocolError(
+                    "WINDOW_UPDATE on an idle stream", ErrorCode.PROTOCOL_ERROR
+                )
+            return []
+        stream.send_window += increment
+        if increment == 0 or stream.send_window > frames.MAX_WINDOW:
+            found: list[Event] = []
+            self._fail_stream(stream_id, ErrorCode.FLOW_CONTROL_ERROR, found)
+            return found
+        return [events.WindowOpened(stream_id)]
