@@ -1,0 +1,51 @@
+"""A Kubernetes Service and the endpoints behind it, TCP only. Pure.
+
+A service's port leads to a target port by name, because each endpoint may listen
+elsewhere; an endpoint that lacks the name does not serve that port. Choosing one endpoint
+among several is not done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.model.pod import Address
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """A port of the service; the name is empty if it is the only one."""
+
+    name: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A ready address behind a service, with its target port by port name."""
+
+    address: Address
+    ports: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One service; a headless one has no addresses."""
+
+    namespace: str
+    name: str
+    addresses: tuple[Address, ...]
+    ports: tuple[ServicePort, ...]
+    endpoints: tuple[Endpoint, ...]
+
+    def endpoints_for(self, port: int) -> tuple[tuple[Address, int], ...]:
+        """List where a connection to `port` of the service may go; empty if nowhere."""
+        names = {entry.name for entry in self.ports if entry.port == port}
+        return tuple(
+            (endpoint.address, target)
+            for endpoint in self.endpoints
+            for name, target in endpoint.ports
+            if name in names
+        )

@@ -1,0 +1,33 @@
+"""A pod anywhere in the cluster, as the data path needs it. Pure.
+
+The other side of `pod.py`: a LocalPod is what this node enrolls, a Workload is what any
+node may connect to. `is_hbone` says that the workload's own node has captured it, so that
+a tunnel to it will be answered; until then it is reached as plain TCP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.model.identity import SpiffeId
+
+if TYPE_CHECKING:
+    from agent.model.pod import Address
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One pod that has addresses of its own and has not ended."""
+
+    uid: str
+    namespace: str
+    name: str
+    node: str
+    service_account: str
+    addresses: tuple[Address, ...]
+    is_hbone: bool
+
+    def identity(self, trust_domain: str) -> SpiffeId:
+        """Name the identity that the workload must prove."""
+        return SpiffeId(trust_domain, self.namespace, self.service_account)
