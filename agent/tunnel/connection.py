@@ -189,9 +189,10 @@ class Connection:
         if stream is None:
             return  # reset meanwhile
         size = len(data)
-        if stream.state not in MAY_SEND or size > min(stream.send_window, self._send_window):
-            if size or stream.state not in MAY_SEND:
-                raise LocalProtocolError("data was sent against the window or after the end")
+        # A FIN alone costs no window, so it may go even where the window is below zero.
+        has_room = not size or size <= min(stream.send_window, self._send_window)
+        if stream.state not in MAY_SEND or not has_room:
+            raise LocalProtocolError("data was sent against the window or after the end")
         stream.send_window -= size
         self._send_window -= size
         limit = self._peer_frame_bytes

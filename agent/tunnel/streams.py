@@ -1,8 +1,8 @@
 """The life of one stream, as a table (RFC 9113 §5.1).
 
-Rules: a stream is made open, by HEADERS, and each side ends its half once. A reset ends both halves.
-An input that the table does not have for a state is a protocol error of whoever caused it. There is
-no IDLE and no RESERVED state: idle streams are numbers not yet used, and push is off.
+Rules: a stream is made open, by HEADERS, and each side ends its half once. A reset ends both. An
+input that the table does not have for a state is a protocol error of whoever caused it. There is no
+IDLE and no RESERVED state: idle streams are numbers not yet used, and push is off.
 """
 
 from __future__ import annotations

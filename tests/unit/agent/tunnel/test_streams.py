@@ -1,0 +1,27 @@
+"""The stream table is whole: every state and input is either a step or an error."""
+
+from __future__ import annotations
+
+import itertools
+
+from agent.tunnel.streams import MAY_RECEIVE, MAY_SEND, TRANSITIONS, StreamInput, StreamState
+
+
+def test_every_pair_is_decided() -> None:
+    for state, step in itertools.product(StreamState, StreamInput):
+        allowed = {
+            StreamInput.SEND_END: state in MAY_SEND,
+            StreamInput.RECEIVE_END: state in MAY_RECEIVE,
+            StreamInput.RESET: state is not StreamState.CLOSED,
+        }[step]
+        assert ((state, step) in TRANSITIONS) == allowed
+
+
+def test_each_half_ends_once() -> None:
+    for (state, step), following in TRANSITIONS.items():
+        if step is StreamInput.SEND_END:
+            assert following not in MAY_SEND
+            assert (following in MAY_RECEIVE) == (state in MAY_RECEIVE)
+        if step is StreamInput.RECEIVE_END:
+            assert following not in MAY_RECEIVE
+            assert (following in MAY_SEND) == (state in MAY_SEND)
