@@ -16,6 +16,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError as ForeignNetlinkError
 
 from agent.errors import NetlinkError
+from agent.model.capture import REPLY_MARK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     Network = IPv4Network | IPv6Network
 
 # The numbers that ambient mesh uses for the same purpose.
-REPLY_MARK = 0x111
 REPLY_MARK_MASK = 0xFFF
 REPLY_TABLE = 100
 REPLY_RULE_PRIORITY = 32764
