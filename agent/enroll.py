@@ -25,20 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import netlink, netns
-from agent.datapath import libbpf, links, records
+from agent.datapath import links, records
 from agent.errors import EnrollError, KernelError
+from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.tunnel.sockets import exempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from agent.datapath.btf import Value
     from agent.datapath.pins import Pins
-    from agent.model.pod import Address, LocalPod
+    from agent.model.pod import LocalPod
 
-OUTBOUND_PORT = 15001
-INBOUND_PORT = 15006
-HBONE_PORT = 15008
-IP_TRANSPARENT, IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT = 19, 75, 24  # linux/in.h, in6.h
 BACKLOG = 1024  # what a burst of 500 connects needs, with room
 # Of the pod's namespace: an accepted connection answers with the mark of its SYN.
 FWMARK_ACCEPT = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
@@ -102,35 +100,12 @@ def _add_reply_route(enrollment: Enrollment, undo: contextlib.ExitStack) -> None
     netns.run_in(enrollment.netns_fd, add)
 
 
-def exempt(pins: Pins, agent_socket: socket.socket) -> None:
-    """Mark a socket as the agent's own: do it before bind() or connect()."""
-    libbpf.update(
-        pins.maps["ss_exempt"].fd,
-        agent_socket.fileno().to_bytes(4, "little"),
-        (1).to_bytes(4, "little"),
-    )
-
-
-def borrow_source(dialing: socket.socket, source: Address) -> None:
-    """Make a socket inside the pod connect from a client's address, which the pod has not.
-
-    The mark comes back with the application's answers (tcp_fwmark_accept) and finds the reply
-    route. The port is chosen at connect, so that one address serves more than 28,000 connections.
-    """
-    is_v4 = source.version == 4
-    level = socket.IPPROTO_IP if is_v4 else socket.IPPROTO_IPV6
-    dialing.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, netlink.REPLY_MARK)
-    dialing.setsockopt(level, IP_TRANSPARENT if is_v4 else IPV6_TRANSPARENT, 1)
-    dialing.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-    dialing.bind((str(source), 0))
-
-
 def _open_listeners(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         undo.callback(listener.close)
-        exempt(pins, listener)
+        exempt(pins.maps["ss_exempt"], listener)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host == "::1"))

@@ -40,9 +40,7 @@ class _Call(Generic[Result]):
 
     def run(self) -> None:
         try:
-            if _libc.setns(self.netns_fd, CLONE_NEWNET) != 0:
-                number = ctypes.get_errno()
-                raise KernelError(f"a network namespace cannot be entered: {os.strerror(number)}")
+            enter(self.netns_fd)
             self.result.append(self.function())
         except BaseException as error:  # raised again in the caller's thread
             self.error = error
@@ -57,6 +55,22 @@ def run_in(netns_fd: int, function: Callable[[], Result]) -> Result:
     if call.error is not None:
         raise call.error
     return call.result[0]
+
+
+def enter(netns_fd: int) -> None:
+    """Move the calling thread to another namespace; `leave` must follow in the same call.
+
+    Only for a process with one thread (a worker), which cannot afford a thread for each socket.
+    """
+    if _libc.setns(netns_fd, CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise KernelError(f"a network namespace cannot be entered: {os.strerror(number)}")
+
+
+def leave(own_netns_fd: int) -> None:
+    """Move back; a process that cannot ends on the spot."""
+    if _libc.setns(own_netns_fd, CLONE_NEWNET) != 0:
+        os._exit(70)  # EX_SOFTWARE
 
 
 def create() -> int:

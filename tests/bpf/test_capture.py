@@ -13,6 +13,8 @@ import pytest
 from agent import enroll, netns
 from agent.datapath import records
 from agent.enroll import Enrollment
+from agent.model.capture import HBONE_PORT
+from agent.tunnel.sockets import borrow_source, exempt
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network, blocked
 
 if TYPE_CHECKING:
@@ -192,7 +194,7 @@ def test_inbound_exclusion_reaches_the_application(network: Network, enrolled: E
 
 def test_hbone_port_reaches_its_own_listener(network: Network, enrolled: Enroll) -> None:
     enrollment = enrolled()
-    network.peer.connect(POD4, enroll.HBONE_PORT)
+    network.peer.connect(POD4, HBONE_PORT)
     accepted, _ = enrollment.hbone[0].accept()
     accepted.close()
 
@@ -214,7 +216,7 @@ def test_agent_socket_is_not_captured_and_a_mark_gains_nothing(
     enrollment = enrolled()
     server = network.peer.listen(PEER4, 8080)
     own = network.pod.open_socket()
-    enroll.exempt(loaded, own)
+    exempt(loaded.maps["ss_exempt"], own)
     own.connect((PEER4, 8080))
     server.accept()[0].close()
 
@@ -247,8 +249,8 @@ def test_application_sees_the_clients_address(
     enrolled()
     server = network.pod.listen(pod, 8081)
     dialed = network.pod.open_socket(socket.AF_INET6 if ":" in pod else socket.AF_INET)
-    enroll.exempt(loaded, dialed)
-    enroll.borrow_source(dialed, ip_address(client))
+    exempt(loaded.maps["ss_exempt"], dialed)
+    borrow_source(dialed, ip_address(client))
     dialed.connect((pod, 8081))
     accepted, address = server.accept()
     with accepted:

@@ -1,0 +1,98 @@
+"""The event loop of a worker: epoll, callbacks, timers.
+
+A plain loop costs a third of asyncio for each small message, and a worker moves bytes for a living
+(docs/decisions/0003-plain-epoll-workers.md). Single-threaded; a callback that raises ends only
+what it serves, since callers wrap what they serve.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import select
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+BROKEN = select.EPOLLERR | select.EPOLLHUP
+
+
+class Timer:
+    """A call in the future; `cancel` makes it not happen."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Reactor:
+    """Calls back when a descriptor is ready or a time has come."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._soon: deque[Callable[[], None]] = deque()
+        self._is_running = False
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(ready events)` when `fd` is ready."""
+        self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch `fd` for other events."""
+        self._epoll.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Stop watching `fd`; do it before closing it."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """Call once, after `seconds`."""
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
+        return timer
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call once, in the next round."""
+        self._soon.append(callback)
+
+    def run(self) -> None:
+        """Run until `stop`."""
+        self._is_running = True
+        while self._is_running:
+            for fd, ready in self._epoll.poll(self._patience()):
+                callback = self._callbacks.get(fd)  # another callback may have forgotten it
+                if callback is not None:
+                    callback(ready)
+            for _ in range(len(self._soon)):
+                self._soon.popleft()()
+            self._fire()
+
+    def _patience(self) -> float:
+        if self._soon:
+            return 0
+        if not self._timers:
+            return -1
+        return max(0.0, self._timers[0][0] - time.monotonic())
+
+    def _fire(self) -> None:
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            timer = heapq.heappop(self._timers)[2]
+            if timer.callback is not None:
+                timer.callback()
+
+    def stop(self) -> None:
+        """Make `run` return after this round."""
+        self._is_running = False

@@ -1,0 +1,70 @@
+"""Sockets of the agent inside pods: exempt from capture, some with a client's address.
+
+A worker has one thread, so it changes its namespace itself and back, in a few microseconds. If it
+cannot come back it ends: a worker left in a pod's namespace would dial from the wrong place.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from agent import netns
+from agent.datapath import libbpf
+from agent.model.capture import REPLY_MARK
+
+if TYPE_CHECKING:
+    from agent.datapath.maps import Map
+    from agent.model.pod import Address
+
+IP_TRANSPARENT, IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT = 19, 75, 24  # linux/in.h, in6.h
+LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # struct linger {on, 0 seconds}: close() sends RST
+
+
+def exempt(exempt_map: Map, own: socket.socket) -> None:
+    """Mark a socket as the agent's own: do it before bind() or connect()."""
+    libbpf.update(exempt_map.fd, own.fileno().to_bytes(4, "little"), (1).to_bytes(4, "little"))
+
+
+def borrow_source(own: socket.socket, source: Address) -> None:
+    """Make a socket inside the pod connect from a client's address, which the pod has not.
+
+    The mark comes back with the application's answers (tcp_fwmark_accept) and finds the reply
+    route. The port is chosen at connect, so that one address serves more than 28,000 connections.
+    """
+    is_v4 = source.version == 4
+    level = socket.IPPROTO_IP if is_v4 else socket.IPPROTO_IPV6
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, REPLY_MARK)
+    own.setsockopt(level, IP_TRANSPARENT if is_v4 else IPV6_TRANSPARENT, 1)
+    own.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    own.bind((str(source), 0))
+
+
+class PodSockets:
+    """Opens sockets in the namespaces of pods, for a process with one thread."""
+
+    def __init__(self, exempt_map: Map) -> None:
+        self._exempt_map = exempt_map
+        self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    def open(self, netns_fd: int, family: int) -> socket.socket:
+        """Return a non-blocking, exempt TCP socket in the namespace behind `netns_fd`."""
+        netns.enter(netns_fd)
+        try:
+            made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        finally:
+            netns.leave(self._own_netns)
+        try:
+            exempt(self._exempt_map, made)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+
+def abort(own: socket.socket) -> None:
+    """Close a socket with RST, where there is somebody to send it to."""
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    own.close()

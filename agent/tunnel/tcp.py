@@ -1,0 +1,203 @@
+"""A TCP socket as a channel, and the non-blocking connect that makes one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from typing import TYPE_CHECKING
+
+from agent.tunnel import sockets
+from agent.tunnel.reactor import BROKEN, READ, WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent.tunnel.reactor import Reactor
+
+READ_BYTES = 256 * 1024
+CONNECT_SECONDS = 10.0
+
+
+def _nothing() -> None:
+    pass
+
+
+def _no_data(_data: bytes | memoryview) -> None:
+    raise AssertionError("a channel was read before it was joined")
+
+
+class TcpChannel:
+    """Implements relay.Channel. Reads nothing until `start`."""
+
+    def __init__(self, reactor: Reactor, own: socket.socket) -> None:
+        self.on_data: Callable[[bytes | memoryview], None] = _no_data
+        self.on_end = self.on_abort = self.on_drained = _nothing
+        self._reactor = reactor
+        self._socket = own
+        self._fd = own.fileno()
+        self._pending: deque[bytes | memoryview] = deque()
+        self.buffered = 0
+        self._wants_read = False
+        self._has_read_all = False
+        self._ends = self._has_ended = False
+        self._is_closed = False
+        self._watched = 0
+        reactor.watch(self._fd, 0, self._on_ready)
+
+    def start(self) -> None:
+        """Read from now on: the callbacks are set."""
+        self._wants_read = True
+        self._update()
+
+    def _update(self) -> None:
+        wanted = (READ if self._wants_read and not self._has_read_all else 0) | (
+            WRITE if self._pending else 0
+        )
+        if wanted != self._watched and not self._is_closed:
+            self._watched = wanted
+            self._reactor.change(self._fd, wanted)
+
+    def _on_ready(self, ready: int) -> None:
+        if ready & WRITE:
+            self._flush()
+        if ready & READ and self._wants_read and not self._is_closed:
+            self._read()
+        if ready & BROKEN and not ready & READ and not self._is_closed:
+            # RST while we do not read: there may be data before it, but nobody wants it any more.
+            if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._fail()
+            elif self._has_read_all and self._has_ended:
+                self._reactor.forget(self._fd)  # HUP after both FINs: closing follows
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._fail()
+            return
+        if data:
+            self.on_data(data)
+        else:
+            self._has_read_all = True
+            self._update()
+            self.on_end()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send now what the socket takes, keep the rest."""
+        if self._is_closed:
+            return
+        if not self._pending:
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._fail()
+                return
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+        self._pending.append(data)
+        self.buffered += len(data)
+        self._update()
+
+    def _flush(self) -> None:
+        while self._pending:
+            data = self._pending[0]
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._fail()
+                return
+            self.buffered -= sent
+            if sent < len(data):
+                self._pending[0] = memoryview(data)[sent:]
+                return
+            self._pending.popleft()
+        self._update()
+        self._end_if_due()
+        self.on_drained()
+
+    def finish(self) -> None:
+        """Send FIN after what is buffered."""
+        self._ends = True
+        self._end_if_due()
+
+    def _end_if_due(self) -> None:
+        if self._ends and not self._pending and not self._has_ended and not self._is_closed:
+            self._has_ended = True
+            try:
+                self._socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._fail()
+
+    def pause(self) -> None:
+        """Stop reading; TCP's window does the rest."""
+        self._wants_read = False
+        self._update()
+
+    def resume(self) -> None:
+        """Read again."""
+        self._wants_read = True
+        self._update()
+
+    def _fail(self) -> None:
+        # Not from within a caller's write: it may be in the middle of its own bookkeeping.
+        if not self._is_closed:
+            self.abort()
+            self._reactor.call_soon(self.on_abort)
+
+    def abort(self) -> None:
+        """Close with RST."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._pending.clear()
+            self._reactor.forget(self._fd)
+            sockets.abort(self._socket)
+
+    def close(self) -> None:
+        """Close; both directions have ended."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._reactor.forget(self._fd)
+            self._socket.close()
+
+
+def connect(
+    reactor: Reactor,
+    own: socket.socket,
+    destination: tuple[str, int],
+    on_done: Callable[[OSError | None], None],
+) -> None:
+    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed)."""
+
+    def settle(error: OSError | None) -> None:
+        timer.cancel()
+        reactor.forget(own.fileno())
+        if error is not None:
+            own.close()
+        on_done(error)
+
+    def on_ready(_ready: int) -> None:
+        number = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        settle(OSError(number, os.strerror(number)) if number else None)
+
+    def on_timeout() -> None:
+        settle(TimeoutError(errno.ETIMEDOUT, f"no answer in {CONNECT_SECONDS:g} s"))
+
+    try:
+        number = own.connect_ex(destination)
+    except OSError as error:
+        number = error.errno or errno.EINVAL
+    timer = reactor.call_later(CONNECT_SECONDS, on_timeout)
+    if number in (0, errno.EINPROGRESS):
+        reactor.watch(own.fileno(), WRITE, on_ready)
+    else:
+        failed = OSError(number, os.strerror(number))
+        reactor.call_soon(lambda: settle(failed))
