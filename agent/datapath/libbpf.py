@@ -264,6 +264,14 @@ def program_facts(fd: int) -> ProgramFacts:
     )
 
 
+def open_program(program_id: int) -> int:
+    """Return a file descriptor of the loaded program with that id (MapError if it is gone)."""
+    fd = _library().bpf_prog_get_fd_by_id(ctypes.c_uint32(program_id))
+    if fd < 0:
+        raise MapError(f"program {program_id} cannot be opened: {_errno_text(fd)}")
+    return int(fd)
+
+
 def link_facts(fd: int) -> LinkFacts:
     """Return the kernel's facts of the link behind `fd`."""
     info = _LinkInfo()

@@ -1,0 +1,318 @@
+"""What the pins hold, in words: the rows of `sidestep maps` and `sidestep programs`.
+
+Reads pins and nothing else, so it works while no agent runs, and with pins that an agent of another
+build left: layouts come from the maps themselves, and a layout that cannot be explained is refused
+with AbiMismatch. Never writes. Netns cookies are named by ss_pod_names of the same directory.
+
+Called by `agent.commands`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from ipaddress import IPv4Address, ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.datapath import libbpf, links
+from agent.datapath.maps import Map
+from agent.datapath.records import (
+    NETWORK_HEAD_BITS,
+    OUTBOUND,
+    V4_MAPPED_BITS,
+    unpack_address,
+)
+from agent.datapath.source import LOOKUP_PROGRAM
+from agent.errors import AbiMismatch, FeatureMissing, KernelError, MapError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from agent.datapath.btf import Value
+    from agent.datapath.maps import Record
+
+Row = dict[str, object]
+PodNames = dict[int, str]
+
+ROOTS = (Path("/sys/fs/bpf/sidestep"), Path("/sys/fs/bpf/sidestep-lab"))
+SEARCH_DEPTH = 3  # <root>/<lab>/<node>/<schema hash>
+SK_STORAGE = 24  # enum bpf_map_type
+MAP_TYPES = {1: "hash", 2: "array", 11: "lpm_trie", 18: "sockhash", SK_STORAGE: "sk_storage"}
+# enum bpf_prog_type, in the words of bpftool
+PROGRAM_TYPES = {13: "sock_ops", 18: "cgroup_sock_addr", 30: "sk_lookup"}
+LOOKUP_LINK = links.lookup_link_name(0).removesuffix("0")
+
+
+def find_directories(roots: tuple[Path, ...] = ROOTS) -> list[Path]:
+    """Return the pin directories at and below `roots` (FeatureMissing without the right)."""
+    found: list[Path] = []
+
+    def search(place: Path, depth: int) -> None:
+        if (place / "maps").is_dir() and (place / "programs").is_dir():
+            found.append(place)
+        elif depth < SEARCH_DEPTH and place.is_dir():
+            for below in sorted(place.iterdir()):
+                search(below, depth + 1)
+
+    try:
+        for root in roots:
+            search(root, 0)
+    except PermissionError as error:
+        raise FeatureMissing(f"root is missing: {error.filename} cannot be read") from error
+    return found
+
+
+@contextlib.contextmanager
+def _opened(directory: Path, name: str) -> Iterator[Map]:
+    opened = Map(directory / "maps" / name)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _number(value: Value) -> int:
+    if not isinstance(value, int):
+        raise AbiMismatch(f"a map holds {len(value)} bytes where a number should be")
+    return value
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, int):
+        raise AbiMismatch("a map holds a number where a text should be")
+    text = value.split(b"\0", 1)[0].decode(errors="replace")
+    # Whoever may write the map must not be able to write escape sequences to a terminal.
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def _address(value: Value) -> str | None:
+    if isinstance(value, int):
+        raise AbiMismatch("a map holds a number where an address should be")
+    return str(unpack_address(value)) if any(value) else None
+
+
+def pod_names(directory: Path) -> PodNames:
+    """Return namespace/name of each pod by its netns cookie; empty if the map is not there."""
+    if not (directory / "maps/ss_pod_names").exists():
+        return {}
+    with _opened(directory, "ss_pod_names") as opened:
+        return {
+            _number(key["value"]): f"{_text(value['namespace'])}/{_text(value['name'])}"
+            for key, value in opened.items()
+        }
+
+
+def _owner(cookie: Value, names: PodNames) -> Row:
+    return {"pod": names.get(_number(cookie)), "netns_cookie": cookie}
+
+
+def _pod(key: Record, value: Record, names: PodNames) -> Row:
+    families = {f"address{n}": _address(value[f"address{n}"]) for n in (4, 6)}
+    return _owner(key["value"], names) | families
+
+
+def _pod_name(key: Record, value: Record, _names: PodNames) -> Row:
+    return {
+        "netns_cookie": key["value"],
+        "namespace": _text(value["namespace"]),
+        "name": _text(value["name"]),
+        "uid": _text(value["uid"]),
+    }
+
+
+def _origin_flow(key: Record, value: Record, names: PodNames) -> Row:
+    return _owner(key["netns_cookie"], names) | {
+        "source": _address(key["address"]),
+        "source_port": key["port_be"],
+        "destination": _address(value["address"]),
+        "destination_port": value["port_be"],
+    }
+
+
+def _agent_flow(key: Record, _value: Record, names: PodNames) -> Row:
+    return _owner(key["netns_cookie"], names) | {
+        "source": _address(key["source"]),
+        "source_port": key["source_port_be"],
+        "destination_port": key["destination_port_be"],
+    }
+
+
+def _bypass(key: Record, _value: Record, names: PodNames) -> Row:
+    address = unpack_address(key["address"])
+    bits = _number(key["prefix_bits"]) - NETWORK_HEAD_BITS
+    if isinstance(address, IPv4Address):
+        bits -= V4_MAPPED_BITS
+    try:
+        network = str(ip_network((address, bits), strict=False))
+    except ValueError as error:
+        raise AbiMismatch(f"ss_bypass holds no network: {error}") from error
+    return _owner(key["netns_cookie"], names) | {"network": network}
+
+
+def _port(key: Record, _value: Record, names: PodNames) -> Row:
+    direction = "outbound" if key["direction"] == OUTBOUND else "inbound"
+    return _owner(key["netns_cookie"], names) | {"direction": direction, "port": key["port_be"]}
+
+
+def _listener(key: Record, value: Record, names: PodNames) -> Row:
+    # Read from user space, a sockhash shows the cookie of the socket (sock_hash_lookup_sys).
+    return _owner(key["value"], names) | {"socket_cookie": value["value"]}
+
+
+def _meta(_key: Record, value: Record, _names: PodNames) -> Row:
+    return {
+        "magic": _number(value["magic"]).to_bytes(8, "big").decode("ascii", "replace"),
+        "schema": _text(value["schema"]),
+        "programs": _text(value["programs"]),
+        "lookup_instructions": value["lookup_instructions"],
+    }
+
+
+def _lookup_text(key: Record, value: Record, _names: PodNames) -> Row:
+    return {"index": key["value"], "instruction": f"{_number(value['value']):016x}"}
+
+
+_DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
+    "ss_pods": _pod,
+    "ss_pod_names": _pod_name,
+    "ss_origin_flow": _origin_flow,
+    "ss_agent_flows": _agent_flow,
+    "ss_bypass": _bypass,
+    "ss_ports": _port,
+    "ss_listeners": _listener,
+    "ss_meta": _meta,
+    "ss_lookup_text": _lookup_text,
+}
+COLUMNS = {
+    "ss_pods": ("pod", "netns_cookie", "address4", "address6"),
+    "ss_pod_names": ("netns_cookie", "namespace", "name", "uid"),
+    "ss_origin_flow": ("pod", "source", "source_port", "destination", "destination_port"),
+    "ss_agent_flows": ("pod", "source", "source_port", "destination_port"),
+    "ss_bypass": ("pod", "netns_cookie", "network"),
+    "ss_ports": ("pod", "netns_cookie", "direction", "port"),
+    "ss_listeners": ("pod", "netns_cookie", "socket_cookie"),
+    "ss_meta": ("magic", "schema", "programs", "lookup_instructions"),
+    "ss_lookup_text": ("index", "instruction"),
+}
+
+
+def list_maps(directory: Path) -> list[Row]:
+    """Return one row for each map of `directory`; sk_storage has no count of entries."""
+    rows: list[Row] = []
+    for path in sorted((directory / "maps").iterdir()):
+        with _opened(directory, path.name) as opened:
+            facts = opened.facts
+            is_walkable = facts.type != SK_STORAGE
+            keys = libbpf.keys(opened.fd, facts.key_size, facts.max_entries)
+            rows.append(
+                {
+                    "name": path.name,
+                    "type": MAP_TYPES.get(facts.type, str(facts.type)),
+                    "id": facts.id,
+                    "key": opened.key.name,
+                    "key_bytes": facts.key_size,
+                    "value": opened.value.name,
+                    "value_bytes": facts.value_size,
+                    "entries": sum(1 for _ in keys) if is_walkable else None,
+                    "max_entries": facts.max_entries if is_walkable else None,
+                    "pins": str(directory),
+                }
+            )
+    return rows
+
+
+def columns(name: str) -> tuple[str, ...]:
+    """Return the columns of one map of MAPS (MapError for socket storage)."""
+    if name not in COLUMNS:
+        raise MapError(
+            f"{name} is socket storage: the kernel keeps its entries with the sockets and lets "
+            "nobody walk them; ss_origin_flow lists the captured connections"
+        )
+    return COLUMNS[name]
+
+
+def dump_map(directory: Path, name: str) -> list[Row]:
+    """Return the decoded entries of a map that has `columns`."""
+    decode = _DECODERS[name]
+    names = pod_names(directory)
+    with _opened(directory, name) as opened:
+        try:
+            rows = [
+                decode(key, value, names) | {"pins": str(directory)}
+                for key, value in opened.items()
+            ]
+        except KeyError as error:
+            raise AbiMismatch(f"{directory}/maps/{name} has no member {error}") from error
+    if name == "ss_lookup_text":
+        return rows[: _lookup_length(directory)]
+    return rows
+
+
+def _lookup_length(directory: Path) -> int:
+    with _opened(directory, "ss_meta") as opened:
+        meta = opened.get({"value": 0}) or {}
+    return _number(meta.get("lookup_instructions", 0))
+
+
+def _place(facts: libbpf.LinkFacts) -> str:
+    if facts.type == libbpf.LINK_TYPE_NETNS:
+        # The kernel clears the inode when the namespace goes (bpf_netns_link_fill_info).
+        return f"netns inode {facts.target}" if facts.target else "a netns that is gone"
+    try:
+        root = links.cgroup_root()
+    except FeatureMissing:
+        return f"cgroup id {facts.target}"
+    is_root = root.stat().st_ino == facts.target
+    return f"cgroup {root}" if is_root else f"cgroup id {facts.target}"
+
+
+def _program_row(fd: int, directory: Path, attached: str | None, link: int | None) -> Row:
+    facts = libbpf.program_facts(fd)
+    return {
+        "name": facts.name,
+        "type": PROGRAM_TYPES.get(facts.type, str(facts.type)),
+        "id": facts.id,
+        "tag": facts.tag,
+        "instruction_bytes": facts.instruction_bytes,
+        "attached": attached,
+        "link": link,
+        "pins": str(directory),
+    }
+
+
+def list_programs(directory: Path) -> list[Row]:
+    """Return one row for each pinned program, and one for each pod's copy of the lookup."""
+    names = pod_names(directory)
+    attached: dict[int, tuple[str, int]] = {}
+    copies: list[tuple[int, str, int]] = []
+    for path in sorted((directory / "links").iterdir()):
+        with _closing(libbpf.open_pin(path)) as fd:
+            facts = libbpf.link_facts(fd)
+        cookie = path.name.removeprefix(LOOKUP_LINK)
+        if cookie != path.name and cookie.isdecimal():
+            pod = names.get(int(cookie), f"netns cookie {cookie}")
+            place = f"pod {pod}" if facts.target else f"pod {pod}, whose netns is gone"
+            copies.append((facts.program_id, place, facts.id))
+        else:
+            attached[facts.program_id] = (_place(facts), facts.id)
+    rows: list[Row] = []
+    for path in sorted((directory / "programs").iterdir()):
+        with _closing(libbpf.open_pin(path)) as fd:
+            place, link = attached.get(libbpf.program_facts(fd).id, (None, None))
+            if path.name == LOOKUP_PROGRAM:
+                place = f"as a copy for each pod: {len(copies)}"
+            rows.append(_program_row(fd, directory, place, link))
+    for program_id, pod_place, pod_link in copies:
+        # The program may have gone with its link meanwhile.
+        with contextlib.suppress(KernelError), _closing(libbpf.open_program(program_id)) as fd:
+            rows.append(_program_row(fd, directory, pod_place, pod_link))
+    return rows
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)

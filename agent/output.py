@@ -1,0 +1,75 @@
+"""Print a listing: one way for every command, as a table, as JSON or as YAML.
+
+Rows are dictionaries of plain values (text, numbers, booleans, None, lists of those). JSON and YAML
+print them as they are; the table prints the columns that the command chose, aligned and without
+boxes, and colored only on a terminal. Lines are never cut: who pipes a table wants all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+Output = Literal["table", "json", "yaml"]
+Row = dict[str, object]
+Command = TypeVar("Command", bound="Callable[..., Any]")
+UNBOUNDED = 100_000  # columns: wider than any listing, so that nothing is folded
+
+
+def output_option(command: Command) -> Command:
+    """Give a command the option -o, passed to it as `output`."""
+    option = click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json", "yaml"]),
+        default="table",
+        show_default=True,
+        help="How to print the listing.",
+    )
+    return option(command)
+
+
+def emit(rows: Iterable[Row], columns: Sequence[str], output: Output) -> None:
+    """Print `rows`: their `columns` as a table, or all of them as JSON or YAML."""
+    listed = list(rows)
+    if output == "json":
+        click.echo(json.dumps(listed, indent=2))
+    elif output == "yaml":
+        click.echo(yaml.safe_dump(listed, sort_keys=False), nl=False)
+    else:
+        click.echo(_table(listed, columns))
+
+
+def _table(rows: list[Row], columns: Sequence[str]) -> str:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for column in columns:
+        is_number = any(type(row.get(column)) is int for row in rows)
+        heading = column.upper().replace("_", " ")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    console = Console(file=sys.stdout, width=UNBOUNDED, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    # click drops the colors where the output is not a terminal.
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _cell(value: object) -> Text:
+    if value is None or value == "":
+        return Text("-")
+    if isinstance(value, bool):
+        return Text("yes", "green") if value else Text("no", "red")
+    if isinstance(value, list):
+        return Text(",".join(str(part) for part in value) or "-")
+    return Text(str(value))
