@@ -42,7 +42,7 @@ class TcpChannel:
         self._wants_read = False
         self._has_read_all = False
         self._ends = self._has_ended = False
-        self._is_closed = False
+        self._is_closed = self._is_detached = False
         self._watched = 0
         reactor.watch(self._fd, 0, self._on_ready)
 
@@ -55,7 +55,14 @@ class TcpChannel:
         wanted = (READ if self._wants_read and not self._has_read_all else 0) | (
             WRITE if self._pending else 0
         )
-        if wanted != self._watched and not self._is_closed:
+        if self._is_closed:
+            return
+        if self._is_detached:
+            if wanted:
+                self._is_detached = False
+                self._watched = wanted
+                self._reactor.watch(self._fd, wanted, self._on_ready)
+        elif wanted != self._watched:
             self._watched = wanted
             self._reactor.change(self._fd, wanted)
 
@@ -68,8 +75,10 @@ class TcpChannel:
             # RST while we do not read: there may be data before it, but nobody wants it any more.
             if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._fail()
-            elif self._has_read_all and self._has_ended:
-                self._reactor.forget(self._fd)  # HUP after both FINs: closing follows
+            else:
+                # Both FINs have passed and we do not read now: epoll would report it for ever.
+                self._reactor.forget(self._fd)
+                self._is_detached = True
 
     def _read(self) -> None:
         try:

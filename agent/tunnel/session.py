@@ -1,0 +1,415 @@
+"""One tunnel over one TLS socket: handshake, reading, writing, pings, and its streams as channels.
+
+The shell around `connection`: it moves bytes between the socket and the core, and turns the core's
+events into calls on stream channels. It knows no pods and no policy; `outbound` and `inbound` do.
+
+Writing is bounded: while more than a little waits for the socket, no stream gets to send, and when
+it has drained the waiting streams take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections import deque
+from typing import TYPE_CHECKING
+
+from agent.errors import UntrustedPeer
+from agent.identity.verify import peer_identity
+from agent.tunnel import sockets
+from agent.tunnel.connection import Connection, Role
+from agent.tunnel.events import (
+    ConnectionTerminated,
+    ConnectRequested,
+    DataReceived,
+    GoAwayReceived,
+    PongReceived,
+    ResponseReceived,
+    SettingsReceived,
+    StreamEnded,
+    StreamReset,
+    WindowOpened,
+)
+from agent.tunnel.frames import ErrorCode
+from agent.tunnel.reactor import READ, WRITE
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from agent.model.identity import SpiffeId
+    from agent.tunnel.events import Event
+    from agent.tunnel.reactor import Reactor
+
+HANDSHAKE_SECONDS = 5.0
+PING_SECONDS = 10.0
+PONG_SECONDS = 20.0
+READ_BYTES = 64 * 1024
+RECORDS_PER_TURN = 32  # then others get their turn
+UNSENT_BYTES = 256 * 1024
+WRITE_BYTES = 64 * 1024
+
+
+class StreamChannel:
+    """One stream as a relay.Channel."""
+
+    def __init__(self, session: Session, stream_id: int) -> None:
+        self.on_data: Callable[[bytes | memoryview], None] = self._drop
+        self.on_end = self.on_abort = self.on_drained = lambda: None
+        self._session = session
+        self._stream_id = stream_id
+        self._pending: deque[memoryview] = deque()
+        self.buffered = 0
+        self._is_paused = False
+        self._unacknowledged = 0
+        self._ends = self._has_ended = False
+        self._is_closed = False
+
+    @staticmethod
+    def _drop(_data: bytes | memoryview) -> None:
+        """Before the stream is joined nothing is read of it."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send what the windows allow, keep the rest."""
+        if self._is_closed:
+            return
+        self._pending.append(memoryview(data))
+        self.buffered += len(data)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is pending as far as it may go; called when a window opens."""
+        connection = self._session.connection
+        had_pending = bool(self._pending)
+        while self._pending:
+            allowed = self._session.sendable(self._stream_id)
+            if not allowed:
+                break
+            data = self._pending[0]
+            part = data[:allowed]
+            connection.send_data(self._stream_id, part)
+            self._session.account(len(part))
+            self.buffered -= len(part)
+            if len(part) < len(data):
+                self._pending[0] = data[allowed:]
+            else:
+                self._pending.popleft()
+        if not self._pending and self._ends and not self._has_ended and not self._is_closed:
+            self._has_ended = True
+            connection.send_data(self._stream_id, b"", ends=True)
+        self._session.wants_write()
+        if had_pending and not self._pending:
+            self.on_drained()
+
+    def finish(self) -> None:
+        """Send END_STREAM after what is buffered."""
+        self._ends = True
+        self.flush()
+
+    def pause(self) -> None:
+        """Acknowledge no more: the peer stops at the stream's window."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Acknowledge what was taken meanwhile."""
+        self._is_paused = False
+        self._acknowledge()
+
+    def received(self, data: memoryview) -> None:
+        """Take bytes off the stream (called by the session)."""
+        self._unacknowledged += len(data)
+        self.on_data(data)
+        if not self._is_paused:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._unacknowledged and not self._is_closed:
+            self._session.connection.acknowledge(self._stream_id, self._unacknowledged)
+            self._unacknowledged = 0
+            self._session.wants_write()
+
+    def abort(self, code: int = ErrorCode.CONNECT_ERROR) -> None:
+        """Reset the stream; CONNECT_ERROR is what a TCP RST becomes (RFC 9113 §8.5)."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._pending.clear()
+            self._session.connection.reset(self._stream_id, code)
+            self._session.forget_stream(self._stream_id)
+
+    def close(self) -> None:
+        """Both directions have ended."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._session.forget_stream(self._stream_id)
+
+
+class Session:
+    """One tunnel. Owns the socket from the constructor on.
+
+    Callbacks: `on_ready(session)` once, when streams may be opened (client) or the peer is known
+    (server); `on_closed(session, reason)` once, whatever happened; `on_request(session, event)` for
+    each CONNECT (server); `on_response(session, stream_id, status)` (client).
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        own: socket.socket,
+        context: ssl.SSLContext,
+        role: Role,
+        trust_domain: str,
+    ) -> None:
+        self.on_ready: Callable[[Session], None] = lambda _session: None
+        self.on_closed: Callable[[Session, str], None] = lambda _session, _reason: None
+        self.on_request: Callable[[Session, ConnectRequested], None] = lambda _session, _event: None
+        self.on_response: Callable[[Session, int, int], None] = lambda _session, _id, _status: None
+        self.on_idle: Callable[[Session], None] = lambda _session: None
+        self.connection = Connection(role)
+        self.peer: SpiffeId | None = None
+        self.channels: dict[int, StreamChannel] = {}
+        self._reactor = reactor
+        self._trust_domain = trust_domain
+        self._role = role
+        self._tls = context.wrap_socket(
+            own, server_side=role is Role.SERVER, do_handshake_on_connect=False
+        )
+        self._fd = self._tls.fileno()
+        self._unsent = b""
+        self._queued = 0  # bytes of streams in the core's output
+        self._is_established = self._is_ready = self.is_closed = False
+        self._watched = READ | WRITE
+        self._is_write_due = False
+        self._waiting: deque[int] = deque()  # streams that found the socket full, in turn
+        self._deadline = reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
+        reactor.watch(self._fd, self._watched, self._on_io)
+
+    # -- streams ------------------------------------------------------------------------------
+
+    def open_stream(self, authority: str, headers: dict[str, str]) -> int:
+        """Send a CONNECT; the answer comes to `on_response`."""
+        stream_id = self.connection.open_stream(authority, headers)
+        self.channels[stream_id] = StreamChannel(self, stream_id)
+        self.wants_write()
+        return stream_id
+
+    def respond(self, stream_id: int, status: int) -> None:
+        """Answer a CONNECT."""
+        self.connection.respond(stream_id, status)
+        if status != 200:
+            self.forget_stream(stream_id)
+        self.wants_write()
+
+    def forget_stream(self, stream_id: int) -> None:
+        """Deliver no more events of a stream."""
+        if self.channels.pop(stream_id, None) is not None:
+            self.wants_write()
+            if not self.channels:
+                self.on_idle(self)
+
+    def sendable(self, stream_id: int) -> int:
+        """Return how much a stream may send now; 0 puts it in the line for the socket."""
+        room = UNSENT_BYTES - len(self._unsent) - self._queued
+        if room <= 0:
+            self._waiting.append(stream_id)
+            return 0
+        return min(room, self.connection.sendable(stream_id))
+
+    def account(self, size: int) -> None:
+        """Count bytes that a stream put into the output."""
+        self._queued += size
+
+    # -- input and output ---------------------------------------------------------------------
+
+    def wants_write(self) -> None:
+        """Write at the end of this round, all streams' frames together."""
+        if not self._is_write_due and not self.is_closed:
+            self._is_write_due = True
+            self._reactor.call_soon(self._write_due)
+
+    def _write_due(self) -> None:
+        self._is_write_due = False
+        if self._is_established and not self.is_closed:
+            self._write()
+
+    def _watch(self, events: int) -> None:
+        if events != self._watched and not self.is_closed:
+            self._watched = events
+            self._reactor.change(self._fd, events)
+
+    def _on_io(self, ready: int) -> None:
+        try:
+            if not self._is_established:
+                self._handshake()
+            else:
+                if ready & WRITE:
+                    self._write()
+                if ready & ~WRITE and not self.is_closed:
+                    self._read()
+        except UntrustedPeer as error:
+            self.fail(str(error))
+        except (ssl.SSLError, OSError) as error:
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def _handshake(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._watch(READ)
+            return
+        except ssl.SSLWantWriteError:
+            self._watch(WRITE)
+            return
+        if self._tls.selected_alpn_protocol() != "h2":
+            raise UntrustedPeer("the peer does not offer h2 in ALPN")
+        certificate = self._tls.getpeercert() or {}
+        names = certificate.get("subjectAltName", ())
+        self.peer = peer_identity(names, self._trust_domain)  # type: ignore[arg-type]  # typeshed: SAN is pairs
+        self._is_established = True
+        self._deadline.cancel()
+        self._deadline = self._reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
+        self._watch(READ)
+        if self._role is Role.SERVER:
+            self.on_ready(self)
+        self._write()
+        self._read()
+
+    def _read(self) -> None:
+        for _ in range(RECORDS_PER_TURN):
+            try:
+                data = self._tls.recv(READ_BYTES)
+            except ssl.SSLWantReadError:
+                return
+            except ssl.SSLWantWriteError:
+                self._watch(READ | WRITE)
+                return
+            if not data:
+                self.fail("the peer closed the tunnel")
+                return
+            for event in self.connection.receive(data):
+                self._dispatch(event)
+                if self.is_closed:
+                    return
+            if self.connection.has_output:
+                self.wants_write()
+        # OpenSSL may hold decrypted records that epoll does not know of.
+        self._reactor.call_soon(lambda: None if self.is_closed else self._on_io(READ))
+
+    def _write(self) -> None:
+        while not self.is_closed:
+            if not self._unsent:
+                if not self.connection.has_output:
+                    break
+                self._unsent = self.connection.take_output()
+                self._queued = 0
+            try:
+                # Retried with the same bytes, as OpenSSL demands.
+                sent = self._tls.send(self._unsent[:WRITE_BYTES])
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                self._watch(READ | WRITE)
+                return
+            except (ssl.SSLError, OSError) as error:
+                self.fail(f"{type(error).__name__}: {error}")
+                return
+            self._unsent = self._unsent[sent:]
+            if not self._unsent:
+                self._serve_waiting()
+        self._watch(READ)
+        if self.connection.is_terminated and not self._unsent:
+            self.fail("the tunnel was ended")
+
+    def _serve_waiting(self) -> None:
+        for _ in range(len(self._waiting)):
+            channel = self.channels.get(self._waiting.popleft())
+            if channel is not None:
+                channel.flush()
+
+    # -- events -------------------------------------------------------------------------------
+
+    def _dispatch(self, event: Event) -> None:
+        match event:
+            case DataReceived():
+                channel = self.channels.get(event.stream_id)
+                if channel is not None:
+                    channel.received(event.data)
+            case WindowOpened(stream_id=0):
+                for channel in list(self.channels.values()):
+                    channel.flush()
+            case WindowOpened():
+                channel = self.channels.get(event.stream_id)
+                if channel is not None:
+                    channel.flush()
+            case StreamEnded():
+                channel = self.channels.get(event.stream_id)
+                if channel is not None:
+                    channel.on_end()
+            case StreamReset():
+                channel = self.channels.get(event.stream_id)
+                if channel is not None:
+                    channel.on_abort()
+                    self.forget_stream(event.stream_id)
+            case ConnectRequested():
+                self.channels[event.stream_id] = StreamChannel(self, event.stream_id)
+                self.on_request(self, event)
+            case ResponseReceived():
+                self.on_response(self, event.stream_id, event.status)
+            case SettingsReceived():
+                self._on_settings()
+            case PongReceived():
+                self._deadline.cancel()
+                self._schedule_ping()
+            case ConnectionTerminated():
+                self.fail(f"the peer broke HTTP/2: {event.reason}")
+            case GoAwayReceived():
+                if not self.channels:
+                    self.on_idle(self)
+
+    def _on_settings(self) -> None:
+        if not self._is_ready:
+            self._is_ready = True
+            self._deadline.cancel()
+            self._schedule_ping()
+            if self._role is Role.CLIENT:
+                self.on_ready(self)
+        for channel in list(self.channels.values()):
+            channel.flush()
+
+    def _schedule_ping(self) -> None:
+        self._deadline = self._reactor.call_later(PING_SECONDS, self._ping)
+
+    def _ping(self) -> None:
+        self.connection.ping(b"sidestep")
+        self.wants_write()
+        self._deadline = self._reactor.call_later(PONG_SECONDS, self._on_deadline)
+
+    def _on_deadline(self) -> None:
+        self.fail(
+            "the peer did not answer a ping in time"
+            if self._is_ready
+            else "the peer did not finish the handshake in time"
+        )
+
+    # -- end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Say goodbye and close when that is written; open streams are reset."""
+        self.connection.close()
+        self.wants_write()
+
+    def fail(self, reason: str) -> None:
+        """Close now; every open stream is aborted."""
+        if self.is_closed:
+            return
+        self._deadline.cancel()
+        if self.connection.has_output and self._is_established:
+            try:  # a GOAWAY with the reason's code, if the socket takes it at once
+                self._tls.send(self._unsent + self.connection.take_output())
+            except (ssl.SSLError, OSError):
+                pass
+        self.is_closed = True
+        self._reactor.forget(self._fd)
+        channels, self.channels = self.channels, {}
+        for channel in channels.values():
+            channel.on_abort()
+        with contextlib.suppress(OSError):
+            sockets.abort(self._tls) if not self._is_established else self._tls.close()
+        self.on_closed(self, reason)
