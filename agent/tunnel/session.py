@@ -148,7 +148,7 @@ class Session:
 
     Callbacks: `on_ready(session)` once, when streams may be opened (client) or the peer is known
     (server); `on_closed(session, reason)` once, whatever happened; `on_request(session, event)` for
-    each CONNECT (server); `on_response(session, stream_id, status)` (client).
+    each CONNECT (server). The answer to our own CONNECT goes to `channel.on_response`.
     """
 
     def __init__(
@@ -162,7 +162,6 @@ class Session:
         self.on_ready: Callable[[Session], None] = lambda _session: None
         self.on_closed: Callable[[Session, str], None] = lambda _session, _reason: None
         self.on_request: Callable[[Session, ConnectRequested], None] = lambda _session, _event: None
-        self.on_response: Callable[[Session, int, int], None] = lambda _session, _id, _status: None
         self.on_idle: Callable[[Session], None] = lambda _session: None
         self.connection = Connection(role)
         self.peer: SpiffeId | None = None
@@ -186,7 +185,7 @@ class Session:
     # -- streams ------------------------------------------------------------------------------
 
     def open_stream(self, authority: str, headers: dict[str, str]) -> int:
-        """Send a CONNECT; the answer comes to `on_response`."""
+        """Send a CONNECT; the answer comes to its channel."""
         stream_id = self.connection.open_stream(authority, headers)
         self.channels[stream_id] = StreamChannel(self, stream_id)
         self.wants_write()
@@ -351,7 +350,9 @@ class Session:
                 self.channels[event.stream_id] = StreamChannel(self, event.stream_id)
                 self.on_request(self, event)
             case ResponseReceived():
-                self.on_response(self, event.stream_id, event.status)
+                channel = self.channels.get(event.stream_id)
+                if channel is not None:
+                    channel.on_response(event.status)
             case SettingsReceived():
                 self._on_settings()
             case PongReceived():

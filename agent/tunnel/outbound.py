@@ -1,0 +1,147 @@
+"""From the pod: a captured connection to its destination, through a tunnel where there is one.
+
+The original destination comes from the map that sockops wrote before the SYN left. A connection
+without one did not come from capture (somebody dialed 15001 himself) and is reset.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from agent.datapath import records
+from agent.errors import NoCertificate
+from agent.tunnel import sockets, tcp
+from agent.tunnel.relay import Relay
+from agent.tunnel.served import Access, endpoint
+from agent.tunnel.tcp import TcpChannel
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from agent.datapath.maps import Map
+    from agent.tunnel.mesh import Mesh, Route
+    from agent.tunnel.pool import Pool
+    from agent.tunnel.reactor import Reactor
+    from agent.tunnel.served import ServedPod
+    from agent.tunnel.session import Session
+    from agent.tunnel.sockets import PodSockets
+
+
+class Outbound:
+    """Serves the connections accepted on 15001."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        pod_sockets: PodSockets,
+        origins: Map,
+        mesh: Mesh,
+        pool: Pool,
+        client_context: Callable[[str], ssl.SSLContext],
+    ) -> None:
+        self._reactor = reactor
+        self._sockets = pod_sockets
+        self._origins = origins
+        self._mesh = mesh
+        self._pool = pool
+        self._client_context = client_context
+
+    def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
+        """Take over one accepted connection."""
+        host, port = peer[:2]
+        key = records.source_key(served.netns_cookie, ip_address(host), port)
+        origin = self._origins.get(key)
+        if origin is None:
+            sockets.abort(accepted)
+            return
+        address = records.unpack_address(origin["address"])
+        original_port = origin["port_be"]
+        assert isinstance(original_port, int)
+        access = Access(
+            "outbound", served.pod, endpoint(host, port), endpoint(str(address), original_port)
+        )
+        route = self._mesh.resolve(address, original_port, random.choice)
+        if route is None:
+            sockets.abort(accepted)
+            access.complete("the service has no ready endpoint")
+        elif route.workload is None:
+            self._pass_through(served, accepted, route, access)
+        else:
+            self._tunnel(served, accepted, route, access)
+
+    def _pass_through(
+        self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
+    ) -> None:
+        family = socket.AF_INET if route.address.version == 4 else socket.AF_INET6
+        dialed = self._sockets.open(served.netns_fd, family)
+
+        def on_connected(error: OSError | None) -> None:
+            if error is not None:
+                sockets.abort(accepted)
+                access.complete(f"connect failed: {error}")
+                return
+            left = TcpChannel(self._reactor, accepted)
+            right = TcpChannel(self._reactor, dialed)
+            Relay(
+                left,
+                right,
+                lambda sent, received, aborted: access.complete(
+                    "reset" if aborted else "ok", sent, received
+                ),
+            )
+            left.start()
+            right.start()
+
+        tcp.connect(self._reactor, dialed, (str(route.address), route.port), on_connected)
+
+    def _tunnel(
+        self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
+    ) -> None:
+        assert route.workload is not None
+        access.path = "hbone"
+        authority = endpoint(str(route.address), route.port)
+        baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
+        headers = {"baggage": baggage, "forwarded": f'for="{access.source}"'}
+        try:
+            context = self._client_context(str(served.identity))
+        except NoCertificate as error:
+            sockets.abort(accepted)
+            access.complete(str(error))
+            return
+
+        def refuse(reason: str) -> None:
+            sockets.abort(accepted)
+            access.complete(reason)
+
+        def on_session(session: Session | None, reason: str) -> None:
+            if session is None:
+                refuse(reason)
+                return
+            access.peer_identity = str(session.peer)
+            stream_id = session.open_stream(authority, headers)
+            channel = session.channels[stream_id]
+            channel.on_abort = lambda: refuse("the peer reset the stream before it answered")
+
+            def on_response(status: int) -> None:
+                if status != 200:
+                    channel.on_abort = lambda: None
+                    channel.abort()
+                    refuse(f"the peer answered {status}")
+                    return
+                left = TcpChannel(self._reactor, accepted)
+                Relay(
+                    left,
+                    channel,
+                    lambda sent, received, aborted: access.complete(
+                        "reset" if aborted else "ok", sent, received
+                    ),
+                )
+                left.start()
+
+            channel.on_response = on_response
+
+        self._pool.acquire(served, context, route.workload, route.address, on_session)

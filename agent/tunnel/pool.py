@@ -1,0 +1,147 @@
+"""Tunnels kept for use: one carries many streams, and a new one is dialed when all are full.
+
+A tunnel is shared only within one source pod and identity, so that the peer's view of who connects
+is exact, and only for one destination identity and address. Requests that come while a tunnel is
+being dialed wait for it. An idle tunnel is closed after five minutes.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agent.model.capture import HBONE_PORT
+from agent.tunnel import tcp
+from agent.tunnel.connection import Role
+from agent.tunnel.session import Session
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from agent.model.pod import Address
+    from agent.model.workload import Workload
+    from agent.tunnel.reactor import Reactor, Timer
+    from agent.tunnel.served import ServedPod
+    from agent.tunnel.sockets import PodSockets
+
+STREAMS_PER_TUNNEL = 100
+IDLE_SECONDS = 300.0
+
+Key = tuple[str, str, str, str]  # source pod, source identity, destination, its address
+
+
+@dataclass
+class _Entry:
+    """A tunnel that is being dialed (no session yet, or not ready) or in use."""
+
+    session: Session | None = None
+    is_ready: bool = False
+    waiters: list[Callable[[Session | None, str], None]] = field(default_factory=list)
+    idle: Timer | None = None
+
+
+class Pool:
+    """All outbound tunnels of a worker."""
+
+    def __init__(self, reactor: Reactor, pod_sockets: PodSockets, trust_domain: str) -> None:
+        self._reactor = reactor
+        self._sockets = pod_sockets
+        self._trust_domain = trust_domain
+        self._entries: dict[Key, list[_Entry]] = {}
+
+    def acquire(
+        self,
+        served: ServedPod,
+        context: ssl.SSLContext,
+        workload: Workload,
+        address: Address,
+        on_session: Callable[[Session | None, str], None],
+    ) -> None:
+        """Find or dial a tunnel for one stream; `on_session` opens it at once."""
+        key = (served.pod.uid, str(served.identity), workload.uid, str(address))
+        entries = self._entries.setdefault(key, [])
+        for entry in entries:
+            if entry.is_ready and entry.session is not None:
+                connection = entry.session.connection
+                if connection.may_open and connection.stream_count < STREAMS_PER_TUNNEL:
+                    if entry.idle is not None:
+                        entry.idle.cancel()
+                        entry.idle = None
+                    on_session(entry.session, "")
+                    return
+            elif not entry.is_ready and len(entry.waiters) < STREAMS_PER_TUNNEL:
+                entry.waiters.append(on_session)
+                return
+        entry = _Entry(waiters=[on_session])
+        entries.append(entry)
+        self._dial(key, entry, served, context, workload, address)
+
+    def _dial(
+        self,
+        key: Key,
+        entry: _Entry,
+        served: ServedPod,
+        context: ssl.SSLContext,
+        workload: Workload,
+        address: Address,
+    ) -> None:
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        own = self._sockets.open(served.netns_fd, family)
+        expected = workload.identity(self._trust_domain)
+
+        def on_connected(error: OSError | None) -> None:
+            if error is not None:
+                hint = "; a NetworkPolicy may block it" if isinstance(error, TimeoutError) else ""
+                self._fail(key, entry, f"{address}:{HBONE_PORT} cannot be reached: {error}{hint}")
+                return
+            entry.session = Session(self._reactor, own, context, Role.CLIENT, self._trust_domain)
+            entry.session.on_ready = on_ready
+            entry.session.on_closed = lambda _session, reason: self._fail(key, entry, reason)
+            entry.session.on_idle = lambda _session: self._on_idle(entry)
+
+        def on_ready(session: Session) -> None:
+            if session.peer != expected:
+                session.fail(f"the peer at {address} is {session.peer}, not {expected}")
+                return
+            entry.is_ready = True
+            waiters, entry.waiters = entry.waiters, []
+            for waiter in waiters:
+                if session.connection.may_open:
+                    waiter(session, "")
+                else:
+                    self.acquire(served, context, workload, address, waiter)
+
+        tcp.connect(self._reactor, own, (str(address), HBONE_PORT), on_connected)
+
+    def _fail(self, key: Key, entry: _Entry, reason: str) -> None:
+        entries = self._entries.get(key, [])
+        if entry in entries:
+            entries.remove(entry)
+            if not entries:
+                del self._entries[key]
+        if entry.idle is not None:
+            entry.idle.cancel()
+        waiters, entry.waiters = entry.waiters, []
+        for waiter in waiters:
+            waiter(None, reason)
+
+    def _on_idle(self, entry: _Entry) -> None:
+        session = entry.session
+        if session is None or session.is_closed:
+            return
+        if session.connection.is_draining:
+            session.close()
+        elif entry.idle is None:
+            entry.idle = self._reactor.call_later(IDLE_SECONDS, session.close)
+
+    def close_pod(self, uid: str) -> None:
+        """Close a pod's tunnels that are idle now; the others close when they become idle."""
+        for key, entries in self._entries.items():
+            if key[0] == uid:
+                for entry in entries:
+                    if entry.session is not None and entry.is_ready:
+                        entry.session.connection.is_draining = True
+                        if not entry.session.channels:
+                            self._reactor.call_soon(entry.session.close)

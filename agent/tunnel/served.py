@@ -1,0 +1,67 @@
+"""A pod that a worker serves, and what its connections report when they end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+
+    from agent.model.identity import SpiffeId
+    from agent.model.pod import LocalPod
+
+
+@dataclass
+class ServedPod:
+    """Descriptors are the worker's own copies, closed by `close`."""
+
+    pod: LocalPod
+    identity: SpiffeId
+    netns_fd: int
+    netns_cookie: int
+    listeners: list[socket.socket]
+
+
+def log(message: str, **fields: object) -> None:
+    """Write one line of JSON to stderr: the worker's log."""
+    entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message}
+    sys.stderr.write(json.dumps(entry | fields, default=str) + "\n")
+
+
+@dataclass
+class Access:
+    """The access log entry of one connection, written when it ends."""
+
+    direction: str
+    pod: LocalPod
+    source: str
+    destination: str
+    path: str = "tcp"
+    peer_identity: str | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def complete(self, result: str, sent: int = 0, received: int = 0) -> None:
+        """Write it; `sent` counts bytes away from the client."""
+        log(
+            "connection complete",
+            direction=self.direction,
+            pod=f"{self.pod.namespace}/{self.pod.name}",
+            source=self.source,
+            destination=self.destination,
+            path=self.path,
+            peer_identity=self.peer_identity,
+            bytes_sent=sent,
+            bytes_received=received,
+            duration_ms=round((time.monotonic() - self.began) * 1000, 1),
+            result=result,
+        )
+
+
+def endpoint(host: str, port: int) -> str:
+    """Format an address and port as in `:authority` (RFC 3986 §3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

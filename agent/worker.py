@@ -1,0 +1,193 @@
+"""A worker process: the data plane of some or all connections of the node.
+
+Started by the control process as `python -m agent.worker FD`, where FD is its end of a message
+socket. Owns TLS, tunnels and relaying, in one thread around one epoll. Knows what messages told
+it, and reads the flow map. Several workers may serve the same listeners. It ends when the control
+process closes the socket.
+
+Imports neither kubernetes nor grpc nor bcc.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.datapath.maps import Map
+from agent.errors import NoCertificate, SidestepError
+from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.model.identity import SpiffeId
+from agent.tunnel import messages, tls
+from agent.tunnel.inbound import Inbound
+from agent.tunnel.mesh import Mesh
+from agent.tunnel.outbound import Outbound
+from agent.tunnel.pool import Pool
+from agent.tunnel.reactor import READ, Reactor
+from agent.tunnel.served import ServedPod, log
+from agent.tunnel.sockets import PodSockets
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
+
+ACCEPTS_PER_TURN = 64
+
+
+class Contexts:
+    """TLS contexts by identity, made anew when a certificate comes."""
+
+    def __init__(self) -> None:
+        self._certificates: dict[str, messages.PutCertificate] = {}
+        self._contexts: dict[tuple[str, bool], ssl.SSLContext] = {}
+
+    def put(self, certificate: messages.PutCertificate) -> None:
+        self._certificates[certificate.identity] = certificate
+        for is_server in (False, True):
+            self._contexts.pop((certificate.identity, is_server), None)
+
+    def _get(self, identity: str, *, is_server: bool) -> ssl.SSLContext:
+        key = (identity, is_server)
+        if key not in self._contexts:
+            if identity not in self._certificates:
+                raise NoCertificate(f"there is no certificate for {identity} yet")
+            self._contexts[key] = tls.build_context(
+                self._certificates[identity], is_server=is_server
+            )
+        return self._contexts[key]
+
+    def client(self, identity: str) -> ssl.SSLContext:
+        return self._get(identity, is_server=False)
+
+    def server(self, identity: str) -> ssl.SSLContext:
+        return self._get(identity, is_server=True)
+
+
+class Worker:
+    """Wires the parts when Configure comes, then follows messages."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._reactor = Reactor()
+        self._contexts = Contexts()
+        self._mesh = Mesh()
+        self._served: dict[str, ServedPod] = {}
+        self._trust_domain = ""
+        self._serve_by_port: dict[int, Serve] = {}
+        self._pool: Pool | None = None
+
+    def run(self) -> None:
+        """Serve until the control process goes away."""
+        self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
+        self._reactor.run()
+
+    def _on_message(self) -> None:
+        received = messages.receive(self._channel)
+        if received is None:
+            self._reactor.stop()
+            return
+        message, fds = received
+        match message:
+            case messages.Configure():
+                self._configure(message)
+            case messages.AddPod():
+                self._add_pod(message, fds)
+            case messages.RemovePod():
+                self._remove_pod(message.uid)
+            case messages.PutCertificate():
+                self._contexts.put(message)
+            case messages.PutWorkload():
+                self._mesh.put_workload(message.workload)
+            case messages.RemoveWorkload():
+                self._mesh.remove_workload(message.uid)
+            case messages.PutService():
+                self._mesh.put_service(message.service)
+            case messages.RemoveService():
+                self._mesh.remove_service(message.namespace, message.name)
+            case messages.Ask():
+                messages.send(self._channel, messages.Ready(message.number))
+
+    def _configure(self, message: messages.Configure) -> None:
+        maps = Path(message.pin_directory) / "maps"
+        self._trust_domain = message.trust_domain
+        pod_sockets = PodSockets(Map(maps / "ss_exempt"))
+        self._pool = Pool(self._reactor, pod_sockets, message.trust_domain)
+        outbound = Outbound(
+            self._reactor,
+            pod_sockets,
+            Map(maps / "ss_origin_flow"),
+            self._mesh,
+            self._pool,
+            self._contexts.client,
+        )
+        inbound = Inbound(self._reactor, pod_sockets, message.trust_domain, self._contexts.server)
+        self._serve_by_port = {
+            OUTBOUND_PORT: outbound.serve,
+            INBOUND_PORT: inbound.serve_plaintext,
+            HBONE_PORT: inbound.serve_tunnel,
+        }
+
+    def _add_pod(self, message: messages.AddPod, fds: list[int]) -> None:
+        self._remove_pod(message.pod.uid)
+        pod = message.pod
+        identity = SpiffeId(self._trust_domain, pod.namespace, pod.service_account)
+        listeners = [socket.socket(fileno=fd) for fd in fds[1:]]
+        served = ServedPod(pod, identity, fds[0], message.netns_cookie, listeners)
+        self._served[pod.uid] = served
+        for port, listener in zip(message.listener_ports, listeners, strict=True):
+            listener.setblocking(False)
+            self._watch_listener(served, listener, self._serve_by_port[port])
+
+    def _watch_listener(self, served: ServedPod, listener: socket.socket, serve: Serve) -> None:
+        def on_ready(_ready: int) -> None:
+            for _ in range(ACCEPTS_PER_TURN):
+                try:
+                    accepted, peer = listener.accept()
+                except BlockingIOError:
+                    return
+                except OSError as error:
+                    log("accept failed", pod=served.pod.name, reason=str(error))
+                    return
+                accepted.setblocking(False)
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                try:
+                    serve(served, accepted, peer)
+                except (SidestepError, OSError) as error:
+                    # One connection's failure is its own.
+                    accepted.close()
+                    log("connection failed", pod=served.pod.name, reason=str(error))
+
+        self._reactor.watch(listener.fileno(), READ, on_ready)
+
+    def _remove_pod(self, uid: str) -> None:
+        served = self._served.pop(uid, None)
+        if served is None:
+            return
+        for listener in served.listeners:
+            self._reactor.forget(listener.fileno())
+            listener.close()
+        if self._pool is not None:
+            self._pool.close_pod(uid)
+        os.close(served.netns_fd)
+
+
+def main() -> None:
+    """Run a worker on the message socket whose descriptor is the only argument."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError):  # two descriptors for each connection
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.freeze()  # what is loaded now lives as long as the process
+    with suppress(KeyboardInterrupt):
+        Worker(channel).run()
+
+
+if __name__ == "__main__":
+    main()
