@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from agent.commands.agent import agent
 from agent.commands.check import check
 from agent.commands.maps import maps
 from agent.commands.programs import programs
@@ -33,6 +34,11 @@ def main() -> None:
     """Mutual TLS and identity for pods, without sidecars and without iptables."""
 
 
+main.add_command(agent)
 main.add_command(maps)
 main.add_command(programs)
 main.add_command(check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What the control process tells a worker, and what a worker answers.
 
-One datagram on an AF_UNIX SOCK_SEQPACKET socket is one pickled message; descriptors travel beside it
-(SCM_RIGHTS). Both ends are one installation and the socket is a private pair, which is what makes
+One datagram on an AF_UNIX SOCK_SEQPACKET socket is one pickled message; descriptors travel beside
+it (SCM_RIGHTS). Both ends are one installation and the socket is a private pair, which makes
 pickle right here, as it is for multiprocessing: the model's values pass as they are. State reaches
 a worker this way or through the maps, never as a shared object.
 """

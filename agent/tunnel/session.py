@@ -50,12 +50,19 @@ UNSENT_BYTES = 256 * 1024
 WRITE_BYTES = 64 * 1024
 
 
+def _nothing() -> None:
+    pass
+
+
 class StreamChannel:
     """One stream as a relay.Channel."""
 
     def __init__(self, session: Session, stream_id: int) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = self._drop
-        self.on_end = self.on_abort = self.on_drained = lambda: None
+        self.on_end: Callable[[], None] = _nothing
+        self.on_abort: Callable[[], None] = _nothing
+        self.on_drained: Callable[[], None] = _nothing
+        self.on_response: Callable[[int], None] = lambda _status: None
         self._session = session
         self._stream_id = stream_id
         self._pending: deque[memoryview] = deque()
@@ -402,15 +409,16 @@ class Session:
             return
         self._deadline.cancel()
         if self.connection.has_output and self._is_established:
-            try:  # a GOAWAY with the reason's code, if the socket takes it at once
+            # a GOAWAY with the reason's code, if the socket takes it at once
+            with contextlib.suppress(ssl.SSLError, OSError):
                 self._tls.send(self._unsent + self.connection.take_output())
-            except (ssl.SSLError, OSError):
-                pass
         self.is_closed = True
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}
         for channel in channels.values():
             channel.on_abort()
-        with contextlib.suppress(OSError):
-            sockets.abort(self._tls) if not self._is_established else self._tls.close()
+        if self._is_established:
+            self._tls.close()
+        else:
+            sockets.abort(self._tls)
         self.on_closed(self, reason)

@@ -1,0 +1,274 @@
+"""The control process: build the parts, follow the state, stop in order.
+
+    discovery -> diff -> enroll / unenroll -> tell the workers -> publish
+
+One pod's failure is that pod's: it is logged, shown by the admin socket, and tried again at the
+next change, or after a second while its sandbox is not there yet. Stopping unenrolls every pod, so
+that none is left captured with nobody listening.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from agent import sandbox
+from agent.admin import Admin
+from agent.datapath import links, pins
+from agent.discovery.directory import DirectorySource
+from agent.enroll import Enrollment, enroll, unenroll
+from agent.errors import SandboxNotFound, SidestepError
+from agent.identity.authority import LocalAuthority
+from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.model.identity import SpiffeId
+from agent.model.pod import Exclusions
+from agent.state.diff import Enroll, Unenroll, diff
+from agent.state.store import Snapshot
+from agent.tunnel import messages
+from agent.workers import WorkerProcess
+
+if TYPE_CHECKING:
+    from agent.model.pod import LocalPod
+    from agent.settings import Settings
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 1.0
+
+
+@dataclass
+class PodStatus:
+    """How one pod of this node fares."""
+
+    pod: LocalPod
+    state: str  # pending, enrolled, failed
+    reason: str = ""
+    detail: str = ""
+
+
+class Agent:
+    """One node's agent."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._source = DirectorySource(settings.objects)
+        self._authority = LocalAuthority(settings.authority)
+        self._pins = pins.load(settings.pin_root)
+        self._snapshot = Snapshot()
+        self._desired: dict[str, LocalPod] = {}
+        self._enrolled: dict[str, Enrollment] = {}
+        self._statuses: dict[str, PodStatus] = {}
+        self._certificates: dict[SpiffeId, messages.PutCertificate] = {}
+        self._workers: list[WorkerProcess] = []
+        self._stop = asyncio.Event()
+        self._is_ready = False
+        self._admin = Admin(settings.run_directory / "agent.sock", self._describe)
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        links.attach_cgroup(self._pins, links.cgroup_root())
+        for _ in range(self._settings.worker_count):
+            self._add_worker()
+        await self._admin.start()
+        try:
+            await self._follow()
+        finally:
+            self._shut_down()
+
+    async def _follow(self) -> None:
+        snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
+
+        async def read() -> None:
+            async for snapshot in self._source.watch(self._stop):
+                await snapshots.put(snapshot)
+            await snapshots.put(None)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(read())
+            while True:
+                is_waiting = any(status.state == "pending" for status in self._statuses.values())
+                try:
+                    async with asyncio.timeout(RETRY_SECONDS if is_waiting else None):
+                        snapshot = await snapshots.get()
+                except TimeoutError:
+                    snapshot = self._snapshot
+                if snapshot is None:
+                    return
+                await self._apply(snapshot)
+
+    async def _apply(self, snapshot: Snapshot) -> None:
+        self._tell_mesh(self._snapshot, snapshot)
+        self._snapshot = snapshot
+        common = self._settings.exclusions
+        self._desired = {
+            pod.uid: replace(pod, exclusions=_joined(common, pod.exclusions))
+            for pod in snapshot.local_pods.get(self._settings.node, ())
+        }
+        for uid in self._statuses.keys() - self._desired.keys() - self._enrolled.keys():
+            del self._statuses[uid]
+        observed = {uid: enrollment.pod for uid, enrollment in self._enrolled.items()}
+        for step in diff(self._desired, observed):
+            match step:
+                case Unenroll():
+                    self._unenroll(step.uid)
+                case Enroll():
+                    await self._enroll(step.pod)
+        self._is_ready = True
+        await self._admin.changed()
+
+    async def _enroll(self, pod: LocalPod) -> None:
+        netns_fd = -1
+        fields = {"pod": f"{pod.namespace}/{pod.name}"}
+        try:
+            netns_fd = sandbox.open_netns(pod, self._settings.pod_cgroups)
+            self._certify(pod)
+            enrollment = enroll(self._pins, pod, netns_fd)
+        except SidestepError as error:
+            if netns_fd >= 0:
+                os.close(netns_fd)
+            state = "pending" if isinstance(error, SandboxNotFound) else "failed"
+            before = self._statuses.get(pod.uid)
+            self._statuses[pod.uid] = PodStatus(pod, state, error.reason, str(error))
+            if before is None or before.detail != str(error):
+                log.warning("pod not enrolled", extra=fields | {"error": str(error)})
+            return
+        self._enrolled[pod.uid] = enrollment
+        for worker in self._workers:
+            self._tell_pod(worker, enrollment)
+        for worker in list(self._workers):
+            await worker.wait_in_force()
+        self._statuses[pod.uid] = PodStatus(pod, "enrolled")
+        self._source.publish(pod.namespace, pod.name, "enabled")
+        log.info("pod enrolled", extra=fields)
+
+    def _unenroll(self, uid: str) -> None:
+        enrollment = self._enrolled.pop(uid)
+        pod = enrollment.pod
+        # First the peers stop dialing 15008, then it goes.
+        self._source.publish(pod.namespace, pod.name, None)
+        try:
+            unenroll(enrollment)
+        finally:
+            os.close(enrollment.netns_fd)
+            for worker in self._workers:
+                worker.send(messages.RemovePod(uid))
+            self._statuses.pop(uid, None)
+        log.info("pod unenrolled", extra={"pod": f"{pod.namespace}/{pod.name}"})
+
+    def _certify(self, pod: LocalPod) -> None:
+        identity = SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)
+        if identity in self._certificates:
+            return
+        issued = self._authority.issue(identity)
+        message = messages.PutCertificate(str(identity), issued.chain, issued.key, issued.roots)
+        self._certificates[identity] = message
+        for worker in self._workers:
+            worker.send(message)
+
+    # -- workers ------------------------------------------------------------------------------
+
+    def _add_worker(self) -> None:
+        worker = WorkerProcess(self._on_worker_exit)
+        self._workers.append(worker)
+        worker.send(messages.Configure(str(self._pins.directory), self._settings.trust_domain))
+        for certificate in self._certificates.values():
+            worker.send(certificate)
+        for workload in self._snapshot.workloads:
+            worker.send(messages.PutWorkload(workload))
+        for service in self._snapshot.services:
+            worker.send(messages.PutService(service))
+        for enrollment in self._enrolled.values():
+            self._tell_pod(worker, enrollment)
+
+    def _on_worker_exit(self, worker: WorkerProcess) -> None:
+        worker.stop()
+        self._workers.remove(worker)
+        if not self._stop.is_set():
+            log.error(
+                "worker died and is replaced",
+                extra={"pid": worker.pid, "exit_code": worker.process.returncode},
+            )
+            self._add_worker()
+
+    @staticmethod
+    def _tell_pod(worker: WorkerProcess, enrollment: Enrollment) -> None:
+        listeners = [
+            (port, listener.fileno())
+            for port, found in (
+                (OUTBOUND_PORT, enrollment.outbound),
+                (INBOUND_PORT, enrollment.inbound),
+                (HBONE_PORT, enrollment.hbone),
+            )
+            for listener in found
+        ]
+        ports = tuple(port for port, _fd in listeners)
+        message = messages.AddPod(enrollment.pod, enrollment.netns_cookie, ports)
+        worker.send(message, [enrollment.netns_fd, *(fd for _port, fd in listeners)])
+
+    def _tell_mesh(self, before: Snapshot, after: Snapshot) -> None:
+        known = {workload.uid: workload for workload in before.workloads}
+        wanted = {workload.uid: workload for workload in after.workloads}
+        services = {(service.namespace, service.name): service for service in before.services}
+        wanted_services = {(service.namespace, service.name): service for service in after.services}
+        told: list[messages.ToWorker] = []
+        told += [messages.RemoveWorkload(uid) for uid in known.keys() - wanted.keys()]
+        told += [
+            messages.PutWorkload(workload)
+            for uid, workload in wanted.items()
+            if known.get(uid) != workload
+        ]
+        told += [messages.RemoveService(*key) for key in services.keys() - wanted_services.keys()]
+        told += [
+            messages.PutService(service)
+            for key, service in wanted_services.items()
+            if services.get(key) != service
+        ]
+        for worker in self._workers:
+            for message in told:
+                worker.send(message)
+
+    # -- end ----------------------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, object]:
+        return {
+            "ready": self._is_ready,
+            "node": self._settings.node,
+            "pods": [
+                {
+                    "uid": status.pod.uid,
+                    "namespace": status.pod.namespace,
+                    "name": status.pod.name,
+                    "state": status.state,
+                    "reason": status.reason,
+                    "detail": status.detail,
+                }
+                for status in self._statuses.values()
+            ],
+            "workers": [{"pid": worker.pid} for worker in self._workers],
+        }
+
+    def _shut_down(self) -> None:
+        self._stop.set()
+        for uid in list(self._enrolled):
+            try:
+                self._unenroll(uid)
+            except SidestepError as error:
+                log.warning("pod not unenrolled cleanly", extra={"error": str(error)})
+        for worker in self._workers:
+            worker.stop()
+        self._admin.stop()
+        self._pins.close()
+
+
+def _joined(common: Exclusions, own: Exclusions) -> Exclusions:
+    return Exclusions(
+        common.outbound_ports | own.outbound_ports,
+        tuple(dict.fromkeys(common.outbound_networks + own.outbound_networks)),
+        common.inbound_ports | own.inbound_ports,
+    )

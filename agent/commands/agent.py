@@ -1,0 +1,68 @@
+"""`sidestep agent`: run the node agent."""
+
+from __future__ import annotations
+
+import asyncio
+from ipaddress import ip_network
+from pathlib import Path
+
+import click
+
+from agent import logs
+from agent.app import Agent
+from agent.datapath import pins
+from agent.errors import ConfigError
+from agent.model.pod import Exclusions
+from agent.settings import Settings
+
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
+_PORT = click.IntRange(1, 65535)
+
+
+@click.command()
+@click.option("--node", required=True, help="Name of this node, as in spec.nodeName of its pods.")
+@click.option("--objects", type=_EXISTING, required=True, help="Directory of Kubernetes objects.")
+@click.option("--run-dir", type=_DIRECTORY, default="/run/sidestep", show_default=True)
+@click.option("--pins", "pin_root", type=_DIRECTORY, default=pins.DEFAULT_ROOT, show_default=True)
+@click.option(
+    "--pod-cgroups", type=_EXISTING, default="/sys/fs/cgroup", show_default=True,
+    help="Where the cgroups of this node's pods are.",
+)  # fmt: skip
+@click.option("--authority", type=_EXISTING, required=True, help="Directory of the lab's CA.")
+@click.option("--trust-domain", default="cluster.local", show_default=True)
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
+@click.option("--exclude-outbound-port", type=_PORT, multiple=True, help="Never captured.")
+@click.option("--exclude-outbound-network", multiple=True, metavar="CIDR", help="Never captured.")
+@click.option("--exclude-inbound-port", type=_PORT, multiple=True, help="Never captured.")
+def agent(
+    node: str,
+    objects: Path,
+    run_dir: Path,
+    pin_root: Path,
+    pod_cgroups: Path,
+    authority: Path,
+    trust_domain: str,
+    workers: int,
+    exclude_outbound_port: tuple[int, ...],
+    exclude_outbound_network: tuple[str, ...],
+    exclude_inbound_port: tuple[int, ...],
+) -> None:
+    """Run the node agent: load the programs, follow the objects, serve the pods."""
+    try:
+        networks = tuple(ip_network(network) for network in exclude_outbound_network)
+    except ValueError as error:
+        raise ConfigError(f"--exclude-outbound-network: {error}") from error
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    exclusions = Exclusions(
+        frozenset(exclude_outbound_port), networks, frozenset(exclude_inbound_port)
+    )
+    settings = Settings(
+        node, objects, run_dir, pin_root, pod_cgroups, authority, trust_domain, workers, exclusions
+    )
+    logs.set_up()
+
+    async def run() -> None:
+        await Agent(settings).run()
+
+    asyncio.run(run())

@@ -1,0 +1,33 @@
+"""Find the network namespace of a pod of this node, from its cgroup.
+
+The runtime names a pod's cgroup after the pod's uid (`pod<uid>`, with `_` for `-` under systemd).
+Any process in it is in the pod's namespace. Nothing of the container runtime is asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent import netns
+from agent.errors import SandboxNotFound
+
+if TYPE_CHECKING:
+    from agent.model.pod import LocalPod
+
+
+def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
+    """Return a descriptor of the pod's namespace, the caller's (SandboxNotFound)."""
+    spellings = (f"pod{pod.uid}", f"pod{pod.uid.replace('-', '_')}")
+    for directory in pod_cgroups.rglob("*pod*"):
+        if not any(spelling in directory.name for spelling in spellings):
+            continue
+        for processes in directory.rglob("cgroup.procs"):
+            for pid in processes.read_text().split():
+                try:
+                    return netns.open_netns(Path(f"/proc/{pid}/ns/net"))
+                except OSError:
+                    continue  # ended meanwhile: the next one will do
+    raise SandboxNotFound(
+        f"{pod.namespace}/{pod.name} has no process below {pod_cgroups}: is it running on this node?"
+    )

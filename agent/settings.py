@@ -1,0 +1,26 @@
+"""The settings of one agent, frozen. Pure; read from flags by `agent.commands.agent`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.model.pod import Exclusions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an operator decides; `exclusions` apply to every pod, beside the pod's own."""
+
+    node: str
+    objects: Path
+    run_directory: Path
+    pin_root: Path
+    pod_cgroups: Path
+    authority: Path
+    trust_domain: str = "cluster.local"
+    worker_count: int = 1
+    exclusions: Exclusions = Exclusions()

@@ -1,0 +1,90 @@
+"""The control side of the worker processes: start, tell, ask, replace.
+
+Every worker is told the same. One that dies is replaced by a new one, which the owner introduces to
+all that is known; nothing but its own connections is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from agent.tunnel import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+STOP_SECONDS = 5.0
+SEND_SECONDS = 5.0  # a worker that takes nothing for so long is stuck
+
+
+class WorkerProcess:
+    """One worker and its message socket."""
+
+    def __init__(self, on_exit: Callable[[WorkerProcess], None]) -> None:
+        self._on_exit = on_exit
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.settimeout(SEND_SECONDS)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "agent.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+            )
+        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._number = 0
+        asyncio.get_running_loop().add_reader(self._channel, self._on_answer)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send(self, message: messages.ToWorker, fds: list[int] | None = None) -> None:
+        """Tell the worker; a dead one is noticed at its socket, not here."""
+        try:
+            messages.send(self._channel, message, fds)
+        except OSError as error:
+            log.warning("worker takes no messages", extra={"pid": self.pid, "error": str(error)})
+
+    async def wait_in_force(self) -> None:
+        """Wait until everything that was sent is in force (or the worker is gone)."""
+        self._number += 1
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[self._number] = answer
+        self.send(messages.Ask(self._number))
+        await answer
+
+    def _on_answer(self) -> None:
+        try:
+            received = messages.receive(self._channel)
+        except OSError:
+            received = None
+        if received is None:
+            self._close()
+            self._on_exit(self)
+            return
+        message, _fds = received
+        if isinstance(message, messages.Ready) and message.number in self._answers:
+            self._answers.pop(message.number).set_result(None)
+
+    def _close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._channel)
+        self._channel.close()
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            if not answer.done():
+                answer.set_result(None)
+
+    def stop(self) -> None:
+        """End the worker and wait for it; its connections end with it."""
+        if self._channel.fileno() >= 0:
+            self._close()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
