@@ -2,7 +2,7 @@
 
 The order keeps the pod closed or untouched, never half open:
 
-    1 reply route   marked packets come back to us       undo: delete rule and route, old sysctl
+    1 reply route   marked packets come back to us       undo: delete rule, route; old sysctls
     2 listeners     15001, 15006, 15008 in the pod       undo: close
     3 slot          15006 into ss_listeners              undo: delete
     4 exclusions    ss_bypass, ss_ports                  undo: delete
@@ -38,8 +38,13 @@ if TYPE_CHECKING:
     from agent.model.pod import LocalPod
 
 BACKLOG = 1024  # what a burst of 500 connects needs, with room
-# Of the pod's namespace: an accepted connection answers with the mark of its SYN.
-FWMARK_ACCEPT = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
+# Of the pod's namespace: answers carry the mark of what they answer, those of an accepted
+# connection and those without a socket (the RST of a port on which nobody listens).
+REPLY_SYSCTLS = (
+    Path("/proc/sys/net/ipv4/tcp_fwmark_accept"),
+    Path("/proc/sys/net/ipv4/fwmark_reflect"),
+    Path("/proc/sys/net/ipv6/fwmark_reflect"),
+)
 
 
 @dataclass
@@ -83,19 +88,20 @@ def unenroll(enrollment: Enrollment) -> None:
 
 
 def _add_reply_route(enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
-    def add() -> tuple[str, list[int]]:
+    def add() -> None:
         families = [socket.AF_INET] + ([socket.AF_INET6] if netns.has_ipv6() else [])
-        before = FWMARK_ACCEPT.read_text()
+        before = {path: path.read_text() for path in REPLY_SYSCTLS if path.exists()}
         undo.callback(netns.run_in, enrollment.netns_fd, lambda: take_away(before, families))
-        FWMARK_ACCEPT.write_text("1")
+        for path in before:
+            path.write_text("1")
         for family in families:
             netlink.add_reply_route(family)
-        return before, [int(family) for family in families]
 
-    def take_away(before: str, families: list[socket.AddressFamily]) -> None:
+    def take_away(before: dict[Path, str], families: list[socket.AddressFamily]) -> None:
         for family in families:
             netlink.delete_reply_route(family)
-        FWMARK_ACCEPT.write_text(before)
+        for path, text in before.items():
+            path.write_text(text)
 
     netns.run_in(enrollment.netns_fd, add)
 

@@ -29,5 +29,5 @@ def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
                 except OSError:
                     continue  # ended meanwhile: the next one will do
     raise SandboxNotFound(
-        f"{pod.namespace}/{pod.name} has no process below {pod_cgroups}: is it running on this node?"
+        f"{pod.namespace}/{pod.name} has no process below {pod_cgroups}; is it running here?"
     )

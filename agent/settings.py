@@ -10,6 +10,8 @@ from agent.model.pod import Exclusions
 if TYPE_CHECKING:
     from pathlib import Path
 
+NO_EXCLUSIONS = Exclusions()
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -23,4 +25,4 @@ class Settings:
     authority: Path
     trust_domain: str = "cluster.local"
     worker_count: int = 1
-    exclusions: Exclusions = Exclusions()
+    exclusions: Exclusions = NO_EXCLUSIONS

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.namespaces import loaded, network
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+__all__ = ["loaded", "network"]
 REQUIRE_ROOT = os.environ.get("REQUIRE_ROOT") == "1"
 
 

@@ -282,7 +282,10 @@ def test_unenroll_leaves_the_pod_as_it_was(loaded: Pins, network: Network) -> No
             )
             for command in commands
         ]
-        return (*outputs, netns.run_in(network.pod.fd, enroll.FWMARK_ACCEPT.read_text))
+        sysctls = netns.run_in(
+            network.pod.fd, lambda: [path.read_text() for path in enroll.REPLY_SYSCTLS]
+        )
+        return (*outputs, *sysctls)
 
     def entries() -> int:
         names = ("ss_pods", "ss_pod_names", "ss_bypass", "ss_ports", "ss_listeners")

@@ -1,0 +1,344 @@
+"""From Kubernetes objects to our model: the one translator, whatever the source. Pure.
+
+    Pod            -> Workload, and LocalPod if it wants the mesh
+    Namespace      -> the default of its pods' wish for the mesh
+    Service        -> Service
+    EndpointSlice  -> the endpoints of a Service
+
+Other kinds are not read. An object that cannot be used is left out and becomes a problem
+that names file, object, field and reason; it never disturbs another object. Whoever calls
+decides what stays in force instead. Names are checked, because they become parts of
+identities and of paths.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING
+
+from agent.errors import ManifestError
+from agent.model.pod import Exclusions, LocalPod
+from agent.model.service import Endpoint, Service, ServicePort
+from agent.model.workload import Workload
+from agent.state.store import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from agent.model.pod import Address, Network
+
+MODE_LABEL = "istio.io/dataplane-mode"
+SERVICE_LABEL = "kubernetes.io/service-name"
+REDIRECTION = "ambient.istio.io/redirection"
+EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
+EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
+EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+
+# RFC 1123, as Kubernetes checks names; a uid is free text there, and part of a path here.
+LABEL_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
+SUBDOMAIN_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9.]*[a-z0-9])?", re.ASCII)
+UID = re.compile(r"[A-Za-z0-9][-_.A-Za-z0-9]{0,127}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class SourcedObject:
+    """A Kubernetes object, and the file or other place that it came from."""
+
+    file: str
+    body: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What the objects mean, and which of them could not be used."""
+
+    snapshot: Snapshot
+    problems: tuple[ObjectProblem, ...]
+
+
+class ObjectProblem(ManifestError):
+    """One object that cannot be used, with the parts of its message."""
+
+    def __init__(self, file: str, named: str, path: str, detail: str) -> None:
+        super().__init__(f"{file}: {named}: {path}: {detail}")
+        self.file = file
+        self.named = named
+        self.path = path
+        self.detail = detail
+
+
+class _WrongField(Exception):
+    """A field cannot be used; never leaves this module."""
+
+    def __init__(self, path: str, detail: str) -> None:
+        super().__init__(path, detail)
+        self.path = path
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A value of unknown shape with its path; None is an absent field."""
+
+    value: object
+    path: str
+
+    def get(self, key: str) -> _Field:
+        """Go to a member; of an absent field every member is absent."""
+        path = f"{self.path}[{key}]" if "/" in key else f"{self.path}.{key}".lstrip(".")
+        if self.value is None:
+            return _Field(None, path)
+        if not isinstance(self.value, dict):
+            raise self.wrong("must be a mapping")
+        return _Field(self.value.get(key), path)
+
+    def items(self) -> Iterator[_Field]:
+        """Go through the items of a list; an absent one has none."""
+        if self.value is None:
+            return
+        if not isinstance(self.value, list):
+            raise self.wrong("must be a list")
+        for index, value in enumerate(self.value):
+            yield _Field(value, f"{self.path}[{index}]")
+
+    def text(self, default: str | None = None) -> str:
+        """Read a string; without a default the field is required."""
+        if self.value is None and default is not None:
+            return default
+        if self.value is None:
+            raise self.wrong("is required")
+        if not isinstance(self.value, str):
+            raise self.wrong(f"must be a string, not {self.value!r}: quote it")
+        return self.value
+
+    def name(self, pattern: re.Pattern[str], default: str | None = None) -> str:
+        """Read a string that becomes part of an identity or a path."""
+        text = self.text(default)
+        if not pattern.fullmatch(text):
+            raise self.wrong(f"{text!r} is not a valid name")
+        return text
+
+    def port(self) -> int:
+        """Read a port number."""
+        if self.value is None:
+            raise self.wrong("is required")
+        if type(self.value) is not int or not 1 <= self.value <= 65535:  # a bool is an int
+            raise self.wrong(f"{self.value!r} is not a port from 1 to 65535")
+        return self.value
+
+    def flag(self, *, default: bool) -> bool:
+        """Read a boolean."""
+        if self.value is None:
+            return default
+        if not isinstance(self.value, bool):
+            raise self.wrong(f"must be true or false, not {self.value!r}")
+        return self.value
+
+    def address(self) -> Address:
+        """Read an IP address."""
+        try:
+            return ip_address(self.text())
+        except ValueError:
+            raise self.wrong(f"{self.value!r} is not an IP address") from None
+
+    def ports(self) -> frozenset[int]:
+        """Read a comma-separated list of ports."""
+        # int() alone would accept "+80", "8_0" and digits of other scripts
+        return frozenset(
+            _Field(int(item) if item.isascii() and item.isdecimal() else item, self.path).port()
+            for item in self._listed()
+        )
+
+    def networks(self) -> tuple[Network, ...]:
+        """Read a comma-separated list of CIDRs; a bare address is a network of one."""
+        networks: list[Network] = []
+        for item in self._listed():
+            try:
+                networks.append(ip_network(item, strict=False))
+            except ValueError:
+                raise self.wrong(f"{item!r} is not an IP range such as 10.0.0.0/8") from None
+        return tuple(networks)
+
+    def _listed(self) -> list[str]:
+        return [item.strip() for item in self.text("").split(",") if item.strip()]
+
+    def wrong(self, detail: str) -> _WrongField:
+        """Make the error that names this field."""
+        return _WrongField(self.path or "object", detail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pod:
+    workload: Workload
+    mode: str
+    exclusions: Exclusions
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What was read so far, by the key under which Kubernetes knows it."""
+
+    pods: dict[str, _Pod] = field(default_factory=dict)
+    modes: dict[str, str] = field(default_factory=dict)
+    services: dict[tuple[str, str], Service] = field(default_factory=dict)
+    endpoints: dict[tuple[str, str], dict[Address, dict[str, int]]] = field(default_factory=dict)
+
+
+def translate(objects: Iterable[SourcedObject]) -> Translation:
+    """Translate all objects of a source; of two objects with one name the first is used."""
+    gathered = _Gathered()
+    problems: list[ObjectProblem] = []
+    seen: dict[str, str] = {}
+    for source in objects:
+        body = _Field(source.body, "")
+        named = describe(source.body)
+        try:
+            read = READERS.get((body.get("apiVersion").text(), body.get("kind").text()))
+            if read is None:
+                continue
+            if named in seen:
+                raise body.get("metadata").get("name").wrong(f"is defined in {seen[named]} already")
+            read(body, gathered)
+            seen[named] = source.file
+        except _WrongField as wrong:
+            problems.append(ObjectProblem(source.file, named, wrong.path, wrong.detail))
+    return Translation(_build_snapshot(gathered), tuple(problems))
+
+
+def describe(body: dict[str, object]) -> str:
+    """Name an object for a person, whatever is wrong with it: `Pod shop/cart-0`."""
+    kind = body.get("kind")
+    metadata = body.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {}
+    name = metadata.get("name") or "?"
+    if kind != "Namespace":
+        name = f"{metadata.get('namespace') or 'default'}/{name}"
+    return f"{kind or 'object'} {name}"
+
+
+def _build_snapshot(gathered: _Gathered) -> Snapshot:
+    pods = sorted(gathered.pods.values(), key=lambda pod: pod.workload.uid)
+    local_pods: dict[str, list[LocalPod]] = {}
+    for pod in pods:
+        workload = pod.workload
+        if (pod.mode or gathered.modes.get(workload.namespace)) != "ambient":
+            continue
+        local_pods.setdefault(workload.node, []).append(
+            LocalPod(
+                uid=workload.uid,
+                namespace=workload.namespace,
+                name=workload.name,
+                service_account=workload.service_account,
+                addresses=workload.addresses,
+                exclusions=pod.exclusions,
+            )
+        )
+    services = []
+    for key, service in sorted(gathered.services.items()):
+        endpoints = tuple(
+            Endpoint(address, tuple(sorted(ports.items())))
+            for address, ports in sorted(
+                gathered.endpoints.get(key, {}).items(),
+                key=lambda item: (item[0].version, item[0].packed),
+            )
+        )
+        services.append(replace(service, endpoints=endpoints))
+    return Snapshot(
+        workloads=tuple(pod.workload for pod in pods),
+        services=tuple(services),
+        local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
+    )
+
+
+def _read_namespace(body: _Field, gathered: _Gathered) -> None:
+    metadata = body.get("metadata")
+    name = metadata.get("name").name(LABEL_NAME)
+    gathered.modes[name] = metadata.get("labels").get(MODE_LABEL).text("")
+
+
+def _read_pod(body: _Field, gathered: _Gathered) -> None:
+    metadata, spec, status = body.get("metadata"), body.get("spec"), body.get("status")
+    annotations = metadata.get("annotations")
+    uid = metadata.get("uid").name(UID)
+    mode = metadata.get("labels").get(MODE_LABEL).text("")
+    workload = Workload(
+        uid=uid,
+        namespace=metadata.get("namespace").name(LABEL_NAME, "default"),
+        name=metadata.get("name").name(SUBDOMAIN_NAME),
+        node=spec.get("nodeName").text(""),
+        service_account=spec.get("serviceAccountName").name(SUBDOMAIN_NAME, "default"),
+        addresses=_read_pod_addresses(status),
+        is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
+    )
+    exclusions = Exclusions(
+        outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
+        outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
+        inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
+    )
+    if uid in gathered.pods:
+        raise metadata.get("uid").wrong("belongs to another pod already")
+    # A pod of the host's network shares the node's addresses, and one that ended may see
+    # its own given to another pod: neither can be known by address.
+    is_on_host = spec.get("hostNetwork").flag(default=False)
+    has_ended = status.get("phase").text("") in {"Succeeded", "Failed"}
+    if is_on_host or has_ended or not workload.addresses or not workload.node:
+        return
+    # As Istio has it: a value that is neither leaves the choice to the namespace.
+    gathered.pods[uid] = _Pod(workload, mode if mode in {"ambient", "none"} else "", exclusions)
+
+
+def _read_pod_addresses(status: _Field) -> tuple[Address, ...]:
+    addresses = tuple(item.get("ip").address() for item in status.get("podIPs").items())
+    if not addresses and status.get("podIP").text(""):
+        addresses = (status.get("podIP").address(),)
+    return addresses
+
+
+def _read_service(body: _Field, gathered: _Gathered) -> None:
+    metadata, spec = body.get("metadata"), body.get("spec")
+    namespace = metadata.get("namespace").name(LABEL_NAME, "default")
+    name = metadata.get("name").name(SUBDOMAIN_NAME)
+    clusters = [*spec.get("clusterIPs").items()] or [spec.get("clusterIP")]
+    ports = tuple(
+        ServicePort(item.get("name").text(""), item.get("port").port())
+        for item in spec.get("ports").items()
+        if item.get("protocol").text("TCP") == "TCP"
+    )
+    addresses = tuple(item.address() for item in clusters if item.text("") not in {"", "None"})
+    gathered.services[namespace, name] = Service(namespace, name, addresses, ports, ())
+
+
+def _read_endpoint_slice(body: _Field, gathered: _Gathered) -> None:
+    metadata = body.get("metadata")
+    namespace = metadata.get("namespace").name(LABEL_NAME, "default")
+    metadata.get("name").name(SUBDOMAIN_NAME)
+    service = metadata.get("labels").get(SERVICE_LABEL).text("")
+    if not service or body.get("addressType").text() == "FQDN":
+        return
+    # A slice's port without a number means every port, which a Service cannot lead to.
+    ports = {
+        item.get("name").text(""): item.get("port").port()
+        for item in body.get("ports").items()
+        if item.get("protocol").text("TCP") == "TCP" and item.get("port").value is not None
+    }
+    ready = [
+        address.address()
+        for item in body.get("endpoints").items()
+        if item.get("conditions").get("ready").flag(default=True)
+        for address in item.get("addresses").items()
+    ]
+    # One endpoint may be in several slices for a while (KEP-752), and is one endpoint.
+    endpoints = gathered.endpoints.setdefault((namespace, service), {})
+    for address in ready:
+        endpoints.setdefault(address, {}).update(ports)
+
+
+READERS: dict[tuple[str, str], Callable[[_Field, _Gathered], None]] = {
+    ("v1", "Pod"): _read_pod,
+    ("v1", "Namespace"): _read_namespace,
+    ("v1", "Service"): _read_service,
+    ("discovery.k8s.io/v1", "EndpointSlice"): _read_endpoint_slice,
+}

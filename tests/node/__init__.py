@@ -1,0 +1,1 @@
+"""Agents and workers on this machine, with real traffic between pods."""
