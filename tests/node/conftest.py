@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from agent.datapath import pins
+    from agent.datapath.maps import Map
 
 TRUST_DOMAIN = "cluster.local"
 
@@ -80,6 +81,7 @@ class MeshPair:
     client: MeshPod
     server: MeshPod
     authority: LocalAuthority
+    exempt_map: Map
 
 
 def certificate_for(authority: LocalAuthority, identity: SpiffeId) -> messages.PutCertificate:
@@ -132,7 +134,7 @@ def mesh(loaded: pins.Pins, network: Network, tmp_path: Path) -> Iterator[MeshPa
         for member in made:
             member.worker.settle()
         client, server = made
-        yield MeshPair(client, server, authority)
+        yield MeshPair(client, server, authority, loaded.maps["ss_exempt"])
         for member in made:
             print(member.worker.log.read_text())  # noqa: T201  # shown by pytest on failure
 
