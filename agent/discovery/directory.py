@@ -1,0 +1,164 @@
+"""State from a directory of Kubernetes objects in YAML or JSON, watched.
+
+    <directory>/*.yaml *.yml *.json            objects, several to a file if one likes
+    <directory>/status/<namespace>.<pod>.yaml  what the pod's own agent published of it
+
+A file that cannot be used is named in the log with object, field and reason, and what it said
+before stays in force until it is mended or removed. The published status takes the place of the
+annotation that an agent patches on a pod in a real cluster; every agent reads it, its own writes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import watchfiles
+import yaml
+
+from agent.discovery.translate import REDIRECTION, ObjectProblem, SourcedObject, translate
+from agent.errors import ConfigError
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from agent.state.store import Snapshot
+
+log = logging.getLogger(__name__)
+SUFFIXES = (".yaml", ".yml", ".json")
+STATUS = "status"
+# Writers often touch several files at once; half a second late would break the promise of one.
+DEBOUNCE_MILLISECONDS = 50
+STEP_MILLISECONDS = 10
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_objects(path: Path) -> list[SourcedObject]:
+    """Return the objects of one file (ObjectProblem if it is not YAML of objects)."""
+    name = str(path)
+    try:
+        documents = list(yaml.load_all(path.read_text(), Loader=_Loader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        detail = " ".join(str(error).split())
+        raise ObjectProblem(name, "file", "content", f"cannot be read: {detail}") from error
+    objects = []
+    for number, document in enumerate(documents, start=1):
+        if document is None:
+            continue
+        if not isinstance(document, dict):
+            raise ObjectProblem(name, f"document {number}", "content", "is not an object")
+        objects.append(SourcedObject(name, document))
+    return objects
+
+
+class DirectorySource:
+    """Reads the directory at each change; remembers the last good content of each file."""
+
+    def __init__(self, directory: Path) -> None:
+        """Name the directory (ConfigError if it is not there)."""
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is not a directory of Kubernetes objects")
+        self._directory = directory
+        self._status = directory / STATUS
+        self._status.mkdir(exist_ok=True)
+        self._good: dict[Path, list[SourcedObject]] = {}
+        self.problems: tuple[ObjectProblem, ...] = ()
+
+    async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
+        """Yield what the directory says, now and after each change, until `stop`."""
+        changes = watchfiles.awatch(
+            self._directory,
+            watch_filter=lambda _change, path: path.endswith(SUFFIXES),
+            debounce=DEBOUNCE_MILLISECONDS,
+            step=STEP_MILLISECONDS,
+            stop_event=stop,
+            # Also yields without a change, first when the watch is armed: so the first reading
+            # comes after it, and no change falls between.
+            yield_on_timeout=True,
+            rust_timeout=100,
+        )
+        latest: Snapshot | None = None
+        async for change in changes:
+            if change or latest is None:
+                snapshot = self.read()
+                if snapshot != latest:
+                    latest = snapshot
+                    yield snapshot
+
+    def read(self) -> Snapshot:
+        """Read everything now."""
+        problems: list[ObjectProblem] = []
+        good: dict[Path, list[SourcedObject]] = {}
+        for path in sorted(self._directory.iterdir()):
+            if path.suffix not in SUFFIXES or not path.is_file():
+                continue
+            try:
+                objects = read_objects(path)
+                wrong = translate(objects).problems
+            except ObjectProblem as problem:
+                objects, wrong = [], (problem,)
+            problems += wrong
+            good[path] = self._good.get(path, []) if wrong else objects
+        self._good = good
+        status = self._read_status(problems)
+        translation = translate(
+            [_with_status(source, status) for objects in good.values() for source in objects]
+        )
+        self._report((*problems, *translation.problems))
+        return translation.snapshot
+
+    def _read_status(self, problems: list[ObjectProblem]) -> dict[tuple[str, str], str]:
+        status = {}
+        for path in sorted(self._status.glob("*.yaml")):
+            namespace, _, pod = path.stem.partition(".")
+            try:
+                for source in read_objects(path):
+                    status[namespace, pod] = str(source.body.get("redirection"))
+            except ObjectProblem as problem:
+                if path.exists():  # else it went away while we read
+                    problems.append(problem)
+        return status
+
+    def _report(self, problems: tuple[ObjectProblem, ...]) -> None:
+        known = {str(problem) for problem in self.problems}
+        for problem in problems:
+            if str(problem) not in known:
+                log.warning(
+                    "object cannot be used; the last good state stays in force",
+                    extra={
+                        "file": problem.file,
+                        "object": problem.named,
+                        "field": problem.path,
+                        "detail": problem.detail,
+                        "reason": problem.reason,
+                    },
+                )
+        self.problems = problems
+
+    def publish(self, namespace: str, name: str, redirection: str | None) -> None:
+        """Say for all agents whether a pod of this node is captured; None takes it back."""
+        path = self._status / f"{namespace}.{name}.yaml"
+        if redirection is None:
+            path.unlink(missing_ok=True)
+            return
+        # Renamed into place, so that nobody reads a half; the watch does not see the name before.
+        draft = path.with_suffix(".draft")
+        draft.write_text(f"redirection: {redirection}\n")
+        os.replace(draft, path)
+
+
+def _with_status(source: SourcedObject, status: dict[tuple[str, str], str]) -> SourcedObject:
+    metadata = source.body.get("metadata")
+    if source.body.get("kind") != "Pod" or not isinstance(metadata, dict):
+        return source
+    published = status.get((metadata.get("namespace", "default"), metadata.get("name", "")))
+    annotations = dict(metadata.get("annotations") or {})
+    annotations.pop(REDIRECTION, None)
+    if published is not None:
+        annotations[REDIRECTION] = published
+    body = source.body | {"metadata": metadata | {"annotations": annotations}}
+    return SourcedObject(source.file, body)

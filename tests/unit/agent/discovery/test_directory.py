@@ -1,0 +1,102 @@
+"""The directory source: first reading, changes, published status, and files that are wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.discovery.directory import DirectorySource
+from agent.errors import ConfigError
+from agent.state.store import Snapshot
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAMESPACE = """
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
+"""
+POD = """
+apiVersion: v1
+kind: Pod
+metadata: {name: cart, namespace: shop, uid: u-1}
+spec: {nodeName: n1, serviceAccountName: cart}
+status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
+"""
+
+
+def fill(directory: Path) -> None:
+    (directory / "shop.yaml").write_text(NAMESPACE + "---" + POD)
+
+
+def test_pod_of_an_ambient_namespace_wants_the_mesh(tmp_path: Path) -> None:
+    fill(tmp_path)
+    snapshot = DirectorySource(tmp_path).read()
+    (pod,) = snapshot.local_pods["n1"]
+    assert (pod.uid, pod.name, pod.service_account) == ("u-1", "cart", "cart")
+    (workload,) = snapshot.workloads
+    assert not workload.is_hbone
+
+
+def test_published_status_makes_a_workload_speak_hbone(tmp_path: Path) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    source.publish("shop", "cart", "enabled")
+    assert source.read().workloads[0].is_hbone
+    source.publish("shop", "cart", None)
+    assert not source.read().workloads[0].is_hbone
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: [", "cannot be read"),
+        ("- just\n- a list\n", "is not an object"),
+        (POD.replace("10.0.0.1", "10.0.0.300"), "status.podIPs"),
+    ],
+)
+def test_wrong_file_is_named_and_its_last_good_state_stays(
+    tmp_path: Path, text: str, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    before = source.read()
+    (tmp_path / "shop.yaml").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert source.read() == before
+        assert source.read() == before
+    (problem,) = source.problems
+    assert expected in str(problem)
+    assert str(tmp_path / "shop.yaml") in str(problem)
+    assert len(caplog.records) == 1
+    (tmp_path / "shop.yaml").unlink()
+    assert source.read() == Snapshot()
+    assert source.problems == ()
+
+
+def test_changes_arrive_within_a_second(tmp_path: Path) -> None:
+    async def follow() -> None:
+        source = DirectorySource(tmp_path)
+        stop = asyncio.Event()
+        snapshots = source.watch(stop)
+        async with asyncio.timeout(5):
+            assert await anext(snapshots) == Snapshot()
+            for change in (lambda: fill(tmp_path), (tmp_path / "shop.yaml").unlink):
+                before = asyncio.get_running_loop().time()
+                change()
+                snapshot = await anext(snapshots)
+                assert asyncio.get_running_loop().time() - before < 1
+                assert bool(snapshot.workloads) == (tmp_path / "shop.yaml").exists()
+            stop.set()
+            assert [snapshot async for snapshot in snapshots] == []
+
+    asyncio.run(follow())
+
+
+def test_missing_directory_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        DirectorySource(tmp_path / "nowhere")
