@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,9 @@ class Agent:
                     self._unenroll(step.uid)
                 case Enroll():
                     await self._enroll(step.pod)
-        self._is_ready = True
+        if not self._is_ready:
+            self._is_ready = True
+            _notify_ready()
         await self._admin.changed()
 
     async def _enroll(self, pod: LocalPod) -> None:
@@ -264,6 +267,13 @@ class Agent:
             worker.stop()
         self._admin.stop()
         self._pins.close()
+
+
+def _notify_ready() -> None:
+    """Tell whoever started us, as sd_notify(3) does."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1", path)
 
 
 def _joined(common: Exclusions, own: Exclusions) -> Exclusions:

@@ -11,7 +11,6 @@ annotation that an agent patches on a pod in a real cluster; every agent reads i
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import watchfiles
@@ -148,7 +147,7 @@ class DirectorySource:
         # Renamed into place, so that nobody reads a half; the watch does not see the name before.
         draft = path.with_suffix(".draft")
         draft.write_text(f"redirection: {redirection}\n")
-        os.replace(draft, path)
+        draft.replace(path)
 
 
 def _with_status(source: SourcedObject, status: dict[tuple[str, str], str]) -> SourcedObject:

@@ -1,0 +1,301 @@
+"""A lab's life: up, down, status, exec.
+
+    /run/sidestep/lab/<name>/objects/      what the agents read
+                            /ca/           the certificate authority
+                            /logs/         output of agents and pods
+                            /<node>/       run directory of the node's agent
+                            /cluster.yaml  the description, for commands to come
+
+`up` completes whatever is missing, `down` removes whatever is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from agent.datapath import links, pins
+from agent.errors import FeatureMissing, LabError, ManifestError
+from agent.identity.authority import LocalAuthority
+from agent.lab import machine
+from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RUN = Path("/run/sidestep/lab")
+PINS = Path("/sys/fs/bpf/sidestep-lab")
+DEFAULT_CLUSTER = Path(__file__).parents[2] / "deploy/lab/cluster.yaml"
+TRUST_DOMAIN = "cluster.local"
+READY_SECONDS = 20.0
+STOP_SECONDS = 10.0
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
+
+
+class Lab:
+    """One lab by name; several do not disturb each other."""
+
+    def __init__(self, name: str) -> None:
+        """Name a lab (LabError for a name that cannot be part of paths)."""
+        if not NAME.fullmatch(name):
+            raise LabError(f"lab name {name!r} is not 1 to 20 of a-z, 0-9 and -")
+        if os.geteuid() != 0:
+            raise FeatureMissing("root is missing: a lab makes namespaces and loads BPF programs")
+        self.name = name
+        self.run = RUN / name
+        self.pins = PINS / name
+        self.cgroup = links.cgroup_root() / "sidestep-lab" / name
+        self.objects = self.run / "objects"
+        self.logs = self.run / "logs"
+
+    # -- names --------------------------------------------------------------------------------
+
+    def netns(self, part: str) -> Path:
+        return machine.NETNS_DIRECTORY / f"ss-{self.name}-{part}"
+
+    def node_netns(self, node: LabNode) -> Path:
+        return self.netns(f"node-{node.name}")
+
+    def pod_netns(self, pod: LabPod) -> Path:
+        return self.netns(f"pod-{pod.namespace}-{pod.name}")
+
+    def pod_cgroups(self, node: LabNode) -> Path:
+        return self.cgroup / node.name / "kubepods"
+
+    def pod_cgroup(self, pod: LabPod) -> Path:
+        return self.pod_cgroups(pod.node) / f"pod{pod.uid}"
+
+    def admin_socket(self, node: LabNode) -> Path:
+        return self.run / node.name / "agent.sock"
+
+    def pod_log(self, pod: LabPod) -> Path:
+        return self.logs / f"{pod.namespace}.{pod.name}.log"
+
+    def agent_log(self, node: LabNode) -> Path:
+        return self.logs / f"agent-{node.name}.log"
+
+    # -- up -----------------------------------------------------------------------------------
+
+    def load(self, path: Path) -> Cluster:
+        """Read a description (ManifestError names file, object and field)."""
+        try:
+            documents = list(yaml.safe_load_all(path.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ManifestError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        return parse_cluster(documents, str(path), self.name)
+
+    def cluster(self) -> Cluster:
+        """Return the description of the lab that is up (LabError if none is)."""
+        path = self.run / "cluster.yaml"
+        if not path.exists():
+            raise LabError(f"lab {self.name} is not up: sidestep lab up --name {self.name}")
+        return self.load(path)
+
+    def up(self, description: Path, say: Callable[[str], None]) -> Cluster:
+        """Bring the lab up, or complete it; `say` gets a line for each stage."""
+        cluster = self.load(description)
+        for directory in (self.objects, self.logs):
+            directory.mkdir(parents=True, exist_ok=True)
+        (self.run / "cluster.yaml").write_text(description.read_text())
+        LocalAuthority.create(self.run / "ca", TRUST_DOMAIN)
+
+        fabric = machine.add_namespace(self.netns("fabric").name)
+        for node in cluster.nodes:
+            path = machine.add_namespace(self.node_netns(node).name)
+            machine.connect_node(fabric, node, path)
+            (self.cgroup / node.name / "agent").mkdir(parents=True, exist_ok=True)
+            self.pod_cgroups(node).mkdir(exist_ok=True)
+        say(f"{len(cluster.nodes)} nodes, routed through one fabric")
+        for pod in cluster.pods:
+            path = machine.add_namespace(self.pod_netns(pod).name)
+            machine.connect_pod(self.node_netns(pod.node), pod, path)
+            self._start_pod(pod)
+        say(f"{len(cluster.pods)} pods started")
+        for body in cluster.others:
+            self.write_object(body)
+        for pod in cluster.pods:
+            self.write_object(pod.manifest())
+        started = [node for node in cluster.nodes if not self._agent_pids(node)]
+        self._start_agents(started)
+        say(f"{len(started)} agents started and ready")
+        return cluster
+
+    def write_object(self, body: dict[str, Any]) -> None:
+        """Write one object where the agents read it, whole or not at all."""
+        metadata = body["metadata"]
+        parts = (body["kind"].lower(), metadata.get("namespace", "-"), metadata["name"])
+        path = self.objects / f"{'.'.join(parts)}.yaml"
+        draft = path.with_suffix(".draft")
+        draft.write_text(yaml.safe_dump(body, sort_keys=False))
+        draft.replace(path)
+
+    def _launch(
+        self, netns: Path, cgroup: Path, command: list[str], log: Path, **extra: Any
+    ) -> subprocess.Popen[bytes]:
+        launcher = [sys.executable, "-m", "agent.lab.launch", str(netns), str(cgroup), *command]
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                launcher,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                **extra,
+            )
+
+    def _start_pod(self, pod: LabPod) -> None:
+        cgroup = self.pod_cgroup(pod)
+        cgroup.mkdir(exist_ok=True)
+        if not machine.processes_of(cgroup):
+            self._launch(self.pod_netns(pod), cgroup, list(pod.command), self.pod_log(pod))
+
+    def _agent_pids(self, node: LabNode) -> list[int]:
+        return machine.processes_of(self.cgroup / node.name / "agent")
+
+    def _start_agents(self, nodes: list[LabNode]) -> None:
+        waiting: list[tuple[LabNode, socket.socket, subprocess.Popen[bytes]]] = []
+        try:
+            for node in nodes:
+                run = self.run / node.name
+                run.mkdir(exist_ok=True, mode=0o700)
+                ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                (run / "notify.sock").unlink(missing_ok=True)
+                ready.bind(str(run / "notify.sock"))
+                command = [
+                    sys.executable, "-m", "agent.cli", "agent",
+                    "--node", node.name,
+                    "--objects", str(self.objects),
+                    "--run-dir", str(run),
+                    "--pins", str(self.pins / node.name),
+                    "--pod-cgroups", str(self.pod_cgroups(node)),
+                    "--authority", str(self.run / "ca"),
+                    "--trust-domain", TRUST_DOMAIN,
+                ]  # fmt: skip
+                process = self._launch(
+                    self.node_netns(node),
+                    self.cgroup / node.name / "agent",
+                    command,
+                    self.agent_log(node),
+                    env=os.environ | {"NOTIFY_SOCKET": str(run / "notify.sock")},
+                )
+                waiting.append((node, ready, process))
+            for node, ready, process in waiting:
+                self._wait_ready(node, ready, process)
+        finally:
+            for _node, ready, _process in waiting:
+                ready.close()
+
+    def _wait_ready(
+        self, node: LabNode, ready: socket.socket, process: subprocess.Popen[bytes]
+    ) -> None:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            found = select.select([ready, pidfd], [], [], READY_SECONDS)[0]
+        finally:
+            os.close(pidfd)
+        if ready not in found:
+            end = self.agent_log(node).read_text()[-2000:]
+            raise LabError(f"the agent of node {node.name} did not become ready:\n{end}")
+
+    # -- what is there ------------------------------------------------------------------------
+
+    def agent_states(self, node: LabNode, command: str = "watch") -> Iterator[dict[str, Any]]:
+        """Yield the agent's state now and at each change (LabError if it does not answer)."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(READY_SECONDS)
+            try:
+                connection.connect(str(self.admin_socket(node)))
+                connection.sendall(json.dumps({"command": command}).encode() + b"\n")
+                with connection.makefile("r") as lines:
+                    for line in lines:
+                        yield json.loads(line)
+            except OSError as error:
+                raise LabError(f"the agent of node {node.name} does not answer: {error}") from error
+
+    def status(self) -> list[dict[str, object]]:
+        """List the pods: where they are, their addresses, their place in the mesh."""
+        cluster = self.cluster()
+        mesh: dict[str, str] = {}
+        for node in cluster.nodes:
+            try:
+                state = next(self.agent_states(node, "state"))
+            except LabError:
+                for pod in cluster.pods:
+                    if pod.node == node:
+                        mesh[pod.uid] = "agent down"
+                continue
+            mesh |= {pod["uid"]: pod["state"] for pod in state["pods"]}
+        return [
+            {
+                "pod": pod.key,
+                "node": pod.node.name,
+                "address": str(pod.address4),
+                "address6": str(pod.address6),
+                "processes": machine.processes_of(self.pod_cgroup(pod)),
+                "mesh": mesh.get(pod.uid, "none"),
+            }
+            for pod in cluster.pods
+        ]
+
+    def find_pod(self, wanted: str) -> LabPod:
+        """Return a pod by `name` or `namespace/name` (LabError lists the pods)."""
+        pods = self.cluster().pods
+        found = [pod for pod in pods if wanted in (pod.name, pod.key)]
+        if len(found) != 1:
+            known = ", ".join(pod.key for pod in pods)
+            raise LabError(f"there is no single pod {wanted}; the pods are {known}")
+        return found[0]
+
+    def command_in(self, pod: LabPod, command: list[str]) -> list[str]:
+        """Return the command line that runs `command` inside a pod."""
+        launcher = [sys.executable, "-m", "agent.lab.launch"]
+        return [*launcher, str(self.pod_netns(pod)), str(self.pod_cgroup(pod)), *command]
+
+    # -- down ---------------------------------------------------------------------------------
+
+    def down(self) -> bool:
+        """Remove everything that is there; False if there was nothing."""
+        there = [self.run.exists(), self.pins.exists(), self.cgroup.exists()]
+        self._stop_agents()
+        machine.kill_cgroup(self.cgroup)
+        for path in machine.NETNS_DIRECTORY.glob(f"ss-{self.name}-*"):
+            if self._is_ours(path.name):
+                machine.delete_namespace(path)
+                there.append(True)
+        for directory in self.pins.glob("*/*") if self.pins.exists() else ():
+            pins.remove(directory)
+        shutil.rmtree(self.pins, ignore_errors=True)
+        shutil.rmtree(self.run, ignore_errors=True)
+        for parent in (self.cgroup.parent, PINS, RUN, RUN.parent):
+            try:
+                parent.rmdir()
+            except OSError:
+                continue  # another lab, or an agent, still uses it
+        return any(there)
+
+    def _is_ours(self, name: str) -> bool:
+        # `a` and `a-b` are both names of labs: ss-a-b-fabric belongs to the second.
+        return re.fullmatch(rf"ss-{self.name}-(fabric|node-.*|pod-.*)", name) is not None
+
+    def _stop_agents(self) -> None:
+        pids = [
+            pid
+            for directory in self.cgroup.glob("*/agent")
+            for pid in machine.processes_of(directory)
+        ]
+        for pid in pids:
+            if b"agent.worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGTERM)
+        for pid in pids:
+            machine.wait_for_exit(pid, STOP_SECONDS)
