@@ -201,10 +201,10 @@ class Lab:
     ) -> None:
         pidfd = os.pidfd_open(process.pid)
         try:
-            found = select.select([ready, pidfd], [], [], READY_SECONDS)[0]
+            found = select.select([ready.fileno(), pidfd], [], [], READY_SECONDS)[0]
         finally:
             os.close(pidfd)
-        if ready not in found:
+        if ready.fileno() not in found:
             end = self.agent_log(node).read_text()[-2000:]
             raise LabError(f"the agent of node {node.name} did not become ready:\n{end}")
 

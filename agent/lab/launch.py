@@ -1,4 +1,4 @@
-"""Become a program inside a namespace and a cgroup: `python -m agent.lab.launch NETNS CGROUP CMD...`.
+"""Become a program inside a namespace and a cgroup (NETNS CGROUP COMMAND...).
 
 A process of its own, since both belong to the process that execs: the starter's threads are not
 touched. Exit code 127 if the program is not there.
