@@ -292,14 +292,16 @@ def list_programs(directory: Path) -> list[Row]:
         cookie = path.name.removeprefix(LOOKUP_LINK)
         if cookie != path.name and cookie.isdecimal():
             pod = names.get(int(cookie), f"netns cookie {cookie}")
-            place = f"pod {pod}" if facts.target else f"pod {pod}, whose netns is gone"
-            copies.append((facts.program_id, place, facts.id))
+            pod_text = f"pod {pod}" if facts.target else f"pod {pod}, whose netns is gone"
+            copies.append((facts.program_id, pod_text, facts.id))
         else:
             attached[facts.program_id] = (_place(facts), facts.id)
     rows: list[Row] = []
     for path in sorted((directory / "programs").iterdir()):
         with _closing(libbpf.open_pin(path)) as fd:
-            place, link = attached.get(libbpf.program_facts(fd).id, (None, None))
+            found = attached.get(libbpf.program_facts(fd).id)
+            place: str | None = found[0] if found else None
+            link = found[1] if found else None
             if path.name == LOOKUP_PROGRAM:
                 place = f"as a copy for each pod: {len(copies)}"
             rows.append(_program_row(fd, directory, place, link))

@@ -5,7 +5,7 @@
 
 A file that cannot be used is named in the log with object, field and reason, and what it said
 before stays in force until it is mended or removed. The published status takes the place of the
-annotation that an agent patches on a pod in a real cluster; every agent reads it, its own writes it.
+annotation that an agent patches on a pod in a real cluster: its own agent writes, every one reads.
 """
 
 from __future__ import annotations

@@ -59,7 +59,15 @@ def compiled_layouts(types: set[str], folder: Path) -> dict[str, list[tuple[str,
             )
     source, program = folder / "layouts.c", folder / "layouts"
     source.write_text("\n".join([*lines, "return 0; }"]))
-    command = ["gcc", "-Wall", "-Werror", f"-I{SOURCES / 'include'}", source, "-o", program]
+    command = [
+        "gcc",
+        "-Wall",
+        "-Werror",
+        f"-I{SOURCES / 'include'}",
+        str(source),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, timeout=30)
     printed = subprocess.run([program], check=True, capture_output=True, text=True, timeout=30)
     layouts: dict[str, list[tuple[str, int, int]]] = {}
