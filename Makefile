@@ -1,6 +1,6 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-unit test-root demo clean
+.PHONY: help setup check format test test-unit test-root clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h)
@@ -33,9 +33,6 @@ test-unit: setup ## the tests that need neither root nor BPF
 
 test-root: setup ## the tests that need root and BPF
 	REQUIRE_ROOT=1 $(BIN)/pytest -m root
-
-demo: setup ## two nodes on this machine: plain before, mutual TLS after, with evidence
-	@$(BIN)/sidestep demo
 
 clean: ## remove what the targets made here
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis sidestep.egg-info

@@ -58,6 +58,7 @@ class Lab:
         self.cgroup = links.cgroup_root() / "sidestep-lab" / name
         self.objects = self.run / "objects"
         self.logs = self.run / "logs"
+        self._children: list[subprocess.Popen[bytes]] = []  # ours to reap, if down follows here
 
     # -- names --------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ class Lab:
     ) -> subprocess.Popen[bytes]:
         launcher = [sys.executable, "-m", "agent.lab.launch", str(netns), str(cgroup), *command]
         with log.open("ab") as output:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 launcher,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -153,6 +154,8 @@ class Lab:
                 start_new_session=True,
                 **extra,
             )
+        self._children.append(child)
+        return child
 
     def _start_pod(self, pod: LabPod) -> None:
         cgroup = self.pod_cgroup(pod)
@@ -269,6 +272,9 @@ class Lab:
         there = [self.run.exists(), self.pins.exists(), self.cgroup.exists()]
         self._stop_agents()
         machine.kill_cgroup(self.cgroup)
+        for child in self._children:
+            child.wait(STOP_SECONDS)
+        self._children.clear()
         for path in machine.NETNS_DIRECTORY.glob(f"ss-{self.name}-*"):
             if self._is_ours(path.name):
                 machine.delete_namespace(path)

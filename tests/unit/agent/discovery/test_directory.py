@@ -13,7 +13,8 @@ from agent.errors import ConfigError
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
+from pathlib import Path
 
 NAMESPACE = """
 apiVersion: v1
@@ -85,7 +86,11 @@ def test_changes_arrive_within_a_second(tmp_path: Path) -> None:
         snapshots = source.watch(stop)
         async with asyncio.timeout(5):
             assert await anext(snapshots) == Snapshot()
-            for change in (lambda: fill(tmp_path), (tmp_path / "shop.yaml").unlink):
+            changes: list[Callable[[], None]] = [
+                lambda: fill(tmp_path),
+                (tmp_path / "shop.yaml").unlink,
+            ]
+            for change in changes:
                 before = asyncio.get_running_loop().time()
                 change()
                 snapshot = await anext(snapshots)
