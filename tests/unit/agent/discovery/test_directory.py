@@ -14,7 +14,7 @@ from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-from pathlib import Path
+    from pathlib import Path
 
 NAMESPACE = """
 apiVersion: v1
