@@ -36,9 +36,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def add_namespace(name: str) -> Path:
     """Return the path of a namespace, made if it is not there."""
     path = NETNS_DIRECTORY / name
-    if path.is_mount():
-        return path
     NETNS_DIRECTORY.mkdir(exist_ok=True)
+    # Mounted: it is on nsfs then. Path.is_mount() of Python 3.11 knows directories only.
+    if path.exists() and path.stat().st_dev != NETNS_DIRECTORY.stat().st_dev:
+        return path
     path.touch()
     fd = netns.create()
     try:

@@ -15,7 +15,8 @@ def reasons() -> list[str]:
     queue: list[type[errors.SidestepError]] = [errors.SidestepError]
     while queue:
         kind = queue.pop()
-        found.append(kind.reason)
+        if "reason" in vars(kind):  # a subclass may share its family's reason
+            found.append(kind.reason)
         queue.extend(kind.__subclasses__())
     return found
 
