@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
 __all__ = ["loaded", "network"]
-MACHINE_LOCK = Path("/run/lock/sidestep-tests.lock")
+MACHINE_LOCK_PATH = Path("/run/lock/sidestep-tests.lock")
+MACHINE_LOCK = pytest.StashKey["TextIO"]()
 REQUIRE_ROOT = os.environ.get("REQUIRE_ROOT") == "1"
 
 
@@ -59,14 +60,21 @@ def list_leftovers() -> set[str]:
     return {str(path) for place in places if Path(place).is_dir() for path in Path(place).iterdir()}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not any(item.get_closest_marker("root") for item in request.session.items):
-        yield
-        return
-    # One kernel, one session at a time: another's namespaces would look like leftovers.
-    with MACHINE_LOCK.open("w") as lock:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Wait for other sessions on this kernel: their namespaces would look like leftovers."""
+    if any(item.get_closest_marker("root") for item in session.items):
+        lock = session.config.stash[MACHINE_LOCK] = MACHINE_LOCK_PATH.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
-        before = list_leftovers()
-        yield
-        assert list_leftovers() - before == set()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    lock = config.stash.get(MACHINE_LOCK, None)
+    if lock is not None:
+        lock.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    before = list_leftovers()
+    yield
+    assert list_leftovers() - before == set()
