@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["loaded", "network"]
 MACHINE_LOCK_PATH = Path("/run/lock/sidestep-tests.lock")
-MACHINE_LOCK = pytest.StashKey["TextIO"]()
+MACHINE_LOCK = pytest.StashKey[IO[str]]()
 REQUIRE_ROOT = os.environ.get("REQUIRE_ROOT") == "1"
 
 
