@@ -1,6 +1,6 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-unit test-root clean
+.PHONY: help setup demo check format test test-unit test-root clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h)
@@ -10,6 +10,9 @@ help: ## list the targets
 
 setup: ## install the Debian packages and the virtual environment (root)
 	@scripts/setup.sh
+
+demo: setup ## see it work, with evidence (root)
+	@$(BIN)/sidestep demo
 
 check: setup ## format, lint, types, layers, spelling: what CI runs
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import click
 
 from agent.commands.agent import agent
 from agent.commands.check import check
+from agent.commands.demo import demo
 from agent.commands.lab import lab
 from agent.commands.maps import maps
 from agent.commands.programs import programs
@@ -37,6 +38,7 @@ def main() -> None:
 
 main.add_command(agent)
 main.add_command(lab)
+main.add_command(demo)
 main.add_command(maps)
 main.add_command(programs)
 main.add_command(check)

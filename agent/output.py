@@ -47,10 +47,12 @@ def emit(rows: Iterable[Row], columns: Sequence[str], output: Output) -> None:
     elif output == "yaml":
         click.echo(yaml.safe_dump(listed, sort_keys=False), nl=False)
     else:
-        click.echo(_table(listed, columns))
+        # click drops the colors where the output is not a terminal.
+        click.echo("\n".join(render_table(listed, columns)))
 
 
-def _table(rows: list[Row], columns: Sequence[str]) -> str:
+def render_table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Return the lines of a table, aligned, with colors as escape sequences."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         is_number = any(type(row.get(column)) is int for row in rows)
@@ -61,8 +63,7 @@ def _table(rows: list[Row], columns: Sequence[str]) -> str:
     console = Console(file=sys.stdout, width=UNBOUNDED, highlight=False)
     with console.capture() as capture:
         console.print(table)
-    # click drops the colors where the output is not a terminal.
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def _cell(value: object) -> Text:

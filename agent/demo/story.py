@@ -1,0 +1,398 @@
+"""What the demo does and proves, stage by stage.
+
+    lab up -> plain request -> one label -> the same request -> look into the kernel
+           -> one label less -> plain request -> lab down
+
+Each claim is decided here, from what was measured in this run; a claim that is false does not stop
+the story. The screen shows it; nothing here knows how.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agent.datapath import listing
+from agent.demo import evidence, wire
+from agent.demo.recorder import Recorder
+from agent.errors import LabError
+from agent.lab import machine
+from agent.lab.lab import DEFAULT_CLUSTER, TRUST_DOMAIN, Lab
+from agent.model.capture import HBONE_PORT
+from agent.model.identity import SpiffeId
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agent.demo.wire import Direction
+    from agent.lab.cluster import LabPod
+
+NAMESPACE, CLIENT, SERVER, PORT = "shop", "shop/client", "shop/server", 8080
+DOCUMENT = "BSD"
+MODE_LABEL = "istio.io/dataplane-mode"
+LINK = "node1"  # of the fabric, towards the client's node: what an eavesdropper would tap
+CURL_REPORT = "%{stderr}%{remote_ip} %{remote_port} %{http_code} %{time_total}"
+# A connection opened now, used later, by a shell: two lines of an unmodified program.
+LATE_REQUEST = (
+    "exec 3<>/dev/tcp/{host}/{port}; echo open; read; "
+    f"printf 'GET /{DOCUMENT} HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
+)
+
+Row = dict[str, object]
+
+
+class Screen(Protocol):
+    """Shows the story as it goes."""
+
+    def stage(self, title: str) -> None:
+        """Begin a stage."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Say one thing that happened."""
+        ...
+
+    def table(self, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        """Show rows."""
+        ...
+
+    def bytes(self, title: str, data: bytes) -> None:
+        """Show the start of what was on the wire."""
+        ...
+
+
+@dataclass
+class Report:
+    """What was found: the claims, each in a sentence, and what they rest on."""
+
+    claims: dict[str, bool] = field(default_factory=dict)
+    sentences: dict[str, str] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether every claim holds."""
+        return all(self.claims.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One request of the client, and what went over the link meanwhile."""
+
+    body: bytes
+    peer: str
+    milliseconds: float
+    streams: dict[Direction, bytes]
+
+    @property
+    def line(self) -> bytes:
+        """The longest line of the answer: what to look for on the wire."""
+        return max(self.body.splitlines(), key=len)
+
+    def shows(self, text: bytes) -> bool:
+        """Say whether `text` could be read on the link."""
+        return any(text in stream for stream in self.streams.values())
+
+    def answer(self) -> tuple[Direction, bytes]:
+        """Return the direction that carried most: the answer, in whatever form."""
+        return max(self.streams.items(), key=lambda item: len(item[1]))
+
+
+class Story:
+    """Tells one demo on one lab, and takes it down whatever happens."""
+
+    def __init__(self, lab: Lab, screen: Screen) -> None:
+        self._lab = lab
+        self._screen = screen
+        self._report = Report()
+
+    def tell(self) -> Report:
+        """Run it all (SidestepError where the machine does not allow it)."""
+        began = time.monotonic()
+        self._lab.down()  # what a killed demo left
+        places = evidence.list_places()
+        try:
+            with ExitStack() as stack:
+                self._up(stack)
+                self._before(stack)
+                self._enroll()
+                self._after()
+                self._look_into_the_kernel()
+                self._unenroll()
+            self._screen.stage("Down again")
+        finally:
+            self._lab.down()
+        left = sorted(evidence.list_places() - places)
+        self._claim("nothing_left_behind", "nothing is left on this machine", not left)
+        self._screen.note(f"left on this machine: {', '.join(left) or 'nothing'}")
+        self._report.evidence["seconds"] = round(time.monotonic() - began, 1)
+        return self._report
+
+    def _claim(self, name: str, sentence: str, holds: bool) -> None:
+        self._report.claims[name] = holds
+        self._report.sentences[name] = sentence
+
+    # -- stages -------------------------------------------------------------------------------
+
+    def _up(self, stack: ExitStack) -> None:
+        self._screen.stage("A cluster on this machine, out of network namespaces")
+        cluster = self._lab.up(DEFAULT_CLUSTER, self._screen.note)
+        self._client, self._server = self._lab.find_pod(CLIENT), self._lab.find_pod(SERVER)
+        self._screen.table(
+            ("pod", "node", "address", "program"),
+            [
+                {
+                    "pod": pod.key,
+                    "node": pod.node.name,
+                    "address": str(pod.address4),
+                    "program": " ".join(pod.command),
+                }
+                for pod in cluster.pods
+            ],
+        )
+        own = Path("/proc/self/ns/net")
+        self._namespaces = [own, *machine.NETNS_DIRECTORY.glob(f"ss-{self._lab.name}-*")]
+        self._recorder = stack.enter_context(Recorder(self._lab.netns("fabric"), LINK))
+        self._logs = {
+            pod.key: evidence.AccessLog(self._lab.agent_log(pod.node))
+            for pod in (self._client, self._server)
+        }
+
+    def _before(self, stack: ExitStack) -> None:
+        self._screen.stage("Before: anybody on the link can read along")
+        pids = [
+            pid
+            for pod in (self._client, self._server)
+            for pid in machine.processes_of(self._lab.pod_cgroup(pod))
+        ]
+        self._starts = evidence.process_starts(pids)
+        self._filters = evidence.read_filters(self._namespaces)
+        visit = self._plain = self._visit()
+        self._late = self._open_early(stack)
+        self._recorder.take()
+        direction, stream = visit.answer()
+        self._screen.note(self._summary(visit))
+        self._screen.bytes(_name(direction), stream[max(0, stream.find(visit.line)) :])
+        self._claim(
+            "payload_readable_before",
+            "before, the answer could be read on the link",
+            visit.shows(visit.line),
+        )
+        self._report.evidence["readable_line"] = visit.line.decode(errors="replace").strip()
+
+    def _enroll(self) -> None:
+        self._screen.stage(f"One label: {MODE_LABEL}=ambient on namespace {NAMESPACE}")
+        seconds = self._label("ambient", "enrolled")
+        self._report.evidence["enroll_seconds"] = round(seconds, 3)
+        self._screen.note(f"both pods are in the mesh after {seconds * 1000:.0f} ms")
+        self._claim("enrolled_within_a_second", "the label took less than a second", seconds < 1)
+
+    def _after(self) -> None:
+        self._screen.stage("After: the same request, the same programs")
+        visit = self._visit()
+        outbound = self._logs[CLIENT].wait_for(lambda entry: entry["direction"] == "outbound")
+        inbound = self._logs[SERVER].wait_for(lambda entry: entry["direction"] == "inbound")
+        direction, stream = visit.answer()
+        self._screen.note(self._summary(visit))
+        self._screen.bytes(_name(direction), stream)
+        hello = wire.parse_server_hello(stream)
+        ports = {port for way in visit.streams for port in (way.source_port, way.destination_port)}
+        self._claim("same_answer", "the client got the same answer", visit.body == self._plain.body)
+        self._claim(
+            "payload_unreadable_after",
+            "after, nothing of the answer could be read on the link",
+            not visit.shows(self._plain.line),
+        )
+        self._claim(
+            "tls_1_3", "the server chose TLS 1.3", hello is not None and hello.version == "TLS 1.3"
+        )
+        self._claim(
+            "only_tls_records",
+            "the link carried TLS records and nothing else",
+            all(map(wire.is_all_records, visit.streams.values())),
+        )
+        self._claim(
+            "only_the_tunnel_port",
+            "the only port on the link was the tunnel's",
+            HBONE_PORT in ports and PORT not in ports,
+        )
+        self._claim(
+            "path_is_hbone",
+            "both agents logged the path as HBONE",
+            (outbound["path"], inbound["path"]) == ("hbone", "hbone"),
+        )
+        self._claim(
+            "client_proved",
+            "the client proved its identity",
+            inbound["peer_identity"] == _identity(self._client),
+        )
+        self._claim(
+            "server_proved",
+            "the server proved its identity",
+            outbound["peer_identity"] == _identity(self._server),
+        )
+        self._claim(
+            "client_sees_server_address",
+            "the client sees the address that it asked for",
+            visit.peer == self._plain.peer,
+        )
+        self._claim(
+            "server_sees_client_address",
+            "the server sees the client's own address",
+            self._server_saw() == str(self._client.address4),
+        )
+        tls = f"{hello.version}, {hello.cipher_suite}" if hello else "none"
+        facts = (
+            ("path", outbound["path"], "the agents' access logs"),
+            ("protocol", tls, "the ServerHello on the link"),
+            ("client's identity", inbound["peer_identity"], "its certificate, at the server"),
+            ("server's identity", outbound["peer_identity"], "its certificate, at the client"),
+            ("client as the server sees it", self._server_saw(), "the server's own log"),
+            ("server as the client sees it", visit.peer, "getpeername() of curl"),
+        )
+        columns = ("fact", "seen", "where")
+        self._screen.table(columns, [dict(zip(columns, fact, strict=True)) for fact in facts])
+        self._report.evidence |= {
+            "tls": tls,
+            "connection": {"outbound": outbound, "inbound": inbound},
+        }
+        answer = self._late.communicate("\n", timeout=10)[0]
+        self._claim(
+            "open_connection_went_on",
+            "a connection opened before the label went on",
+            self._plain.body.decode() in answer,
+        )
+        self._screen.note("a connection that was open before the label has been answered as well")
+
+    def _look_into_the_kernel(self) -> None:
+        self._screen.stage("In the kernel: maps instead of rules")
+        directories = listing.find_directories((self._lab.pins,))
+        names = ("ss_pods", "ss_listeners")
+        for name in names:
+            rows = [row for path in directories for row in listing.dump_map(path, name)]
+            self._report.evidence[name] = rows
+            self._screen.note(f"sidestep maps dump {name}")
+            self._screen.table(listing.columns(name), rows)
+        captured = {row["pod"] for row in self._report.evidence["ss_pods"]}
+        self._claim(
+            "maps_name_both_pods",
+            "the maps hold both pods, read from the pins alone",
+            captured == {CLIENT, SERVER},
+        )
+        filters = evidence.read_filters(self._namespaces)
+        for name, rules in filters.items():
+            self._claim(
+                f"{name}_unchanged",
+                f"{name} is as it was, in every namespace",
+                rules == self._filters[name],
+            )
+        self._screen.table(
+            ("asked", "namespaces", "before", "now"),
+            [
+                {
+                    "asked": ", ".join(" ".join(command) for command in commands),
+                    "namespaces": len(self._namespaces),
+                    "before": _lines(self._filters[name]),
+                    "now": _lines(filters[name]),
+                }
+                for name, commands in evidence.FILTERS.items()
+            ],
+        )
+
+    def _unenroll(self) -> None:
+        self._screen.stage("One label less: the pods leave, and nobody notices")
+        seconds = self._label(None, None)
+        visit = self._visit()
+        self._screen.note(f"out of the mesh after {seconds * 1000:.0f} ms; {self._summary(visit)}")
+        self._claim(
+            "leaves_by_label",
+            "without the label the pods talk as before",
+            visit.shows(visit.line) and visit.body == self._plain.body,
+        )
+        self._claim(
+            "nothing_restarted",
+            "no process was restarted",
+            evidence.process_starts(self._starts) == self._starts,
+        )
+
+    # -- parts --------------------------------------------------------------------------------
+
+    def _visit(self) -> Visit:
+        """Let the client's curl fetch the document, and record the link meanwhile."""
+        self._recorder.take()
+        url = f"http://{self._server.address4}:{PORT}/{DOCUMENT}"
+        command = ["curl", "-sSf", "-m", "5", "-w", CURL_REPORT, url]
+        done = subprocess.run(
+            self._lab.command_in(self._client, command), capture_output=True, check=False
+        )
+        if done.returncode != 0:
+            raise LabError(f"curl in {CLIENT} failed: {done.stderr.decode().strip()}")
+        host, port, _status, seconds = done.stderr.decode().split()
+        streams = wire.join_streams(self._recorder.take())
+        spoken = {direction: stream for direction, stream in streams.items() if stream}
+        return Visit(done.stdout, f"{host}:{port}", float(seconds) * 1000, spoken)
+
+    def _open_early(self, stack: ExitStack) -> subprocess.Popen[str]:
+        """Open a connection now whose request is sent when a line is written."""
+        script = LATE_REQUEST.format(host=self._server.address4, port=PORT)
+        late = subprocess.Popen(
+            self._lab.command_in(self._client, ["bash", "-c", script]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.enter_context(late)
+        stack.callback(late.kill)
+        assert late.stdout is not None
+        if late.stdout.readline() != "open\n":
+            raise LabError(f"a shell in {CLIENT} cannot connect to {SERVER}")
+        return late
+
+    def _label(self, mode: str | None, wanted: str | None) -> float:
+        """Label the namespace; return the seconds until each agent says `wanted` of its pod."""
+        labels = {} if mode is None else {MODE_LABEL: mode}
+        watches = [self._lab.agent_states(node) for node in self._lab.cluster().nodes]
+        for watch in watches:
+            next(watch)
+        began = time.monotonic()
+        metadata = {"name": NAMESPACE, "labels": labels}
+        self._lab.write_object({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+        for watch in watches:
+            for state in watch:
+                states = [pod["state"] for pod in state["pods"]]
+                if states == ([] if wanted is None else [wanted]):
+                    break
+        return time.monotonic() - began
+
+    def _server_saw(self) -> str:
+        """Return the client of the last request in the server's own log."""
+        lines = self._lab.pod_log(self._server).read_text().splitlines()
+        requests = [line for line in lines if "GET" in line] or ["nobody"]
+        return requests[-1].split()[0].removeprefix("::ffff:")
+
+    def _summary(self, visit: Visit) -> str:
+        return (
+            f"curl in {CLIENT} got {len(visit.body)} bytes from {visit.peer} "
+            f"in {visit.milliseconds:.1f} ms"
+        )
+
+
+def _name(direction: Direction) -> str:
+    return (
+        f"on the link: {direction.source}:{direction.source_port} -> "
+        f"{direction.destination}:{direction.destination_port}"
+    )
+
+
+def _lines(rules: dict[str, str]) -> str:
+    count = sum(len(text.splitlines()) for text in rules.values())
+    return f"{count} lines" if count else "empty"
+
+
+def _identity(pod: LabPod) -> str:
+    account = pod.body["spec"]["serviceAccountName"]
+    return str(SpiffeId(TRUST_DOMAIN, pod.namespace, account))
