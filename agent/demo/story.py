@@ -105,8 +105,10 @@ class Visit:
 class Story:
     """Tells one demo on one lab, and takes it down whatever happens."""
 
-    def __init__(self, lab: Lab, screen: Screen) -> None:
+    def __init__(self, lab: Lab, screen: Screen, cluster: Path = DEFAULT_CLUSTER) -> None:
+        """Prepare a story; `cluster` describes the pods of the default lab, if changed."""
         self._lab = lab
+        self._description = cluster
         self._screen = screen
         self._report = Report()
 
@@ -140,7 +142,7 @@ class Story:
 
     def _up(self, stack: ExitStack) -> None:
         self._screen.stage("A cluster on this machine, out of network namespaces")
-        cluster = self._lab.up(DEFAULT_CLUSTER, self._screen.note)
+        cluster = self._lab.up(self._description, self._screen.note)
         self._client, self._server = self._lab.find_pod(CLIENT), self._lab.find_pod(SERVER)
         self._screen.table(
             ("pod", "node", "address", "program"),
