@@ -5,7 +5,7 @@ The order keeps the pod closed or untouched, never half open:
     1 reply route   marked packets come back to us       undo: delete rule, route; old sysctls
     2 listeners     15001, 15006, 15008 in the pod       undo: close
     3 slot          15006 into ss_listeners              undo: delete
-    4 exclusions    ss_bypass, ss_ports                  undo: delete
+    4 addresses     ss_local; ss_bypass, ss_ports        undo: delete
     5 lookup link   inbound is captured from here on     undo: unpin
     6 ss_pods       outbound is captured from here on    undo: delete
 
@@ -72,7 +72,7 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
             _add_reply_route(enrollment, undo)
             _open_listeners(pins, enrollment, undo)
             _fill_slot(pins, enrollment, undo)
-            _write_exclusions(pins, enrollment, undo)
+            _write_addresses(pins, enrollment, undo)
             links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
             undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
             _write_pod(pins, enrollment, undo)
@@ -162,9 +162,12 @@ def _exclusion_entries(
         yield "ss_ports", records.port_key(cookie, port, records.INBOUND)
 
 
-def _write_exclusions(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+def _write_addresses(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     for name, key in _exclusion_entries(enrollment):
         _put(pins, undo, name, key, {"value": 1})
+    for address in enrollment.pod.addresses:
+        key = {"address": records.pack_address(address)}
+        _put(pins, undo, "ss_local", key, {"value": enrollment.netns_cookie})
 
 
 def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:

@@ -6,16 +6,17 @@
  */
 #include "capture.h"
 
-static __always_inline bool is_agent_flow(u64 netns_cookie, const struct address *remote,
+/* A connection that the agent dialed, or one of the direct path: both were judged before. */
+static __always_inline bool is_known_flow(u64 netns_cookie, const struct address *remote,
 					  struct bpf_sk_lookup *ctx)
 {
-	struct agent_flow flow = {};
+	struct inbound_flow flow = {};
 
 	flow.netns_cookie = netns_cookie;
 	flow.source = *remote;
 	flow.source_port_be = ctx->remote_port;
 	flow.destination_port_be = bpf_htons(ctx->local_port);
-	return ss_agent_flows.lookup(&flow) != 0;
+	return ss_agent_flows.lookup(&flow) || ss_direct_flows.lookup(&flow);
 }
 
 int ss_lookup(struct bpf_sk_lookup *ctx)
@@ -48,7 +49,7 @@ int ss_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	if (is_excluded_port(netns_cookie, bpf_htons(ctx->local_port), DIRECTION_INBOUND))
 		return SK_PASS;
-	if (is_agent_flow(netns_cookie, &remote, ctx))
+	if (is_known_flow(netns_cookie, &remote, ctx))
 		return SK_PASS;
 
 	listener = (struct bpf_sock *)ss_listeners.lookup(&netns_cookie);

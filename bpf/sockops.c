@@ -30,12 +30,13 @@ static __always_inline struct source sockops_source(struct bpf_sock_ops *ops)
 	return source;
 }
 
-static __always_inline struct agent_flow sockops_agent_flow(struct bpf_sock_ops *ops)
+/* The connection as the pod behind `netns_cookie` sees it. */
+static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops, u64 netns_cookie)
 {
-	struct agent_flow flow = {};
+	struct inbound_flow flow = {};
 	u32 remote_port_be = ops->remote_port;
 
-	flow.netns_cookie = bpf_get_netns_cookie(ops);
+	flow.netns_cookie = netns_cookie;
 	flow.source = sockops_local(ops);
 	flow.source_port_be = bpf_htons(ops->local_port);
 	/* remote_port is in network order, in the upper half: shift in host order */
@@ -43,37 +44,104 @@ static __always_inline struct agent_flow sockops_agent_flow(struct bpf_sock_ops 
 	return flow;
 }
 
+static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
+{
+	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
+	struct direct_flow value = {};
+
+	value.source_netns_cookie = bpf_get_netns_cookie(ops);
+	value.socket_cookie = bpf_get_socket_cookie(ops);
+	value.destination = direct->destination;
+	value.began_ns = bpf_ktime_get_ns();
+	ss_direct_flows.update(&flow, &value);
+}
+
+/*
+ * The kernel counts sequence numbers: in bytes_acked our SYN and FIN are one byte each, in
+ * bytes_received the peer's FIN. Whether a FIN was counted follows from the last state. From
+ * FIN_WAIT2 the peer's FIN leads to the end, but so does close() when nobody waits for that FIN:
+ * then nothing was received meanwhile. (Data without a FIN, and then close() or a reset, is one
+ * byte short.)
+ */
+static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct direct *direct,
+					struct flow_end *end)
+{
+	u32 state = ops->args[0];
+	bool is_both = state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING;
+	bool has_fin = is_both || state == BPF_TCP_CLOSE_WAIT ||
+		       (state == BPF_TCP_FIN_WAIT2 &&
+			ops->bytes_received != direct->received_at_fin_wait2);
+
+	end->bytes_sent = ops->bytes_acked - 1 - (is_both || state == BPF_TCP_FIN_WAIT2);
+	end->bytes_received = ops->bytes_received - has_fin;
+	end->was_reset = !is_both && state != BPF_TCP_FIN_WAIT2;
+}
+
+static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)
+{
+	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
+	struct direct_flow *value = ss_direct_flows.lookup(&flow);
+	struct flow_end *end;
+	u32 zero = 0;
+	u64 *lost;
+
+	end = ss_flow_end.lookup(&zero);
+	if (value && end && ops->args[0] != BPF_TCP_SYN_SENT) {
+		end->flow = flow;
+		end->direct = *value;
+		end->ended_ns = bpf_ktime_get_ns();
+		count_bytes(ops, direct, end);
+		if (ss_flow_ends.ringbuf_output(end, sizeof(*end), 0)) {
+			lost = ss_lost.lookup(&zero);
+			if (lost)
+				__sync_fetch_and_add(lost, 1);
+		}
+	}
+	ss_direct_flows.delete(&flow);
+}
+
 int ss_sockops(struct bpf_sock_ops *ops)
 {
+	bool is_end = ops->op == BPF_SOCK_OPS_STATE_CB;
 	struct bpf_sock *sk = ops->sk;
 	struct origin *origin;
+	struct direct *direct;
 	u32 one = 1;
 
-	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ops->op != BPF_SOCK_OPS_STATE_CB))
+	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && !is_end))
 		return 1;
-	if (ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] != BPF_TCP_CLOSE)
+	direct = ss_direct.sk_storage_get(sk, 0, 0);
+	if (is_end && ops->args[1] != BPF_TCP_CLOSE) {
+		if (direct && ops->args[1] == BPF_TCP_FIN_WAIT2)
+			direct->received_at_fin_wait2 = ops->bytes_received;
 		return 1;
+	}
 
+	origin = ss_origin.sk_storage_get(sk, 0, 0);
 	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
-		struct agent_flow flow = sockops_agent_flow(ops);
+		struct inbound_flow flow = sockops_flow(ops, bpf_get_netns_cookie(ops));
 
-		if (ops->op == BPF_SOCK_OPS_STATE_CB) {
+		if (is_end)
 			ss_agent_flows.delete(&flow);
-			return 1;
-		}
-		ss_agent_flows.update(&flow, &one);
-	} else {
+		else
+			ss_agent_flows.update(&flow, &one);
+	} else if (direct) {
+		if (is_end)
+			end_direct(ops, direct);
+		else
+			publish_direct(ops, direct);
+	} else if (origin) {
 		struct source source = sockops_source(ops);
 
-		origin = ss_origin.sk_storage_get(sk, 0, 0);
-		if (!origin)
-			return 1;
-		if (ops->op == BPF_SOCK_OPS_STATE_CB) {
+		if (is_end)
 			ss_origin_flow.delete(&source);
-			return 1;
-		}
-		ss_origin_flow.update(&source, origin);
+		else
+			ss_origin_flow.update(&source, origin);
+	} else {
+		return 1;
 	}
-	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (!is_end)
+		bpf_sock_ops_cb_flags_set(ops,
+					  ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	return 1;
 }

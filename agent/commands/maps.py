@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from agent.datapath import listing
-from agent.datapath.source import MAPS
+from agent.datapath.source import MAPS, RING_BUFFERS
 from agent.output import Output, emit, output_option
 
 LIST_COLUMNS = ("name", "type", "id", "key", "value", "entries", "max_entries")
@@ -56,7 +56,7 @@ def list_maps(root: Path | None, output: Output) -> None:
 @output_option
 def dump(name: str, root: Path | None, output: Output) -> None:
     """Print the entries of the map NAME, decoded."""
-    if name not in MAPS:
+    if name not in (*MAPS, *RING_BUFFERS):
         raise click.BadParameter(
             f"there is no map {name!r}; the maps are {', '.join(MAPS)}", param_hint="NAME"
         )

@@ -32,6 +32,7 @@ from agent.datapath.source import (
     MAIN,
     MAPS,
     PROGRAMS,
+    RING_BUFFERS,
     SOURCES,
     expand,
     program_hash,
@@ -68,10 +69,12 @@ def _load(staging: Path) -> None:
         ]
         module: Any = BPF(text=expand(MAIN), cflags=flags)
 
-    def pin(fd: int, name: str) -> None:
-        if lib.bpf_obj_pin(fd, str(staging / "programs" / name).encode()) < 0:
+    def pin(fd: int, name: str, kind: str = "programs") -> None:
+        if lib.bpf_obj_pin(fd, str(staging / kind / name).encode()) < 0:
             raise OSError(f"{name} cannot be pinned under {staging}")
 
+    for name in RING_BUFFERS:
+        pin(lib.bpf_table_fd(module.module, name.encode()), name, "maps")
     for name, (program_type, attach_type) in PROGRAMS.items():
         pin(module.load_func(name, program_type, attach_type=attach_type).fd, name)
     # Loaded so that the verifier sees it here; what serves a pod is a stamped copy.

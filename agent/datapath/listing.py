@@ -37,8 +37,18 @@ PodNames = dict[int, str]
 
 ROOTS = (Path("/sys/fs/bpf/sidestep"), Path("/sys/fs/bpf/sidestep-lab"))
 SEARCH_DEPTH = 3  # <root>/<lab>/<node>/<schema hash>
-SK_STORAGE = 24  # enum bpf_map_type
-MAP_TYPES = {1: "hash", 2: "array", 11: "lpm_trie", 18: "sockhash", SK_STORAGE: "sk_storage"}
+# enum bpf_map_type
+MAP_TYPES = {
+    1: "hash",
+    2: "array",
+    6: "percpu_array",
+    9: "lru_hash",
+    11: "lpm_trie",
+    18: "sockhash",
+    24: "sk_storage",
+    27: "ringbuf",
+}
+UNLISTED_TYPES = {6, 24, 27}  # without entries that could be listed
 # enum bpf_prog_type, in the words of bpftool
 PROGRAM_TYPES = {13: "sock_ops", 18: "cgroup_sock_addr", 30: "sk_lookup"}
 LOOKUP_LINK = links.lookup_link_name(0).removesuffix("0")
@@ -138,6 +148,38 @@ def _agent_flow(key: Record, _value: Record, names: PodNames) -> Row:
     }
 
 
+def _local(key: Record, value: Record, names: PodNames) -> Row:
+    return _owner(value["value"], names) | {"address": _address(key["address"])}
+
+
+def _generation(_key: Record, value: Record, _names: PodNames) -> Row:
+    return {"generation": value["value"]}
+
+
+def _verdict(key: Record, value: Record, names: PodNames) -> Row:
+    return {
+        "source": names.get(_number(key["source_netns_cookie"])),
+        "destination": names.get(_number(key["destination_netns_cookie"])),
+        "port": key["port_be"],
+        "generation": value["value"],
+    }
+
+
+def _direct_flow(key: Record, value: Record, names: PodNames) -> Row:
+    return {
+        "source_pod": names.get(_number(value["source_netns_cookie"])),
+        "source": _address(key["source"]),
+        "source_port": key["source_port_be"],
+        "destination_pod": names.get(_number(key["netns_cookie"])),
+        "destination": _address(value["destination"]),
+        "destination_port": key["destination_port_be"],
+    }
+
+
+def _lost(_key: Record, value: Record, _names: PodNames) -> Row:
+    return {"lost_flow_ends": value["value"]}
+
+
 def _bypass(key: Record, _value: Record, names: PodNames) -> Row:
     address = unpack_address(key["address"])
     bits = _number(key["prefix_bits"]) - NETWORK_HEAD_BITS
@@ -178,6 +220,11 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
     "ss_pod_names": _pod_name,
     "ss_origin_flow": _origin_flow,
     "ss_agent_flows": _agent_flow,
+    "ss_local": _local,
+    "ss_generation": _generation,
+    "ss_verdicts": _verdict,
+    "ss_direct_flows": _direct_flow,
+    "ss_lost": _lost,
     "ss_bypass": _bypass,
     "ss_ports": _port,
     "ss_listeners": _listener,
@@ -189,6 +236,18 @@ COLUMNS = {
     "ss_pod_names": ("netns_cookie", "namespace", "name", "uid"),
     "ss_origin_flow": ("pod", "source", "source_port", "destination", "destination_port"),
     "ss_agent_flows": ("pod", "source", "source_port", "destination_port"),
+    "ss_local": ("pod", "netns_cookie", "address"),
+    "ss_generation": ("generation",),
+    "ss_verdicts": ("source", "destination", "port", "generation"),
+    "ss_direct_flows": (
+        "source_pod",
+        "source",
+        "source_port",
+        "destination_pod",
+        "destination",
+        "destination_port",
+    ),
+    "ss_lost": ("lost_flow_ends",),
     "ss_bypass": ("pod", "netns_cookie", "network"),
     "ss_ports": ("pod", "netns_cookie", "direction", "port"),
     "ss_listeners": ("pod", "netns_cookie", "socket_cookie"),
@@ -198,12 +257,12 @@ COLUMNS = {
 
 
 def list_maps(directory: Path) -> list[Row]:
-    """Return one row for each map of `directory`; sk_storage has no count of entries."""
+    """Return one row for each map of `directory`; not every type has a count of entries."""
     rows: list[Row] = []
     for path in sorted((directory / "maps").iterdir()):
         with _opened(directory, path.name) as opened:
             facts = opened.facts
-            is_walkable = facts.type != SK_STORAGE
+            is_walkable = facts.type not in UNLISTED_TYPES
             keys = libbpf.keys(opened.fd, facts.key_size, facts.max_entries)
             rows.append(
                 {
@@ -223,11 +282,12 @@ def list_maps(directory: Path) -> list[Row]:
 
 
 def columns(name: str) -> tuple[str, ...]:
-    """Return the columns of one map of MAPS (MapError for socket storage)."""
+    """Return the columns of one map (MapError for one that has no entries to list)."""
     if name not in COLUMNS:
         raise MapError(
-            f"{name} is socket storage: the kernel keeps its entries with the sockets and lets "
-            "nobody walk them; ss_origin_flow lists the captured connections"
+            f"{name} has no entries to list: the kernel keeps those of socket storage with the "
+            "sockets, and events go to one reader; ss_origin_flow lists the captured connections, "
+            "ss_direct_flows those on the direct path"
         )
     return COLUMNS[name]
 

@@ -36,8 +36,8 @@ class Map:
             raise
 
     def _read_layouts(self, path: Path) -> tuple[Layout, Layout]:
-        if self.facts.type == libbpf.MAP_TYPE_SOCKHASH:
-            # The kernel keeps no types for these; both sides are plain integers.
+        if self.facts.type in (libbpf.MAP_TYPE_SOCKHASH, libbpf.MAP_TYPE_RINGBUF):
+            # The kernel keeps no types for these; both sides are plain integers, or nothing.
             return integer_layout(self.facts.key_size), integer_layout(self.facts.value_size)
         if not self.facts.btf_id:
             raise AbiMismatch(f"{path} carries no type information, so it is not Sidestep's")

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf
 from agent.datapath.maps import Map
-from agent.datapath.source import LOOKUP_PROGRAM, MAGIC, MAPS, PROGRAMS, program_hash, schema_hash
+from agent.datapath.source import (
+    LOOKUP_PROGRAM,
+    MAGIC,
+    MAPS,
+    PROGRAMS,
+    RING_BUFFERS,
+    program_hash,
+    schema_hash,
+)
 from agent.errors import AbiMismatch, FeatureMissing, LoadError, MapError
 
 if TYPE_CHECKING:
@@ -40,7 +48,7 @@ class Pins:
         self.directory = directory
         self.maps: dict[str, Map] = {}
         try:
-            self._verify_names("maps", set(MAPS))
+            self._verify_names("maps", {*MAPS, *RING_BUFFERS})
             self._verify_names("programs", {*PROGRAMS, LOOKUP_PROGRAM})
             if not (directory / "links").is_dir():
                 raise AbiMismatch(f"{directory}/links is missing")

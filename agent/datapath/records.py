@@ -61,3 +61,12 @@ def port_key(netns_cookie: int, port: int, direction: int) -> dict[str, Value]:
 def source_key(netns_cookie: int, address: Address, port: int) -> dict[str, Value]:
     """Return a key of ss_origin_flow."""
     return {"netns_cookie": netns_cookie, "address": pack_address(address), "port_be": port}
+
+
+def verdict_key(source_cookie: int, destination_cookie: int, port: int) -> dict[str, Value]:
+    """Return a key of ss_verdicts."""
+    return {
+        "source_netns_cookie": source_cookie,
+        "destination_netns_cookie": destination_cookie,
+        "port_be": port,
+    }

@@ -37,12 +37,20 @@ MAPS = (
     "ss_origin",
     "ss_origin_flow",
     "ss_agent_flows",
+    "ss_local",
+    "ss_generation",
+    "ss_verdicts",
+    "ss_direct",
+    "ss_direct_flows",
     "ss_bypass",
     "ss_ports",
     "ss_listeners",
+    "ss_flow_end",
+    "ss_lost",
     "ss_meta",
     "ss_lookup_text",
 )
+RING_BUFFERS = ("ss_flow_ends",)  # without keys and values; a map of its own holds the layout
 LD_IMM64 = 0x18
 PSEUDO_MAP_FD = 1  # source register of a ld_imm64 whose constant is a map's descriptor
 

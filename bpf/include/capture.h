@@ -4,6 +4,7 @@
 #define SIDESTEP_CAPTURE_H
 
 #include "address.h"
+#include "direct.h"
 #include "maps.h"
 
 /* The listeners in each enrolled pod; the numbers are those of ambient mesh. */
@@ -46,9 +47,11 @@ capture_connect(struct bpf_sock_addr *ctx, const struct address *destination, st
 	network.prefix_bits = 32 + 64 + 128;
 	network.netns_cookie = netns_cookie;
 	network.address = *destination;
+	/* A socket may connect again after a failure: forget where it wanted to go. */
+	ss_direct.sk_storage_delete(ctx->sk);
 	if (address_is_local_scope(destination) || ss_bypass.lookup(&network) ||
-	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND)) {
-		/* A socket may connect again after a failure: forget where it wanted to go. */
+	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND) ||
+	    may_go_direct(ctx, netns_cookie, destination)) {
 		ss_origin.sk_storage_delete(ctx->sk);
 		return CAPTURE_PASS;
 	}

@@ -40,8 +40,33 @@ BPF_TABLE_PINNED("hash", struct source, struct origin, ss_origin_flow, MAX_FLOWS
 
 /* connection dialed by the agent inside a pod -> 1: lookup lets it through to the application.
  * Written by sockops before the SYN leaves, deleted by it at the close. */
-BPF_TABLE_PINNED("hash", struct agent_flow, u32, ss_agent_flows, MAX_FLOWS,
+BPF_TABLE_PINNED("hash", struct inbound_flow, u32, ss_agent_flows, MAX_FLOWS,
 		 SS_PINS "/ss_agent_flows");
+
+/* address of an enrolled pod of this node -> its netns cookie. Written by enroll, read by connect;
+ * lives until unenroll. */
+BPF_TABLE_PINNED("hash", struct local, u64, ss_local, MAX_PODS * 4, SS_PINS "/ss_local");
+
+/* 0 -> the generation of policies and pods; a verdict of another one does not count. Written by the
+ * agent at each change, read by connect and by the workers. */
+BPF_TABLE_PINNED("array", u32, u64, ss_generation, 1, SS_PINS "/ss_generation");
+
+/* two pods of this node and a port -> the generation in which the connection was allowed. Written
+ * by the workers when the destination has answered 200, read by connect. LRU: without the entry
+ * a connection goes through the agent, which judges again. */
+BPF_TABLE_PINNED("lru_hash", struct verdict_key, u64, ss_verdicts, MAX_FLOWS,
+		 SS_PINS "/ss_verdicts");
+
+/* socket on the direct path -> where it goes. Written by connect, read by sockops; freed with the
+ * socket. */
+BPF_TABLE_PINNED("sk_storage", int, struct direct, ss_direct, 0, SS_PINS "/ss_direct",
+		 BPF_F_NO_PREALLOC);
+
+/* connection on the direct path, as its destination sees it. Written by sockops before the SYN
+ * leaves and deleted by it at the close; read by lookup, which lets exactly these in, and by the
+ * agent, which closes those that no longer pass. A plain hash: a full map means capture. */
+BPF_TABLE_PINNED("hash", struct inbound_flow, struct direct_flow, ss_direct_flows, MAX_FLOWS,
+		 SS_PINS "/ss_direct_flows");
 
 /* network that a pod reaches without capture: its own addresses, excluded networks.
  * Written by enroll, read by connect; lives until unenroll. */
@@ -56,6 +81,16 @@ BPF_TABLE_PINNED("hash", struct port, u32, ss_ports, 16384, SS_PINS "/ss_ports")
  * kernel removes a listener that is closed, and lookup drops what finds none. Holds listeners
  * only: application sockets in a sockmap lose data (see docs/datapath.md). */
 BPF_TABLE_PINNED("sockhash", u64, u64, ss_listeners, MAX_PODS, SS_PINS "/ss_listeners");
+
+/* struct flow_end for each connection that ended on the direct path. Written by sockops, read by
+ * the agent; the size is in pages. bcc can not pin a ring buffer by itself: the loader does. */
+BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
+
+/* 0 -> where sockops puts a flow_end together, and where its readers find the layout. */
+BPF_TABLE_PINNED("percpu_array", u32, struct flow_end, ss_flow_end, 1, SS_PINS "/ss_flow_end");
+
+/* 0 -> how many flow ends found no room in ss_flow_ends. Written by sockops, read by the agent. */
+BPF_TABLE_PINNED("array", u32, u64, ss_lost, 1, SS_PINS "/ss_lost");
 
 /* 0 -> what these pins are. Written once by the loader, read by whoever opens the directory. */
 BPF_TABLE_PINNED("array", u32, struct meta, ss_meta, 1, SS_PINS "/ss_meta");

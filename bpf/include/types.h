@@ -40,12 +40,51 @@ struct source {
 	u16 pad[3];
 };
 
-/* One connection that the agent dials into a pod with the client's address as source. */
-struct agent_flow {
+/* One connection into a pod, as the pod's end sees it. */
+struct inbound_flow {
 	u64 netns_cookie;
 	struct address source;
 	__be16 source_port_be;
 	__be16 destination_port_be;
+	u32 pad;
+};
+
+/* Key of ss_local. */
+struct local {
+	struct address address;
+};
+
+/* What a verdict is about: both pods by their netns cookies, and the destination's port. */
+struct verdict_key {
+	u64 source_netns_cookie;
+	u64 destination_netns_cookie;
+	__be16 port_be;
+	u16 pad[3];
+};
+
+/* Where a socket on the direct path goes. */
+struct direct {
+	u64 destination_netns_cookie;
+	struct address destination;
+	u64 received_at_fin_wait2; /* bytes, until our FIN was acknowledged */
+};
+
+/* The rest of a connection on the direct path, beside its struct inbound_flow. */
+struct direct_flow {
+	u64 source_netns_cookie;
+	u64 socket_cookie; /* of the client */
+	struct address destination;
+	u64 began_ns; /* CLOCK_MONOTONIC */
+};
+
+/* A connection on the direct path has ended. */
+struct flow_end {
+	struct inbound_flow flow;
+	struct direct_flow direct;
+	u64 ended_ns;
+	u64 bytes_sent; /* by the client */
+	u64 bytes_received;
+	u32 was_reset; /* or timed out */
 	u32 pad;
 };
 

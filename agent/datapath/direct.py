@@ -1,0 +1,136 @@
+"""The direct path's maps as values: the generation, the verdicts, the flows and their ends.
+
+Two pods of one node are joined by the kernel alone where ss_verdicts has an entry of the current
+generation (bpf/include/direct.h). Nothing here judges: workers write a verdict after the
+destination has answered, the control process starts a new generation when anything changes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.datapath import libbpf, records
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from agent.datapath.btf import Value
+    from agent.datapath.maps import Map, Record
+    from agent.datapath.pins import Pins
+    from agent.model.pod import Address
+
+GENERATION_KEY: dict[str, Value] = {"value": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class DirectFlow:
+    """One connection on the direct path; times are of CLOCK_MONOTONIC."""
+
+    source_cookie: int
+    source: Address
+    source_port: int
+    destination_cookie: int
+    destination: Address
+    destination_port: int
+    socket_cookie: int  # of the client's socket
+    began_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEnd:
+    """How a connection on the direct path ended; `sent` counts the client's bytes."""
+
+    flow: DirectFlow
+    seconds: float
+    sent: int
+    received: int
+    was_reset: bool
+
+
+class Verdicts:
+    """Which connections may take the direct path: what a worker needs."""
+
+    def __init__(self, verdicts: Map, generation: Map) -> None:
+        self._verdicts = verdicts
+        self._generation = generation
+
+    @property
+    def generation(self) -> int:
+        """The current generation; read it before asking for a verdict, and pass it to `allow`."""
+        return _number(self._generation.get(GENERATION_KEY) or {"value": 0}, "value")
+
+    def allow(self, source: int, destination: int, port: int, generation: int) -> None:
+        """Let later connections between two namespaces pass, while `generation` lasts."""
+        self._verdicts.put(records.verdict_key(source, destination, port), {"value": generation})
+
+    def renew(self) -> None:
+        """Start a new generation: every verdict before it is void. For the control process."""
+        self._generation.put(GENERATION_KEY, {"value": self.generation + 1})
+
+
+class FlowEnds:
+    """Reads the ends of direct flows; `fd` is readable while there are some."""
+
+    def __init__(self, pins: Pins) -> None:
+        self._layout = pins.maps["ss_flow_end"].value
+        self._flow_layout = pins.maps["ss_direct_flows"].key
+        self._direct_layout = pins.maps["ss_direct_flows"].value
+        self._map_fd = libbpf.open_pin(pins.directory / "maps" / "ss_flow_ends")
+        self._buffer = libbpf.RingBuffer(self._map_fd)
+        self.fd = self._buffer.fd
+
+    def read(self) -> list[FlowEnd]:
+        """Return the ends since the last call."""
+        return [self._parse(sample) for sample in self._buffer.read()]
+
+    def _parse(self, sample: bytes) -> FlowEnd:
+        end = self._layout.decode(sample)
+        flow = _flow(
+            self._flow_layout.decode(_bytes(end, "flow")),
+            self._direct_layout.decode(_bytes(end, "direct")),
+        )
+        return FlowEnd(
+            flow,
+            seconds=(_number(end, "ended_ns") - flow.began_ns) / 1e9,
+            sent=_number(end, "bytes_sent"),
+            received=_number(end, "bytes_received"),
+            was_reset=bool(end["was_reset"]),
+        )
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._buffer.close()
+        os.close(self._map_fd)
+
+
+def live_flows(pins: Pins) -> Iterator[DirectFlow]:
+    """Yield the open connections on the direct path."""
+    for key, value in pins.maps["ss_direct_flows"].items():
+        yield _flow(key, value)
+
+
+def _flow(key: Record, value: Record) -> DirectFlow:
+    return DirectFlow(
+        source_cookie=_number(value, "source_netns_cookie"),
+        source=records.unpack_address(key["source"]),
+        source_port=_number(key, "source_port_be"),
+        destination_cookie=_number(key, "netns_cookie"),
+        destination=records.unpack_address(value["destination"]),
+        destination_port=_number(key, "destination_port_be"),
+        socket_cookie=_number(value, "socket_cookie"),
+        began_ns=_number(value, "began_ns"),
+    )
+
+
+def _number(record: Mapping[str, Value], name: str) -> int:
+    value = record[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _bytes(record: Mapping[str, Value], name: str) -> bytes:
+    value = record[name]
+    assert isinstance(value, bytes)
+    return value

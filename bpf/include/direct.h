@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The direct path: two pods of one node, joined by the kernel alone once the agent has allowed it.
+ * Both ends are known by their netns cookies, which nobody can forge, and nothing leaves the node.
+ */
+#ifndef SIDESTEP_DIRECT_H
+#define SIDESTEP_DIRECT_H
+
+#include "address.h"
+#include "maps.h"
+
+/*
+ * Whether a connection has a verdict of the current generation. If so the socket is remembered for
+ * sockops. Closed on any failed lookup: the connection then goes through the agent.
+ */
+static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_netns_cookie,
+					  const struct address *destination)
+{
+	struct local local = {.address = *destination};
+	struct verdict_key key = {};
+	struct direct *direct;
+	u64 *destination_netns_cookie, *generation, *allowed;
+	u32 zero = 0;
+
+	destination_netns_cookie = ss_local.lookup(&local);
+	if (!destination_netns_cookie)
+		return false;
+	key.source_netns_cookie = source_netns_cookie;
+	key.destination_netns_cookie = *destination_netns_cookie;
+	key.port_be = ctx->user_port;
+	allowed = ss_verdicts.lookup(&key);
+	generation = ss_generation.lookup(&zero);
+	if (!allowed || !generation || *allowed != *generation)
+		return false;
+	direct = ss_direct.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!direct)
+		return false;
+	direct->destination_netns_cookie = *destination_netns_cookie;
+	direct->destination = *destination;
+	return true;
+}
+
+#endif
