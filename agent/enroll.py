@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 
 from agent import netlink, netns
 from agent.datapath import links, records
+from agent.datapath.exemption import exempt
 from agent.errors import EnrollError, KernelError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
-from agent.tunnel.sockets import exempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

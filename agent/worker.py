@@ -16,10 +16,13 @@ import resource
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.datapath.exemption import exempt
 from agent.datapath.maps import Map
+from agent.datapath.origins import OriginFlows
 from agent.errors import NoCertificate, SidestepError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
@@ -117,12 +120,12 @@ class Worker:
     def _configure(self, message: messages.Configure) -> None:
         maps = Path(message.pin_directory) / "maps"
         self._trust_domain = message.trust_domain
-        pod_sockets = PodSockets(Map(maps / "ss_exempt"))
+        pod_sockets = PodSockets(partial(exempt, Map(maps / "ss_exempt")))
         self._pool = Pool(self._reactor, pod_sockets, message.trust_domain)
         outbound = Outbound(
             self._reactor,
             pod_sockets,
-            Map(maps / "ss_origin_flow"),
+            OriginFlows(Map(maps / "ss_origin_flow")),
             self._mesh,
             self._pool,
             self._contexts.client,

@@ -1,1 +1,1 @@
-"""What should be and what is: immutable lookups, and the steps from one to the other."""
+"""What should be and what is: immutable states, and the steps from one to the other."""

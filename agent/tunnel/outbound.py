@@ -9,9 +9,8 @@ from __future__ import annotations
 import random
 import socket
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from agent.datapath import records
 from agent.errors import NoCertificate
 from agent.tunnel import sockets, tcp
 from agent.tunnel.relay import Relay
@@ -22,13 +21,21 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
-    from agent.datapath.maps import Map
+    from agent.model.pod import Address
     from agent.tunnel.mesh import Mesh, Route
     from agent.tunnel.pool import Pool
     from agent.tunnel.reactor import Reactor
     from agent.tunnel.served import ServedPod
     from agent.tunnel.session import Session
     from agent.tunnel.sockets import PodSockets
+
+
+class OriginalDestinations(Protocol):
+    """Knows where captured connections wanted to go."""
+
+    def lookup(self, netns_cookie: int, address: Address, port: int) -> tuple[Address, int] | None:
+        """Return what the connection from `address`:`port` in a pod asked for; None if unknown."""
+        ...
 
 
 class Outbound:
@@ -38,7 +45,7 @@ class Outbound:
         self,
         reactor: Reactor,
         pod_sockets: PodSockets,
-        origins: Map,
+        origins: OriginalDestinations,
         mesh: Mesh,
         pool: Pool,
         client_context: Callable[[str], ssl.SSLContext],
@@ -53,14 +60,11 @@ class Outbound:
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
         """Take over one accepted connection."""
         host, port = peer[:2]
-        key = records.source_key(served.netns_cookie, ip_address(host), port)
-        origin = self._origins.get(key)
+        origin = self._origins.lookup(served.netns_cookie, ip_address(host), port)
         if origin is None:
             sockets.abort(accepted)
             return
-        address = records.unpack_address(origin["address"])
-        original_port = origin["port_be"]
-        assert isinstance(original_port, int)
+        address, original_port = origin
         access = Access(
             "outbound", served.pod, endpoint(host, port), endpoint(str(address), original_port)
         )

@@ -11,20 +11,15 @@ import socket
 from typing import TYPE_CHECKING
 
 from agent import netns
-from agent.datapath import libbpf
 from agent.model.capture import REPLY_MARK
 
 if TYPE_CHECKING:
-    from agent.datapath.maps import Map
+    from collections.abc import Callable
+
     from agent.model.pod import Address
 
 IP_TRANSPARENT, IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT = 19, 75, 24  # linux/in.h, in6.h
 LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # struct linger {on, 0 seconds}: close() sends RST
-
-
-def exempt(exempt_map: Map, own: socket.socket) -> None:
-    """Mark a socket as the agent's own: do it before bind() or connect()."""
-    libbpf.update(exempt_map.fd, own.fileno().to_bytes(4, "little"), (1).to_bytes(4, "little"))
 
 
 def borrow_source(own: socket.socket, source: Address) -> None:
@@ -42,10 +37,13 @@ def borrow_source(own: socket.socket, source: Address) -> None:
 
 
 class PodSockets:
-    """Opens sockets in the namespaces of pods, for a process with one thread."""
+    """Opens sockets in the namespaces of pods, for a process with one thread.
 
-    def __init__(self, exempt_map: Map) -> None:
-        self._exempt_map = exempt_map
+    `exempt` marks a socket as the agent's own, which capture then leaves alone.
+    """
+
+    def __init__(self, exempt: Callable[[socket.socket], None]) -> None:
+        self._exempt = exempt
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def open(self, netns_fd: int, family: int) -> socket.socket:
@@ -56,7 +54,7 @@ class PodSockets:
         finally:
             netns.leave(self._own_netns)
         try:
-            exempt(self._exempt_map, made)
+            self._exempt(made)
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
             made.close()

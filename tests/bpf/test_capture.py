@@ -12,9 +12,10 @@ import pytest
 
 from agent import enroll, netns
 from agent.datapath import records
+from agent.datapath.exemption import exempt
 from agent.enroll import Enrollment
 from agent.model.capture import HBONE_PORT
-from agent.tunnel.sockets import borrow_source, exempt
+from agent.tunnel.sockets import borrow_source
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network, blocked
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ class HandMadePeer:
 
     def __init__(self, mesh: MeshPair, context: ssl.SSLContext) -> None:
         raw = mesh.client.namespace.open_socket()
-        from agent.tunnel.sockets import exempt
+        from agent.datapath.exemption import exempt
 
         exempt(mesh.exempt_map, raw)  # as the agent there would: not captured
         raw.connect((PEER4, HBONE_PORT))
@@ -126,7 +126,7 @@ def test_peer_of_another_trust_domain_is_dropped(mesh: MeshPair) -> None:
 
 
 def test_garbage_instead_of_tls_is_dropped(mesh: MeshPair) -> None:
-    from agent.tunnel.sockets import exempt
+    from agent.datapath.exemption import exempt
 
     raw = mesh.client.namespace.open_socket()
     exempt(mesh.exempt_map, raw)
@@ -187,7 +187,7 @@ def test_streams_beyond_the_limit_are_refused(mesh: MeshPair) -> None:
 
 def test_plaintext_that_is_captured_reaches_the_application(mesh: MeshPair) -> None:
     """From outside the mesh, with the client's own address at the application."""
-    from agent.tunnel.sockets import exempt
+    from agent.datapath.exemption import exempt
 
     listener = mesh.server.namespace.listen(PEER4, 8080)
     raw = mesh.client.namespace.open_socket()
