@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from agent import sandbox
 from agent.admin import Admin
 from agent.datapath import links, pins
+from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
 from agent.enroll import Enrollment, enroll, unenroll
 from agent.errors import SandboxNotFound, SidestepError
@@ -58,6 +59,7 @@ class Agent:
         self._source = DirectorySource(settings.objects)
         self._authority = LocalAuthority(settings.authority)
         self._pins = pins.load(settings.pin_root)
+        self._direct = DirectPath(self._pins, settings.trust_domain)
         self._snapshot = Snapshot()
         self._desired: dict[str, LocalPod] = {}
         self._enrolled: dict[str, Enrollment] = {}
@@ -74,6 +76,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         links.attach_cgroup(self._pins, links.cgroup_root())
+        self._direct.start()
         for _ in range(self._settings.worker_count):
             self._add_worker()
         await self._admin.start()
@@ -108,7 +111,11 @@ class Agent:
         self._snapshot = snapshot
         common = self._settings.exclusions
         self._desired = {
-            pod.uid: replace(pod, exclusions=_joined(common, pod.exclusions))
+            pod.uid: replace(
+                pod,
+                exclusions=_joined(common, pod.exclusions),
+                may_go_direct=pod.may_go_direct and self._settings.has_direct_path,
+            )
             for pod in snapshot.local_pods.get(self._settings.node, ())
         }
         for uid in self._statuses.keys() - self._desired.keys() - self._enrolled.keys():
@@ -142,6 +149,7 @@ class Agent:
                 log.warning("pod not enrolled", extra=fields | {"error": str(error)})
             return
         self._enrolled[pod.uid] = enrollment
+        self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)
         for worker in self._workers:
             self._tell_pod(worker, enrollment)
         for worker in list(self._workers):
@@ -158,6 +166,7 @@ class Agent:
         try:
             unenroll(enrollment)
         finally:
+            self._direct.remove_pod(enrollment.netns_cookie)
             os.close(enrollment.netns_fd)
             for worker in self._workers:
                 worker.send(messages.RemovePod(uid))
@@ -266,6 +275,7 @@ class Agent:
         for worker in self._workers:
             worker.stop()
         self._admin.stop()
+        self._direct.stop()
         self._pins.close()
 
 

@@ -26,3 +26,4 @@ class Settings:
     trust_domain: str = "cluster.local"
     worker_count: int = 1
     exclusions: Exclusions = NO_EXCLUSIONS
+    has_direct_path: bool = True

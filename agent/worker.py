@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.datapath.direct import Verdicts
 from agent.datapath.exemption import exempt
 from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
@@ -37,7 +38,7 @@ from agent.tunnel.sockets import PodSockets
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
@@ -71,6 +72,27 @@ class Contexts:
 
     def server(self, identity: str) -> ssl.SSLContext:
         return self._get(identity, is_server=True)
+
+
+class Neighbors:
+    """The pods that this node serves, as outbound.DirectPath: they may be joined by the kernel."""
+
+    def __init__(self, verdicts: Verdicts, served: Mapping[str, ServedPod]) -> None:
+        self._verdicts = verdicts
+        self._served = served
+
+    def candidate(
+        self, source: ServedPod, destination_uid: str, port: int
+    ) -> Callable[[], None] | None:
+        destination = self._served.get(destination_uid)
+        if destination is None or destination is source:
+            return None
+        if not (source.pod.may_go_direct and destination.pod.may_go_direct):
+            return None
+        generation = self._verdicts.generation
+        return lambda: self._verdicts.allow(
+            source.netns_cookie, destination.netns_cookie, port, generation
+        )
 
 
 class Worker:
@@ -129,6 +151,9 @@ class Worker:
             self._mesh,
             self._pool,
             self._contexts.client,
+            Neighbors(
+                Verdicts(Map(maps / "ss_verdicts"), Map(maps / "ss_generation")), self._served
+            ),
         )
         inbound = Inbound(self._reactor, pod_sockets, message.trust_domain, self._contexts.server)
         self._serve_by_port = {

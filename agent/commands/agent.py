@@ -35,6 +35,10 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--exclude-outbound-port", type=_PORT, multiple=True, help="Never captured.")
 @click.option("--exclude-outbound-network", multiple=True, metavar="CIDR", help="Never captured.")
 @click.option("--exclude-inbound-port", type=_PORT, multiple=True, help="Never captured.")
+@click.option(
+    "--direct-path/--no-direct-path", default=True, show_default=True,
+    help="Whether the kernel may join two pods of this node after a verdict, without TLS between.",
+)  # fmt: skip
 def agent(
     node: str,
     objects: Path,
@@ -47,6 +51,7 @@ def agent(
     exclude_outbound_port: tuple[int, ...],
     exclude_outbound_network: tuple[str, ...],
     exclude_inbound_port: tuple[int, ...],
+    direct_path: bool,
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
     try:
@@ -58,7 +63,16 @@ def agent(
         frozenset(exclude_outbound_port), networks, frozenset(exclude_inbound_port)
     )
     settings = Settings(
-        node, objects, run_dir, pin_root, pod_cgroups, authority, trust_domain, workers, exclusions
+        node,
+        objects,
+        run_dir,
+        pin_root,
+        pod_cgroups,
+        authority,
+        trust_domain,
+        workers,
+        exclusions,
+        direct_path,
     )
     logs.set_up()
 

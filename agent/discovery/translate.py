@@ -35,6 +35,9 @@ REDIRECTION = "ambient.istio.io/redirection"
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+# On a pod or, for all its pods, on a namespace; the pod's own word counts.
+DIRECT_PATH = "sidestep.io/direct-path"
+DIRECT_PATH_WORDS = {"": None, "enabled": True, "disabled": False}
 
 # RFC 1123, as Kubernetes checks names; a uid is free text there, and part of a path here.
 LABEL_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
@@ -174,6 +177,7 @@ class _Pod:
     workload: Workload
     mode: str
     exclusions: Exclusions
+    may_go_direct: bool | None
 
 
 @dataclass(slots=True)
@@ -182,6 +186,7 @@ class _Gathered:
 
     pods: dict[str, _Pod] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)
+    may_go_direct: dict[str, bool | None] = field(default_factory=dict)
     services: dict[tuple[str, str], Service] = field(default_factory=dict)
     endpoints: dict[tuple[str, str], dict[Address, dict[str, int]]] = field(default_factory=dict)
 
@@ -226,6 +231,9 @@ def _build_snapshot(gathered: _Gathered) -> Snapshot:
         workload = pod.workload
         if (pod.mode or gathered.modes.get(workload.namespace)) != "ambient":
             continue
+        word = pod.may_go_direct
+        if word is None:
+            word = gathered.may_go_direct.get(workload.namespace)
         local_pods.setdefault(workload.node, []).append(
             LocalPod(
                 uid=workload.uid,
@@ -234,6 +242,7 @@ def _build_snapshot(gathered: _Gathered) -> Snapshot:
                 service_account=workload.service_account,
                 addresses=workload.addresses,
                 exclusions=pod.exclusions,
+                may_go_direct=word is not False,
             )
         )
     services = []
@@ -256,7 +265,16 @@ def _build_snapshot(gathered: _Gathered) -> Snapshot:
 def _read_namespace(body: _Field, gathered: _Gathered) -> None:
     metadata = body.get("metadata")
     name = metadata.get("name").name(LABEL_NAME)
+    may_go_direct = _read_direct_path(metadata.get("annotations"))
     gathered.modes[name] = metadata.get("labels").get(MODE_LABEL).text("")
+    gathered.may_go_direct[name] = may_go_direct
+
+
+def _read_direct_path(annotations: _Field) -> bool | None:
+    entry = annotations.get(DIRECT_PATH)
+    if entry.text("") not in DIRECT_PATH_WORDS:
+        raise entry.wrong(f"must be enabled or disabled, not {entry.value!r}")
+    return DIRECT_PATH_WORDS[entry.text("")]
 
 
 def _read_pod(body: _Field, gathered: _Gathered) -> None:
@@ -278,6 +296,7 @@ def _read_pod(body: _Field, gathered: _Gathered) -> None:
         outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
         inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
     )
+    may_go_direct = _read_direct_path(annotations)
     if uid in gathered.pods:
         raise metadata.get("uid").wrong("belongs to another pod already")
     # A pod of the host's network shares the node's addresses, and one that ended may see
@@ -287,7 +306,8 @@ def _read_pod(body: _Field, gathered: _Gathered) -> None:
     if is_on_host or has_ended or not workload.addresses or not workload.node:
         return
     # As Istio has it: a value that is neither leaves the choice to the namespace.
-    gathered.pods[uid] = _Pod(workload, mode if mode in {"ambient", "none"} else "", exclusions)
+    known_mode = mode if mode in {"ambient", "none"} else ""
+    gathered.pods[uid] = _Pod(workload, known_mode, exclusions, may_go_direct)
 
 
 def _read_pod_addresses(status: _Field) -> tuple[Address, ...]:

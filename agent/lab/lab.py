@@ -32,7 +32,7 @@ from agent.lab import machine
 from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 RUN = Path("/run/sidestep/lab")
 PINS = Path("/sys/fs/bpf/sidestep-lab")
@@ -163,6 +163,11 @@ class Lab:
         if not machine.processes_of(cgroup):
             self._launch(self.pod_netns(pod), cgroup, list(pod.command), self.pod_log(pod))
 
+    def restart_agent(self, node: LabNode) -> None:
+        """Stop a node's agent as an operator would, and start it anew."""
+        self._stop_agents([self.cgroup / node.name / "agent"])
+        self._start_agents([node])
+
     def _agent_pids(self, node: LabNode) -> list[int]:
         return machine.processes_of(self.cgroup / node.name / "agent")
 
@@ -270,7 +275,7 @@ class Lab:
     def down(self) -> bool:
         """Remove everything that is there; False if there was nothing."""
         there = [self.run.exists(), self.pins.exists(), self.cgroup.exists()]
-        self._stop_agents()
+        self._stop_agents(self.cgroup.glob("*/agent"))
         machine.kill_cgroup(self.cgroup)
         for child in self._children:
             child.wait(STOP_SECONDS)
@@ -294,12 +299,8 @@ class Lab:
         # `a` and `a-b` are both names of labs: ss-a-b-fabric belongs to the second.
         return re.fullmatch(rf"ss-{self.name}-(fabric|node-.*|pod-.*)", name) is not None
 
-    def _stop_agents(self) -> None:
-        pids = [
-            pid
-            for directory in self.cgroup.glob("*/agent")
-            for pid in machine.processes_of(directory)
-        ]
+    def _stop_agents(self, cgroups: Iterable[Path]) -> None:
+        pids = [pid for cgroup in cgroups for pid in machine.processes_of(cgroup)]
         for pid in pids:
             if b"agent.worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGTERM)

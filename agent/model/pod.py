@@ -28,3 +28,4 @@ class LocalPod:
     service_account: str
     addresses: tuple[Address, ...]
     exclusions: Exclusions = Exclusions()
+    may_go_direct: bool = True  # else traffic within the node is encrypted as well

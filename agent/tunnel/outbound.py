@@ -38,6 +38,19 @@ class OriginalDestinations(Protocol):
         ...
 
 
+class DirectPath(Protocol):
+    """Lets later connections between two pods of this node go without the agent."""
+
+    def candidate(
+        self, source: ServedPod, destination_uid: str, port: int
+    ) -> Callable[[], None] | None:
+        """Return what to call once the destination has allowed the connection; None if it may not.
+
+        Ask before the destination is asked: what was allowed before a change of policy is void.
+        """
+        ...
+
+
 class Outbound:
     """Serves the connections accepted on 15001."""
 
@@ -49,6 +62,7 @@ class Outbound:
         mesh: Mesh,
         pool: Pool,
         client_context: Callable[[str], ssl.SSLContext],
+        direct_path: DirectPath,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
@@ -56,6 +70,7 @@ class Outbound:
         self._mesh = mesh
         self._pool = pool
         self._client_context = client_context
+        self._direct_path = direct_path
 
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
         """Take over one accepted connection."""
@@ -105,7 +120,8 @@ class Outbound:
     def _tunnel(
         self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
     ) -> None:
-        assert route.workload is not None
+        workload = route.workload
+        assert workload is not None
         access.path = "hbone"
         authority = endpoint(str(route.address), route.port)
         baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
@@ -126,6 +142,7 @@ class Outbound:
                 refuse(reason)
                 return
             access.peer_identity = str(session.peer)
+            grant = self._direct_path.candidate(served, workload.uid, route.port)
             stream_id = session.open_stream(authority, headers)
             channel = session.channels[stream_id]
             channel.on_abort = lambda: refuse("the peer reset the stream before it answered")
@@ -136,6 +153,8 @@ class Outbound:
                     channel.abort()
                     refuse(f"the peer answered {status}")
                     return
+                if grant is not None:
+                    grant()
                 left = TcpChannel(self._reactor, accepted)
                 Relay(
                     left,
@@ -148,4 +167,4 @@ class Outbound:
 
             channel.on_response = on_response
 
-        self._pool.acquire(served, context, route.workload, route.address, on_session)
+        self._pool.acquire(served, context, workload, route.address, on_session)

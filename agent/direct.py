@@ -1,0 +1,152 @@
+"""The control side of the direct path: who speaks, when verdicts become void, what is logged.
+
+Workers write verdicts and the kernel joins the pods; here connections that no longer pass are
+closed, and those that ended are logged like any other. A pod that left is known as long as a
+connection of it is open.
+
+Called by the composition root. Does not judge: it asks whoever does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from agent import netns, sock_diag
+from agent.datapath.direct import FlowEnds, Verdicts, live_flows
+from agent.errors import NetlinkError
+from agent.model.identity import SpiffeId
+from agent.tunnel.served import endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent.datapath.direct import DirectFlow, FlowEnd
+    from agent.datapath.pins import Pins
+    from agent.model.pod import LocalPod
+
+log = logging.getLogger(__name__)
+
+
+class DirectPath:
+    """The direct connections of this node."""
+
+    def __init__(self, pins: Pins, trust_domain: str) -> None:
+        self._pins = pins
+        self._trust_domain = trust_domain
+        self._verdicts = Verdicts(pins.maps["ss_verdicts"], pins.maps["ss_generation"])
+        self._ends = FlowEnds(pins)
+        self._pods: dict[int, LocalPod] = {}
+        self._netns_fds: dict[int, int] = {}
+        self._gone: set[int] = set()
+
+    def start(self) -> None:
+        """Begin with no verdicts: what an agent before us allowed may not hold any more."""
+        self.renew()
+        asyncio.get_running_loop().add_reader(self._ends.fd, self._on_ends)
+
+    def stop(self) -> None:
+        """Log no more; open connections go on."""
+        asyncio.get_running_loop().remove_reader(self._ends.fd)
+        self._on_ends()
+        self._ends.close()
+        for cookie in list(self._pods):
+            self._drop(cookie)
+
+    def add_pod(self, netns_cookie: int, pod: LocalPod, netns_fd: int) -> None:
+        """Know an enrolled pod; `netns_fd` stays the caller's."""
+        self._gone.discard(netns_cookie)
+        if netns_cookie not in self._netns_fds:
+            self._netns_fds[netns_cookie] = os.dup(netns_fd)
+        self._pods[netns_cookie] = pod
+        if not pod.may_go_direct:
+            self.renew()  # it may have gone direct until now
+
+    def remove_pod(self, netns_cookie: int) -> None:
+        """Let a pod go; its open connections go on."""
+        self._gone.add(netns_cookie)
+        self._forget_gone()
+
+    def renew(self) -> None:
+        """Make every verdict void: each next connection is judged again."""
+        self._verdicts.renew()
+
+    def close_unless(self, passes: Callable[[DirectFlow, LocalPod, LocalPod], bool]) -> int:
+        """Close the open connections that do not pass any more; return how many.
+
+        `passes` gets a connection, the pod that opened it and the one that serves it. A connection
+        whose pods are not both known any more is closed: nobody can say that it passes.
+        """
+        closed = 0
+        for flow in list(live_flows(self._pins)):
+            source = self._pods.get(flow.source_cookie)
+            destination = self._pods.get(flow.destination_cookie)
+            if source and destination and passes(flow, source, destination):
+                continue
+            closed += self._close(flow)
+        return closed
+
+    def _close(self, flow: DirectFlow) -> bool:
+        netns_fd = self._netns_fds.get(flow.source_cookie)
+        if netns_fd is None:
+            return False  # of an agent before us, and the pod is not ours any more
+
+        def destroy() -> bool:
+            return sock_diag.destroy_tcp(
+                (flow.source, flow.source_port),
+                (flow.destination, flow.destination_port),
+                flow.socket_cookie,
+            )
+
+        try:
+            return netns.run_in(netns_fd, destroy)
+        except NetlinkError as error:
+            log.error("a direct connection was not closed", extra={"error": str(error)})
+            return False
+
+    # -- ends ---------------------------------------------------------------------------------
+
+    def _on_ends(self) -> None:
+        ends = self._ends.read()
+        for end in ends:
+            self._log(end)
+        if ends:
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        unused = self._gone.copy()
+        if unused:
+            for flow in live_flows(self._pins):
+                unused -= {flow.source_cookie, flow.destination_cookie}
+        for cookie in unused:
+            self._drop(cookie)
+
+    def _drop(self, cookie: int) -> None:
+        self._gone.discard(cookie)
+        del self._pods[cookie]
+        os.close(self._netns_fds.pop(cookie))
+
+    def _log(self, end: FlowEnd) -> None:
+        flow = end.flow
+        source = self._pods.get(flow.source_cookie)
+        destination = self._pods.get(flow.destination_cookie)
+        log.info(
+            "connection complete",
+            extra={
+                "direction": "outbound",
+                "pod": source and f"{source.namespace}/{source.name}",
+                "source": endpoint(str(flow.source), flow.source_port),
+                "destination": endpoint(str(flow.destination), flow.destination_port),
+                "path": "direct",
+                "peer_identity": destination and self._identity(destination),
+                "bytes_sent": end.sent,
+                "bytes_received": end.received,
+                "duration_ms": round(end.seconds * 1000, 1),
+                "result": "reset" if end.was_reset else "ok",
+            },
+        )
+
+    def _identity(self, pod: LocalPod) -> str:
+        return str(SpiffeId(self._trust_domain, pod.namespace, pod.service_account))

@@ -1,0 +1,107 @@
+"""The direct path with a real agent: the first connection is judged, the kernel serves the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from agent.demo.evidence import AccessLog
+from agent.lab.lab import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+
+SERVER = ["python3", "-m", "http.server", "8080", "--bind", "::"]
+DOCUMENTS = "/usr/share/common-licenses"
+
+
+def pod(name: str, *command: str, **annotations: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "shop", "annotations": annotations},
+        "spec": {
+            "nodeName": "east",
+            "serviceAccountName": name,
+            "containers": [{"command": list(command)}],
+        },
+    }
+
+
+AMBIENT = {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}
+CLUSTER = [
+    {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "east"}},
+    {"apiVersion": "v1", "kind": "Namespace", "metadata": AMBIENT},
+    pod("client"),
+    pod("server", *SERVER, "--directory", DOCUMENTS),
+    pod("private", *SERVER, "--directory", DOCUMENTS, **{"sidestep.io/direct-path": "disabled"}),
+]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    description = tmp_path / "cluster.yaml"
+    description.write_text(yaml.safe_dump_all(CLUSTER))
+    built = Lab(f"t{os.getpid()}")
+    try:
+        (node,) = built.up(description, print).nodes
+        for state in built.agent_states(node):
+            if [pod["state"] for pod in state["pods"]] == ["enrolled"] * 3:
+                break
+        yield built
+    finally:
+        built.down()
+
+
+def visit(lab: Lab, server: str) -> list[dict[str, Any]]:
+    """Fetch a document twice; return what the agent logged of each at the client."""
+    (node,) = lab.cluster().nodes
+    entries = []
+    for _ in range(2):
+        log = AccessLog(lab.agent_log(node))
+        url = f"http://{lab.find_pod(server).address4}:8080/BSD"
+        command = lab.command_in(lab.find_pod("client"), ["curl", "-sSf", "-m", "5", url])
+        body = subprocess.run(command, check=True, capture_output=True).stdout
+        assert b"Redistribution" in body
+        entries.append(log.wait_for(lambda entry: entry["direction"] == "outbound"))
+    return entries
+
+
+def test_second_connection_takes_the_direct_path(lab: Lab) -> None:
+    first, second = visit(lab, "server")
+    assert (first["path"], second["path"]) == ("hbone", "direct")
+    same = ("pod", "destination", "peer_identity", "bytes_sent", "bytes_received", "result")
+    assert {key: second[key] for key in same} == {key: first[key] for key in same}
+    assert second["peer_identity"] == "spiffe://cluster.local/ns/shop/sa/server"
+
+
+def test_annotation_keeps_traffic_of_a_pod_encrypted(lab: Lab) -> None:
+    assert [entry["path"] for entry in visit(lab, "private")] == ["hbone", "hbone"]
+
+
+def test_direct_connections_survive_the_agent_and_are_logged_by_the_next(lab: Lab) -> None:
+    visit(lab, "server")
+    (node,) = lab.cluster().nodes
+    script = (
+        "exec 3<>/dev/tcp/{}/8080; echo open; read; "
+        "printf 'GET /BSD HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
+    ).format(lab.find_pod("server").address4)
+    command = lab.command_in(lab.find_pod("client"), ["bash", "-c", script])
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "open\n"
+        lab.restart_agent(node)
+        log = AccessLog(lab.agent_log(node))
+        assert "Redistribution" in client.communicate("\n", timeout=10)[0]
+    entry = log.wait_for(lambda entry: entry["path"] == "direct")
+    assert json.loads(json.dumps(entry))["result"] == "ok"
