@@ -8,6 +8,7 @@ The order keeps the pod closed or untouched, never half open:
     4 addresses     ss_local; ss_bypass, ss_ports        undo: delete
     5 lookup link   inbound is captured from here on     undo: unpin
     6 ss_pods       outbound is captured from here on    undo: delete
+    7 guard         on the node's side of each link      undo: detach; counters
 
 Undo runs in reverse order. No process of the pod is touched, and its open connections go on. The
 caller holds the returned Enrollment; its listeners are what the workers accept on.
@@ -24,7 +25,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent import netlink, netns
+from agent import guard, netlink, netns
 from agent.datapath import links, records
 from agent.datapath.exemption import exempt
 from agent.errors import EnrollError, KernelError
@@ -58,6 +59,7 @@ class Enrollment:
     inbound: list[socket.socket] = field(default_factory=list)
     hbone: list[socket.socket] = field(default_factory=list)
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    plaintext_ports: frozenset[int] = frozenset()
 
 
 def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
@@ -76,6 +78,7 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
             links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
             undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
             _write_pod(pins, enrollment, undo)
+            _attach_guard(pins, enrollment, undo)
         except (KernelError, OSError) as error:
             raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
         enrollment.undo = undo.pop_all()
@@ -174,3 +177,36 @@ def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -
     key: dict[str, Value] = {"value": enrollment.netns_cookie}
     _put(pins, undo, "ss_pod_names", key, records.pod_name_record(enrollment.pod))
     _put(pins, undo, "ss_pods", key, records.pod_record(enrollment.pod))
+    undo.callback(_write_plaintext_ports, pins, enrollment, frozenset())
+
+
+def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+    cookie = enrollment.netns_cookie
+    undo.callback(_drop_counters, pins, cookie)
+    for ifindex in guard.node_links(enrollment.netns_fd):
+        _put(pins, undo, "ss_guards", {"value": ifindex}, {"value": cookie})
+        guard.attach(pins, cookie, ifindex, undo)
+
+
+def _drop_counters(pins: Pins, netns_cookie: int) -> None:
+    counters = pins.maps["ss_counters"]
+    for key in [key for key, _counter in counters.items() if key["netns_cookie"] == netns_cookie]:
+        counters.delete(key)
+
+
+def set_strict(pins: Pins, enrollment: Enrollment, *, is_strict: bool, but: frozenset[int]) -> None:
+    """Say whether plaintext is held off the pod, but for the ports `but` (MapError)."""
+    key: dict[str, Value] = {"value": enrollment.netns_cookie}
+    _write_plaintext_ports(pins, enrollment, enrollment.plaintext_ports | but)
+    pins.maps["ss_pods"].put(key, records.pod_record(enrollment.pod, is_strict=is_strict))
+    _write_plaintext_ports(pins, enrollment, but)
+
+
+def _write_plaintext_ports(pins: Pins, enrollment: Enrollment, ports: frozenset[int]) -> None:
+    for port in ports ^ enrollment.plaintext_ports:
+        key = records.port_key(enrollment.netns_cookie, port, records.PLAINTEXT)
+        if port in ports:
+            pins.maps["ss_ports"].put(key, {"value": 1})
+        else:
+            pins.maps["ss_ports"].delete(key)
+    enrollment.plaintext_ports = ports

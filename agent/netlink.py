@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 REPLY_MARK_MASK = 0xFFF
 REPLY_TABLE = 100
 REPLY_RULE_PRIORITY = 32764
+# tc-bpf(8): parents of the clsact qdisc, what enters by an interface and what leaves by it
+INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
+# After filters of others, which mostly take low numbers; the handle makes `replace` replace.
+FILTER_PRIORITY, FILTER_HANDLE = 49000, 1
 _RTN_LOCAL = 2
 _SCOPE_HOST = 254
 _IFA_F_NODAD = 0x02
@@ -136,3 +140,54 @@ def delete_reply_route(family: int) -> None:
         )
     with _session("the route for marked replies cannot be deleted", *gone) as ipr:
         ipr.flush_routes(table=REPLY_TABLE, family=family)
+
+
+def veth_peers() -> list[tuple[int, int]]:
+    """List (index, index of the other end) of the veth interfaces of the current namespace."""
+    with _session("interfaces cannot be listed") as ipr:
+        return [
+            (link["index"], link.get_attr("IFLA_LINK"))
+            for link in ipr.get_links()
+            if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") == "veth"
+            and link.get_attr("IFLA_LINK")
+        ]
+
+
+def add_filter(ifindex: int, parent: int, program_fd: int, name: str) -> bool:
+    """Attach a BPF program by a tc filter; True if the clsact qdisc had to be made for it."""
+    with _session("clsact cannot be added", errno.EEXIST) as ipr:
+        has_qdisc = any(
+            qdisc.get_attr("TCA_KIND") == "clsact" for qdisc in ipr.get_qdiscs(index=ifindex)
+        )
+        if not has_qdisc:
+            ipr.tc("add", "clsact", ifindex)
+    with _session(f"{name} cannot be attached to interface {ifindex}") as ipr:
+        ipr.tc(
+            "replace-filter",
+            "bpf",
+            ifindex,
+            FILTER_HANDLE,
+            parent=parent,
+            prio=FILTER_PRIORITY,
+            fd=program_fd,
+            name=name,
+            direct_action=True,
+        )
+    return not has_qdisc
+
+
+def delete_filter(ifindex: int, parent: int) -> None:
+    """Undo `add_filter`, but for the qdisc; no error if interface or filter are gone."""
+    gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+    with _session(f"the filter of interface {ifindex} cannot be deleted", *gone) as ipr:
+        ipr.tc("del-filter", "bpf", ifindex, FILTER_HANDLE, parent=parent, prio=FILTER_PRIORITY)
+
+
+def delete_unused_clsact(ifindex: int) -> None:
+    """Delete the clsact qdisc if nobody's filters are on it."""
+    gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+    with _session(f"clsact of interface {ifindex} cannot be deleted", *gone) as ipr:
+        if not any(
+            list(ipr.get_filters(index=ifindex, parent=parent)) for parent in (INGRESS, EGRESS)
+        ):
+            ipr.tc("del", "clsact", ifindex)

@@ -57,6 +57,18 @@ def run_in(netns_fd: int, function: Callable[[], Result]) -> Result:
     return call.result[0]
 
 
+def run_aside(function: Callable[[], Result]) -> Result:
+    """Return `function()`, run in a thread of its own in this namespace.
+
+    For pyroute2, which starts an event loop of its own and refuses where one is running.
+    """
+    own = open_netns(Path("/proc/thread-self/ns/net"))
+    try:
+        return run_in(own, function)
+    finally:
+        os.close(own)
+
+
 def enter(netns_fd: int) -> None:
     """Move the calling thread to another namespace; `leave` must follow in the same call.
 

@@ -10,3 +10,4 @@
 #include "bind.c"
 #include "sockops.c"
 #include "lookup.c"
+#include "guard.c"

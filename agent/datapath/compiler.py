@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 from agent.datapath.source import (
     LOOKUP_PROGRAM,
-    LOOKUP_TYPE,
     MAGIC,
     MAIN,
     MAPS,
@@ -75,11 +74,9 @@ def _load(staging: Path) -> None:
 
     for name in RING_BUFFERS:
         pin(lib.bpf_table_fd(module.module, name.encode()), name, "maps")
+    # ss_lookup too, so that the verifier sees it here; what serves a pod is a stamped copy.
     for name, (program_type, attach_type) in PROGRAMS.items():
         pin(module.load_func(name, program_type, attach_type=attach_type).fd, name)
-    # Loaded so that the verifier sees it here; what serves a pod is a stamped copy.
-    program_type, attach_type = LOOKUP_TYPE
-    pin(module.load_func(LOOKUP_PROGRAM, program_type, attach_type=attach_type).fd, LOOKUP_PROGRAM)
 
     fds = {lib.bpf_table_fd(module.module, name.encode()): i for i, name in enumerate(MAPS)}
     text = relocatable_text(module.dump_func(LOOKUP_PROGRAM), fds)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_KERNEL = (5, 15)
+TCX_KERNEL = (6, 6)
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}  # linux/capability.h
 
@@ -59,6 +60,16 @@ def run_checks(root: Path = Path("/")) -> list[Check]:
     ]
 
 
+def _version(release: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def has_tcx(release: str | None = None) -> bool:
+    """Say whether programs can be attached to an interface by a link; before, by a tc filter."""
+    return _version(release or os.uname().release) >= TCX_KERNEL
+
+
 def _check_privilege(root: Path) -> Check:
     remedy = "run as root, in a container with privileged: true"
     if os.geteuid() != 0:
@@ -74,8 +85,7 @@ def _check_privilege(root: Path) -> Check:
 
 def _check_kernel(release: str) -> Check:
     needed = ".".join(str(part) for part in MINIMUM_KERNEL)
-    found = re.match(r"(\d+)\.(\d+)", release)
-    if found and (int(found[1]), int(found[2])) >= MINIMUM_KERNEL:
+    if _version(release) >= MINIMUM_KERNEL:
         return Check("kernel", True, release)
     return Check("kernel", False, release, f"boot Linux {needed} or later")
 

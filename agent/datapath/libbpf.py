@@ -13,20 +13,22 @@ import ctypes
 import errno
 import functools
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.errors import AttachError, FeatureMissing, LoadError, MapError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PROGRAM_TYPE_SK_LOOKUP = 30  # enum bpf_prog_type
 ATTACH_SK_LOOKUP = 36  # enum bpf_attach_type
 UPDATE_ANY = 0  # BPF_ANY
 MAP_TYPE_SOCKHASH, MAP_TYPE_RINGBUF = 18, 27  # enum bpf_map_type
-LINK_TYPE_NETNS = 5  # enum bpf_link_type
+PER_CPU_MAP_TYPES = frozenset({5, 6, 10, 21})
+LINK_TYPE_NETNS, LINK_TYPE_TCX = 5, 11  # enum bpf_link_type
 
 
 class _MapInfo(ctypes.Structure):
@@ -148,7 +150,7 @@ class ProgramFacts:
 
 @dataclass(frozen=True, slots=True)
 class LinkFacts:
-    """What the kernel says of a link; `target` is a cgroup id, or a netns inode (low half)."""
+    """What the kernel says of a link; `target` is a cgroup id, a netns inode or an interface."""
 
     type: int
     id: int
@@ -184,6 +186,14 @@ def pin(fd: int, path: Path) -> None:
     result = _library().bpf_obj_pin(fd, os.fsencode(path))
     if result < 0:
         raise AttachError(f"{path} cannot be pinned: {_errno_text(result)}")
+
+
+@functools.cache
+def possible_cpus() -> int:
+    """Return how many values a per-CPU map gives for one key."""
+    # "0-1", or "0,2-3": the last number is the highest that can ever be
+    text = Path("/sys/devices/system/cpu/possible").read_text()
+    return int(re.split(r"[,-]", text.strip())[-1]) + 1
 
 
 def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
@@ -276,14 +286,14 @@ def link_facts(fd: int) -> LinkFacts:
     """Return the kernel's facts of the link behind `fd`."""
     info = _LinkInfo()
     _object_info(fd, info)
-    # A netns link fills {u32 inode, u32 attach type}, a cgroup link {u64 id, u32 attach type}.
-    is_netns = info.type == LINK_TYPE_NETNS
+    # A netns or tcx link fills {u32 inode or index, u32 attach type}, a cgroup link {u64 id, u32}.
+    is_short = info.type in (LINK_TYPE_NETNS, LINK_TYPE_TCX)
     return LinkFacts(
         type=info.type,
         id=info.id,
         program_id=info.prog_id,
-        attach_type=info.target >> 32 if is_netns else info.attach_type,
-        target=info.target & 0xFFFFFFFF if is_netns else info.target,
+        attach_type=info.target >> 32 if is_short else info.attach_type,
+        target=info.target & 0xFFFFFFFF if is_short else info.target,
     )
 
 

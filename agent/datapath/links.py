@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf
-from agent.datapath.source import LOOKUP_PROGRAM, MAPS, PROGRAMS, stamped_text
+from agent.datapath.source import (
+    CGROUP_PROGRAMS,
+    GUARD_PROGRAMS,
+    LOOKUP_PROGRAM,
+    MAPS,
+    stamped_text,
+)
 from agent.errors import AttachError, FeatureMissing
 
 if TYPE_CHECKING:
@@ -41,7 +47,7 @@ def _closing(fd: int) -> Iterator[int]:
 def attach_cgroup(pins: Pins, root: Path) -> None:
     """Attach every cgroup program at `root`, where that is not done yet."""
     with _closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
-        for name, (_program_type, attach_type) in PROGRAMS.items():
+        for name, (_program_type, attach_type) in CGROUP_PROGRAMS.items():
             path = pins.link_path(name)
             with _closing(pins.program(name)) as program_fd:
                 if path.exists():
@@ -81,3 +87,28 @@ def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
 def detach_lookup(pins: Pins, netns_cookie: int) -> None:
     """Remove the pod's lookup link, if it is there."""
     pins.link_path(lookup_link_name(netns_cookie)).unlink(missing_ok=True)
+
+
+def _guard_path(pins: Pins, name: str, netns_cookie: int, ifindex: int) -> Path:
+    return pins.link_path(f"{name.removeprefix('ss_')}_{netns_cookie}_{ifindex}")
+
+
+def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
+    """Attach the guard to an interface of the current namespace, in both directions, by tcx.
+
+    The links end with the interface; pinned, they outlive the agent.
+    """
+    for name, (_program_type, attach_type) in GUARD_PROGRAMS.items():
+        path = _guard_path(pins, name, netns_cookie, ifindex)
+        path.unlink(missing_ok=True)  # the husk of an interface with the same number
+        with (
+            _closing(pins.program(name)) as program_fd,
+            _closing(libbpf.create_link(program_fd, ifindex, attach_type, name)) as link_fd,
+        ):
+            libbpf.pin(link_fd, path)
+
+
+def detach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
+    """Remove the guard's links, if they are there."""
+    for name in GUARD_PROGRAMS:
+        _guard_path(pins, name, netns_cookie, ifindex).unlink(missing_ok=True)

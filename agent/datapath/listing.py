@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 from agent.datapath import libbpf, links
 from agent.datapath.maps import Map
 from agent.datapath.records import (
+    INBOUND,
     NETWORK_HEAD_BITS,
     OUTBOUND,
+    PLAINTEXT,
     V4_MAPPED_BITS,
     unpack_address,
 )
@@ -48,9 +50,11 @@ MAP_TYPES = {
     24: "sk_storage",
     27: "ringbuf",
 }
+DIRECTIONS: dict[int, object] = {OUTBOUND: "outbound", INBOUND: "inbound", PLAINTEXT: "plaintext"}
+OUTCOMES = {0: "passed", 1: "plaintext", 2: "spoofed", 3: "fragment"}  # enum outcome
 UNLISTED_TYPES = {6, 24, 27}  # without entries that could be listed
 # enum bpf_prog_type, in the words of bpftool
-PROGRAM_TYPES = {13: "sock_ops", 18: "cgroup_sock_addr", 30: "sk_lookup"}
+PROGRAM_TYPES = {3: "sched_cls", 13: "sock_ops", 18: "cgroup_sock_addr", 30: "sk_lookup"}
 LOOKUP_LINK = links.lookup_link_name(0).removesuffix("0")
 
 
@@ -192,8 +196,30 @@ def _bypass(key: Record, _value: Record, names: PodNames) -> Row:
     return _owner(key["netns_cookie"], names) | {"network": network}
 
 
+def _guard(key: Record, value: Record, names: PodNames) -> Row:
+    return _owner(value["value"], names) | {"interface": key["value"]}
+
+
+def _guard_flow(key: Record, _value: Record, names: PodNames) -> Row:
+    return _owner(key["netns_cookie"], names) | {
+        "local": _address(key["local"]),
+        "local_port": key["local_port_be"],
+        "remote": _address(key["remote"]),
+        "remote_port": key["remote_port_be"],
+    }
+
+
+def _counter(key: Record, value: Record, names: PodNames) -> Row:
+    return _owner(key["netns_cookie"], names) | {
+        "direction": DIRECTIONS.get(_number(key["direction"]), key["direction"]),
+        "outcome": OUTCOMES.get(_number(key["outcome"]), key["outcome"]),
+        "packets": value["packets"],
+        "bytes": value["bytes"],
+    }
+
+
 def _port(key: Record, _value: Record, names: PodNames) -> Row:
-    direction = "outbound" if key["direction"] == OUTBOUND else "inbound"
+    direction = DIRECTIONS.get(_number(key["direction"]), key["direction"])
     return _owner(key["netns_cookie"], names) | {"direction": direction, "port": key["port_be"]}
 
 
@@ -225,6 +251,9 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
     "ss_verdicts": _verdict,
     "ss_direct_flows": _direct_flow,
     "ss_lost": _lost,
+    "ss_guards": _guard,
+    "ss_guard_flows": _guard_flow,
+    "ss_counters": _counter,
     "ss_bypass": _bypass,
     "ss_ports": _port,
     "ss_listeners": _listener,
@@ -248,6 +277,9 @@ COLUMNS = {
         "destination_port",
     ),
     "ss_lost": ("lost_flow_ends",),
+    "ss_guards": ("pod", "netns_cookie", "interface"),
+    "ss_guard_flows": ("pod", "local", "local_port", "remote", "remote_port"),
+    "ss_counters": ("pod", "direction", "outcome", "packets", "bytes"),
     "ss_bypass": ("pod", "netns_cookie", "network"),
     "ss_ports": ("pod", "netns_cookie", "direction", "port"),
     "ss_listeners": ("pod", "netns_cookie", "socket_cookie"),
@@ -346,9 +378,13 @@ def list_programs(directory: Path) -> list[Row]:
     names = pod_names(directory)
     attached: dict[int, tuple[str, int]] = {}
     copies: list[tuple[int, str, int]] = []
+    guarded: dict[int, list[int]] = {}
     for path in sorted((directory / "links").iterdir()):
         with _closing(libbpf.open_pin(path)) as fd:
             facts = libbpf.link_facts(fd)
+        if facts.type == libbpf.LINK_TYPE_TCX:
+            guarded.setdefault(facts.program_id, []).append(facts.target)
+            continue
         cookie = path.name.removeprefix(LOOKUP_LINK)
         if cookie != path.name and cookie.isdecimal():
             pod = names.get(int(cookie), f"netns cookie {cookie}")
@@ -359,9 +395,12 @@ def list_programs(directory: Path) -> list[Row]:
     rows: list[Row] = []
     for path in sorted((directory / "programs").iterdir()):
         with _closing(libbpf.open_pin(path)) as fd:
-            found = attached.get(libbpf.program_facts(fd).id)
+            program_id = libbpf.program_facts(fd).id
+            found = attached.get(program_id)
             place: str | None = found[0] if found else None
             link = found[1] if found else None
+            if interfaces := guarded.get(program_id):
+                place = f"interfaces {', '.join(map(str, sorted(interfaces)))}"
             if path.name == LOOKUP_PROGRAM:
                 place = f"as a copy for each pod: {len(copies)}"
             rows.append(_program_row(fd, directory, place, link))

@@ -44,10 +44,25 @@ class Map:
         types = TypeTable(libbpf.read_btf(self.facts.btf_id))
         return types.layout(self.facts.key_type_id), types.layout(self.facts.value_type_id)
 
+    @property
+    def _value_bytes(self) -> int:
+        """How much the kernel writes for one key: per-CPU values are rounded up to 8 bytes."""
+        size = self.facts.value_size
+        if self.facts.type in libbpf.PER_CPU_MAP_TYPES:
+            return -(-size // 8) * 8 * libbpf.possible_cpus()
+        return size
+
+    def _decode_value(self, data: bytes) -> Record:
+        if self.facts.type not in libbpf.PER_CPU_MAP_TYPES:
+            return self.value.decode(data)
+        stride = len(data) // libbpf.possible_cpus()
+        each = [self.value.decode(data[at : at + stride]) for at in range(0, len(data), stride)]
+        return {name: sum(_number(values[name]) for values in each) for name in each[0]}
+
     def get(self, key: Record) -> Record | None:
-        """Return the value of `key` by member names, or None."""
-        value = libbpf.lookup(self.fd, self.key.encode(**key), self.facts.value_size)
-        return None if value is None else self.value.decode(value)
+        """Return the value of `key` by member names, or None; of a per-CPU map the sums."""
+        value = libbpf.lookup(self.fd, self.key.encode(**key), self._value_bytes)
+        return None if value is None else self._decode_value(value)
 
     def put(self, key: Record, value: Record) -> None:
         """Write `value` under `key` (MapError, for one if the map is full)."""
@@ -60,10 +75,16 @@ class Map:
     def items(self) -> Iterator[tuple[Record, Record]]:
         """Yield the entries; one that goes away meanwhile is left out."""
         for key in libbpf.keys(self.fd, self.facts.key_size, self.facts.max_entries):
-            value = libbpf.lookup(self.fd, key, self.facts.value_size)
+            value = libbpf.lookup(self.fd, key, self._value_bytes)
             if value is not None:
-                yield self.key.decode(key), self.value.decode(value)
+                yield self.key.decode(key), self._decode_value(value)
 
     def close(self) -> None:
         """Give the descriptor back; the pinned map stays."""
         os.close(self.fd)
+
+
+def _number(value: Value) -> int:
+    if not isinstance(value, int):
+        raise AbiMismatch("a per-CPU map holds bytes where a number should be")
+    return value

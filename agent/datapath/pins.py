@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from agent.datapath import libbpf
 from agent.datapath.maps import Map
 from agent.datapath.source import (
-    LOOKUP_PROGRAM,
     MAGIC,
     MAPS,
     PROGRAMS,
@@ -49,7 +48,7 @@ class Pins:
         self.maps: dict[str, Map] = {}
         try:
             self._verify_names("maps", {*MAPS, *RING_BUFFERS})
-            self._verify_names("programs", {*PROGRAMS, LOOKUP_PROGRAM})
+            self._verify_names("programs", set(PROGRAMS))
             if not (directory / "links").is_dir():
                 raise AbiMismatch(f"{directory}/links is missing")
             for name in MAPS:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 V4_MAPPED_BITS = 96
 NETWORK_HEAD_BITS = 32 + 64  # pad and netns cookie stand before the address in `struct network`
-OUTBOUND, INBOUND = 0, 1  # enum direction
+OUTBOUND, INBOUND, PLAINTEXT = 0, 1, 2  # enum direction
 
 
 def pack_address(address: Address) -> bytes:
@@ -26,9 +26,9 @@ def unpack_address(packed: Value) -> Address:
     return address.ipv4_mapped or address
 
 
-def pod_record(pod: LocalPod) -> dict[str, Value]:
+def pod_record(pod: LocalPod, *, is_strict: bool = False) -> dict[str, Value]:
     """Return the value of ss_pods; of several addresses of a family the first counts."""
-    record: dict[str, Value] = {}
+    record: dict[str, Value] = {"is_strict": int(is_strict)}
     for address in reversed(pod.addresses):
         record[f"address{address.version}"] = pack_address(address)
     return record

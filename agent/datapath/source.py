@@ -19,7 +19,7 @@ MAGIC = 0x53494445_53544550  # "SIDESTEP"
 NETNS_COOKIE_MARK = 0x51DE57E9C00C1E55  # the constant in lookup.c that each copy replaces
 
 # program -> (enum bpf_prog_type, enum bpf_attach_type) of linux/bpf.h
-PROGRAMS = {
+CGROUP_PROGRAMS = {
     "ss_connect4": (18, 10),
     "ss_connect6": (18, 11),
     "ss_getpeername4": (18, 29),
@@ -28,8 +28,11 @@ PROGRAMS = {
     "ss_bind6": (18, 9),
     "ss_sockops": (13, 3),
 }
+# From the pod, to the pod: seen from the node's side of the link those are ingress and egress.
+GUARD_PROGRAMS = {"ss_guard_out": (3, 46), "ss_guard_in": (3, 47)}
 LOOKUP_PROGRAM = "ss_lookup"
-LOOKUP_TYPE = (30, 36)  # bcc has no name for sk_lookup
+# bcc has no name for sk_lookup.
+PROGRAMS = CGROUP_PROGRAMS | GUARD_PROGRAMS | {LOOKUP_PROGRAM: (30, 36)}
 MAPS = (
     "ss_pods",
     "ss_pod_names",
@@ -45,6 +48,9 @@ MAPS = (
     "ss_bypass",
     "ss_ports",
     "ss_listeners",
+    "ss_guards",
+    "ss_guard_flows",
+    "ss_counters",
     "ss_flow_end",
     "ss_lost",
     "ss_meta",

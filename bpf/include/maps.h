@@ -73,8 +73,8 @@ BPF_TABLE_PINNED("hash", struct inbound_flow, struct direct_flow, ss_direct_flow
 BPF_TABLE_PINNED("lpm_trie", struct network, u32, ss_bypass, 16384, SS_PINS "/ss_bypass",
 		 BPF_F_NO_PREALLOC);
 
-/* port excluded from capture, by direction. Written by enroll, read by connect and lookup; lives
- * until unenroll. */
+/* port excluded from capture or from STRICT, by direction. Written by enroll, read by connect,
+ * lookup and guard; lives until unenroll. */
 BPF_TABLE_PINNED("hash", struct port, u32, ss_ports, 16384, SS_PINS "/ss_ports");
 
 /* netns cookie -> the inbound listener (15006) of the pod. Written by enroll, read by lookup; the
@@ -85,6 +85,21 @@ BPF_TABLE_PINNED("sockhash", u64, u64, ss_listeners, MAX_PODS, SS_PINS "/ss_list
 /* struct flow_end for each connection that ended on the direct path. Written by sockops, read by
  * the agent; the size is in pages. bcc can not pin a ring buffer by itself: the loader does. */
 BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
+
+/* interface of the node that leads to an enrolled pod -> the pod's netns cookie. Written by enroll,
+ * read by guard; lives until unenroll. Node-wide, as the interfaces of a node are. */
+BPF_TABLE_PINNED("hash", u32, u64, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
+
+/* TCP connection that was known when its SYN passed the guard -> 1. Written and read by guard, so
+ * that the last segments of a connection whose socket is gone still pass. LRU: without the entry
+ * guard asks the maps of open connections. */
+BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
+		 SS_PINS "/ss_guard_flows");
+
+/* packets and bytes of a pod by direction and outcome. Written by guard, read by the agent and by
+ * `sidestep pods`; lives until unenroll. */
+BPF_TABLE_PINNED("percpu_hash", struct counter_key, struct counter, ss_counters, MAX_PODS * 8,
+		 SS_PINS "/ss_counters");
 
 /* 0 -> where sockops puts a flow_end together, and where its readers find the layout. */
 BPF_TABLE_PINNED("percpu_array", u32, struct flow_end, ss_flow_end, 1, SS_PINS "/ss_flow_end");

@@ -18,6 +18,8 @@ struct address {
 struct pod {
 	struct address address4; /* v4-mapped, or all zero: the pod has none */
 	struct address address6; /* or all zero */
+	u32 is_strict;		 /* plaintext that did not pass the agent is dropped */
+	u32 pad;
 };
 
 struct pod_name {
@@ -91,6 +93,37 @@ struct flow_end {
 enum direction {
 	DIRECTION_OUTBOUND = 0,
 	DIRECTION_INBOUND = 1,
+	DIRECTION_PLAINTEXT = 2, /* inbound and captured, but not held to be STRICT */
+};
+
+/* One TCP connection of a pod, whoever opened it. */
+struct pod_flow {
+	u64 netns_cookie;
+	struct address local;
+	struct address remote;
+	__be16 local_port_be;
+	__be16 remote_port_be;
+	u32 pad;
+};
+
+/* What became of a packet at the guard. */
+enum outcome {
+	OUTCOME_PASSED = 0,
+	OUTCOME_PLAINTEXT = 1, /* dropped: TCP that did not pass the agent */
+	OUTCOME_SPOOFED = 2,   /* dropped: from an address that is not the pod's */
+	OUTCOME_FRAGMENT = 3,  /* dropped: TCP in fragments, which hide what they carry */
+};
+
+struct counter_key {
+	u64 netns_cookie;
+	u16 direction; /* enum direction */
+	u16 outcome;   /* enum outcome */
+	u32 pad;
+};
+
+struct counter {
+	u64 packets;
+	u64 bytes;
 };
 
 struct port {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.datapath import libbpf, pins
-from agent.datapath.source import LOOKUP_PROGRAM, MAPS, PROGRAMS, RING_BUFFERS
+from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS
 from agent.errors import AbiMismatch, LoadError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def test_directory_holds_every_map_and_program(directory: Path) -> None:
         return {path.name for path in (directory / part).iterdir()}
 
     assert names("maps") == {*MAPS, *RING_BUFFERS}
-    assert names("programs") == {*PROGRAMS, LOOKUP_PROGRAM}
+    assert names("programs") == set(PROGRAMS)
     assert names("links") == set()
 
 

@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Which packet of an enrolled pod may pass its link. Only TCP is judged: everything else is counted
+ * and passes. A segment without payload carries nothing, so it passes as well, but for the SYN of
+ * a connection that nobody knows: that one fails at once instead of hanging later.
+ */
+#ifndef SIDESTEP_GUARD_H
+#define SIDESTEP_GUARD_H
+
+#include "capture.h"
+
+#define ETHERNET_BYTES	  14
+#define ETHERTYPE_IPV4_BE bpf_htons(0x0800)
+#define ETHERTYPE_IPV6_BE bpf_htons(0x86dd)
+#define IPV4_FRAGMENT_BE  bpf_htons(0x3fff) /* more fragments, or an offset */
+#define MAX_EXTENSIONS	  4
+#define TCP_FLAG_SYN	  0x02
+#define TCP_FLAG_ACK	  0x10
+#define TC_ACT_UNSPEC	  (-1)
+#define TC_ACT_SHOT	  2
+
+struct ipv4_head {
+	u8 version_length;
+	u8 service;
+	__be16 length_be;
+	u16 id;
+	__be16 fragment_be;
+	u8 ttl;
+	u8 protocol;
+	u16 checksum;
+	__be32 source_be;
+	__be32 destination_be;
+};
+
+struct ipv6_head {
+	u32 version_flow;
+	__be16 length_be;
+	u8 next;
+	u8 hops;
+	struct address source;
+	struct address destination;
+};
+
+struct tcp_head {
+	__be16 source_be;
+	__be16 destination_be;
+	u32 sequence;
+	u32 acknowledgment;
+	u8 offset;
+	u8 flags;
+};
+
+struct segment {
+	struct address source;
+	struct address destination;
+	u32 tcp_offset; /* in the packet; 0: not TCP */
+	u32 end;	/* of the packet, without padding */
+	bool is_fragment;
+};
+
+static __always_inline void parse_ipv4(struct __sk_buff *skb, struct segment *segment)
+{
+	struct ipv4_head ip;
+	u32 length;
+
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
+		return;
+	segment->source = address_from_v4(ip.source_be);
+	segment->destination = address_from_v4(ip.destination_be);
+	segment->tcp_offset = ETHERNET_BYTES + (ip.version_length & 0xf) * 4;
+	segment->is_fragment = ip.fragment_be & IPV4_FRAGMENT_BE;
+	length = bpf_ntohs(ip.length_be);
+	/* 0: larger than 64 KiB, joined by the kernel (BIG TCP) */
+	segment->end = length ? ETHERNET_BYTES + length : skb->len;
+}
+
+static __always_inline void parse_ipv6(struct __sk_buff *skb, struct segment *segment)
+{
+	u32 offset = ETHERNET_BYTES + sizeof(struct ipv6_head), length;
+	struct ipv6_head ip;
+	u8 extension[2], next;
+
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &ip, sizeof(ip)))
+		return;
+	segment->source = ip.source;
+	segment->destination = ip.destination;
+	length = bpf_ntohs(ip.length_be);
+	segment->end = length ? offset + length : skb->len;
+	next = ip.next;
+#pragma unroll
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT)
+			break;
+		if (bpf_skb_load_bytes(skb, offset, extension, sizeof(extension)))
+			return;
+		segment->is_fragment |= next == IPPROTO_FRAGMENT;
+		/* RFC 8200 4.5: the second byte of a fragment header is reserved, not a length */
+		offset += next == IPPROTO_FRAGMENT ? 8 : (extension[1] + 1) * 8;
+		next = extension[0];
+	}
+	if (next == IPPROTO_TCP)
+		segment->tcp_offset = offset;
+}
+
+/* An open connection of the pod that the agent dialed or accepted, or one of the direct path. */
+static __always_inline bool is_open_flow(const struct pod_flow *flow)
+{
+	struct inbound_flow known = {};
+	struct local remote = {.address = flow->remote};
+	u64 *remote_netns_cookie;
+
+	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
+		return true; /* a pod cannot bind it: bind.c */
+	known.netns_cookie = flow->netns_cookie;
+	known.source = flow->local;
+	known.source_port_be = flow->local_port_be;
+	known.destination_port_be = flow->remote_port_be;
+	if (ss_agent_flows.lookup(&known))
+		return true; /* dialed by the agent in the pod */
+	remote_netns_cookie = ss_local.lookup(&remote);
+	if (remote_netns_cookie) {
+		known.netns_cookie = *remote_netns_cookie;
+		if (ss_direct_flows.lookup(&known))
+			return true; /* the pod is the client of the direct path */
+	}
+	known.netns_cookie = flow->netns_cookie;
+	known.source = flow->remote;
+	known.source_port_be = flow->remote_port_be;
+	known.destination_port_be = flow->local_port_be;
+	return ss_direct_flows.lookup(&known) || ss_agent_flows.lookup(&known);
+}
+
+static __always_inline bool is_excluded_flow(const struct pod_flow *flow)
+{
+	struct network network = {};
+
+	network.prefix_bits = 32 + 64 + 128;
+	network.netns_cookie = flow->netns_cookie;
+	network.address = flow->remote;
+	return is_excluded_port(flow->netns_cookie, flow->local_port_be, DIRECTION_INBOUND) ||
+	       is_excluded_port(flow->netns_cookie, flow->local_port_be, DIRECTION_PLAINTEXT) ||
+	       is_excluded_port(flow->netns_cookie, flow->remote_port_be, DIRECTION_OUTBOUND) ||
+	       ss_bypass.lookup(&network);
+}
+
+static __always_inline bool is_own_address(u64 netns_cookie, const struct address *address)
+{
+	struct local local = {.address = *address};
+	u64 *owner = ss_local.lookup(&local);
+
+	return owner && *owner == netns_cookie;
+}
+
+static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 direction,
+						  struct pod_flow *flow, struct segment *segment)
+{
+	struct tcp_head tcp;
+	struct pod *pod;
+	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, has_payload;
+	u32 one = 1, known;
+
+	if (skb->protocol == ETHERTYPE_IPV4_BE)
+		parse_ipv4(skb, segment);
+	else if (skb->protocol == ETHERTYPE_IPV6_BE)
+		parse_ipv6(skb, segment);
+	if (!segment->tcp_offset)
+		return OUTCOME_PASSED;
+	if (is_outbound && !is_own_address(flow->netns_cookie, &segment->source))
+		return OUTCOME_SPOOFED;
+
+	pod = ss_pods.lookup(&flow->netns_cookie);
+	/* open: a pod that is guarded and not in ss_pods is leaving the mesh */
+	if (!pod)
+		return OUTCOME_PASSED;
+	if (segment->is_fragment)
+		return pod->is_strict ? OUTCOME_FRAGMENT : OUTCOME_PASSED;
+	if (bpf_skb_load_bytes(skb, segment->tcp_offset, &tcp, sizeof(tcp)))
+		return OUTCOME_FRAGMENT; /* cut short: no TCP of this world sends it */
+	flow->local = is_outbound ? segment->source : segment->destination;
+	flow->remote = is_outbound ? segment->destination : segment->source;
+	flow->local_port_be = is_outbound ? tcp.source_be : tcp.destination_be;
+	flow->remote_port_be = is_outbound ? tcp.destination_be : tcp.source_be;
+
+	is_syn = (tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
+	if (is_syn) {
+		known = is_open_flow(flow);
+		if (known)
+			ss_guard_flows.update(flow, &one);
+	} else {
+		known = ss_guard_flows.lookup(flow) || is_open_flow(flow);
+	}
+	if (known || !pod->is_strict || is_excluded_flow(flow))
+		return OUTCOME_PASSED;
+	has_payload = segment->tcp_offset + (tcp.offset >> 4) * 4 < segment->end;
+	return has_payload || (is_syn && is_outbound) ? OUTCOME_PLAINTEXT : OUTCOME_PASSED;
+}
+
+static __always_inline void guard_count(struct __sk_buff *skb, u16 direction, u64 netns_cookie,
+					enum outcome outcome)
+{
+	struct counter_key key = {};
+	struct counter *counter, first = {.packets = 1, .bytes = skb->len};
+
+	key.netns_cookie = netns_cookie;
+	key.direction = direction;
+	key.outcome = outcome;
+	counter = ss_counters.lookup(&key);
+	if (counter) {
+		counter->packets++;
+		counter->bytes += skb->len;
+	} else {
+		ss_counters.update(&key, &first);
+	}
+}
+
+#endif

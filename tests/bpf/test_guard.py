@@ -1,0 +1,344 @@
+"""The guard on real links: what slipped past the hooks is dropped, and nothing else.
+
+A node with two pods, routed as a CNI plugin would. The node itself plays the rest of the world.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import subprocess
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import TYPE_CHECKING
+
+import pytest
+from pyroute2 import IPRoute
+
+from agent import enroll, netlink, netns
+from agent.datapath import direct, features
+from agent.datapath.exemption import exempt
+from agent.lab.machine import allow_forwarding
+from agent.model.capture import HBONE_PORT
+from agent.model.pod import Exclusions, LocalPod
+from tests.support.namespaces import Namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.datapath.pins import Pins
+    from agent.enroll import Enrollment
+
+pytestmark = pytest.mark.root
+
+PORT = 9000
+SILENCE_SECONDS = 0.3  # far longer than a packet takes here
+NODE4, NODE6 = "10.78.0.1", "fd78::1"
+PODS = {"a": ("10.78.0.2", "fd78::2"), "b": ("10.78.0.3", "fd78::3")}
+SYN, ACK, PUSH = 0x02, 0x10, 0x08
+
+
+@dataclass
+class Node:
+    """A node and its pods; `enroll` takes one into the mesh until the end of the test."""
+
+    pins: Pins
+    node: Namespace
+    pods: dict[str, Namespace]
+    stack: ExitStack
+
+    def enroll(
+        self, name: str = "a", *, is_strict: bool = True, **exclusions: object
+    ) -> Enrollment:
+        addresses = tuple(ip_address(address) for address in PODS[name])
+        pod = LocalPod(
+            f"uid-{name}", "default", name, name, addresses,
+            exclusions=Exclusions(**exclusions),  # type: ignore[arg-type]  # a test's shorthand
+        )  # fmt: skip
+        netns_fd = self.pods[name].fd
+        made = netns.run_in(self.node.fd, lambda: enroll.enroll(self.pins, pod, netns_fd))
+        self.stack.callback(netns.run_in, self.node.fd, partial(enroll.unenroll, made))
+        enroll.set_strict(self.pins, made, is_strict=is_strict, but=frozenset())
+        return made
+
+    def counted(self, made: Enrollment) -> dict[tuple[str, str], int]:
+        """Return packets by direction and outcome, without those that passed."""
+        names = {0: "outbound", 1: "inbound"}
+        outcomes = {1: "plaintext", 2: "spoofed", 3: "fragment"}
+        found = {}
+        for key, counter in self.pins.maps["ss_counters"].items():
+            outcome = key["outcome"]
+            if key["netns_cookie"] == made.netns_cookie and outcome:
+                assert isinstance(outcome, int)
+                assert isinstance(key["direction"], int)
+                assert isinstance(counter["packets"], int)
+                found[names[key["direction"]], outcomes[outcome]] = counter["packets"]
+        return found
+
+
+@pytest.fixture(params=[True, False], ids=["tcx", "clsact"])
+def node(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, loaded: Pins
+) -> Iterator[Node]:
+    monkeypatch.setattr(features, "has_tcx", lambda: request.param)
+    with ExitStack() as stack:
+
+        def namespace() -> Namespace:
+            fd = netns.create()
+            stack.callback(os.close, fd)
+            netns.run_in(fd, lambda: netlink.set_up("lo"))
+            return Namespace(fd, stack.enter_context(ExitStack()))
+
+        here = namespace()
+        netns.run_in(here.fd, allow_forwarding)
+        pods = {}
+        for name, addresses in PODS.items():
+            pods[name] = namespace()
+            netns.run_in(here.fd, partial(_link_node, name, pods[name].fd, addresses))
+            netns.run_in(pods[name].fd, partial(_link_pod, addresses))
+        yield Node(loaded, here, pods, stack)
+
+
+def _link_node(name: str, pod_fd: int, addresses: tuple[str, str]) -> None:
+    link = f"pod-{name}"
+    netlink.add_veth(link, "eth0", pod_fd)
+    netlink.set_up(link)
+    for own, address in zip((NODE4, NODE6), addresses, strict=True):
+        netlink.add_address(link, ip_interface(own))
+        netlink.add_route(ip_network(address), link)
+
+
+def _link_pod(addresses: tuple[str, str]) -> None:
+    netlink.set_up("eth0")
+    for own, gateway in zip(addresses, (NODE4, NODE6), strict=True):
+        netlink.add_address("eth0", ip_interface(own))
+        netlink.add_route(ip_network(gateway), "eth0")
+        everything = "::/0" if ":" in gateway else "0.0.0.0/0"
+        netlink.add_route(ip_network(everything), "eth0", gateway)
+
+
+def join(client: Namespace, server: Namespace, host: str) -> tuple[socket.socket, socket.socket]:
+    """Connect two namespaces as plain TCP."""
+    listener = server.listen(host, PORT)
+    dialed = client.connect(host, PORT)
+    accepted, _address = listener.accept()
+    accepted.settimeout(5)
+    server.cleanup.enter_context(accepted)
+    return dialed, accepted
+
+
+def hears(receiver: socket.socket) -> bool:
+    return bool(select.select([receiver], [], [], SILENCE_SECONDS)[0])
+
+
+def tcp_packet(
+    source: str, destination: str, flags: int, payload: bytes = b"", fragment: int = 0
+) -> bytes:
+    """Return an IPv4 packet as a raw socket sends it (the kernel fills the IP checksum)."""
+    segment = struct.pack(">HHIIBBHHH", 40000, PORT, 1, 1, 5 << 4, flags, 1024, 0, 0) + payload
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 1, fragment, 64, 6, 0)
+    return head + socket.inet_aton(source) + socket.inet_aton(destination) + segment
+
+
+def send_raw(sender: Namespace, packet: bytes) -> None:
+    raw = sender.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    raw.sendto(packet, (NODE4, 0))
+
+
+@pytest.fixture
+def tap(node: Node) -> socket.socket:
+    """Return a socket on the node that sees every TCP packet that the node accepts."""
+    return node.node.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["ipv4", "ipv6"])
+def test_connection_from_before_enrollment_goes_on_unless_strict(node: Node, family: int) -> None:
+    client, server = join(node.pods["a"], node.node, (NODE4, NODE6)[family])
+    made = node.enroll(is_strict=False)
+    client.sendall(b"still here")
+    assert server.recv(100) == b"still here"
+    enroll.set_strict(node.pins, made, is_strict=True, but=frozenset())
+    client.sendall(b"a secret")
+    assert not hears(server)
+    assert node.counted(made)["outbound", "plaintext"] >= 1
+
+
+def test_plaintext_from_outside_does_not_reach_a_socket_from_before(node: Node) -> None:
+    client, server = join(node.node, node.pods["a"], PODS["a"][0])
+    made = node.enroll()
+    client.sendall(b"do as I say")
+    assert not hears(server)
+    assert node.counted(made)["inbound", "plaintext"] >= 1
+
+
+def test_raw_plaintext_does_not_leave_a_strict_pod(node: Node, tap: socket.socket) -> None:
+    made = node.enroll()
+    for packet in (
+        tcp_packet(PODS["a"][0], NODE4, SYN),
+        tcp_packet(PODS["a"][0], NODE4, ACK | PUSH, b"a secret"),
+    ):
+        send_raw(node.pods["a"], packet)
+    assert not hears(tap)
+    assert node.counted(made) == {("outbound", "plaintext"): 2}
+
+
+def test_fragments_do_not_hide_plaintext(node: Node, tap: socket.socket) -> None:
+    made = node.enroll()
+    more, second = 0x2000, 1
+    for fragment in (more, second):
+        packet = tcp_packet(PODS["a"][0], NODE4, ACK, b"a secret", fragment)
+        send_raw(node.pods["a"], packet)
+    assert not hears(tap)
+    assert node.counted(made) == {("outbound", "fragment"): 2}
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_pod_cannot_borrow_another_address(node: Node, tap: socket.socket, is_strict: bool) -> None:
+    made = node.enroll(is_strict=is_strict)
+    send_raw(node.pods["a"], tcp_packet(PODS["b"][0], NODE4, SYN))
+    assert not hears(tap)
+    assert node.counted(made) == {("outbound", "spoofed"): 1}
+
+
+def test_agent_passes_through_a_strict_pod(node: Node) -> None:
+    made = node.enroll()
+    listener = node.node.listen(NODE4, PORT)
+    dialed = node.pods["a"].open_socket()
+    exempt(node.pins.maps["ss_exempt"], dialed)
+    dialed.connect((NODE4, PORT))
+    accepted, _address = listener.accept()
+    with accepted:
+        dialed.sendall(b"question")
+        assert accepted.recv(100) == b"question"
+        accepted.sendall(b"answer")
+        assert dialed.recv(100) == b"answer"
+        dialed.close()
+        accepted.sendall(b"to a socket that is gone")
+        assert hears(accepted)  # the RST: not a silence until the last retransmission
+    assert node.counted(made) == {}
+
+
+@pytest.mark.parametrize("host", PODS["a"])
+def test_tunnel_port_of_a_strict_pod_is_open(node: Node, host: str) -> None:
+    made = node.enroll()
+    peer = node.node.connect(host, HBONE_PORT)
+    (listener,) = made.hbone
+    listener.settimeout(5)
+    accepted, _address = listener.accept()
+    with accepted:
+        peer.sendall(b"hello")
+        assert accepted.recv(100) == b"hello"
+        accepted.sendall(b"hello back")
+        assert peer.recv(100) == b"hello back"
+    assert node.counted(made) == {}
+
+
+def test_plaintext_client_of_a_strict_pod_reaches_the_agent(node: Node) -> None:
+    """So that it is refused and logged, rather than left to wait."""
+    made = node.enroll()
+    client = node.node.connect(PODS["a"][0], PORT)
+    (listener,) = made.inbound
+    listener.settimeout(5)
+    listener.accept()[0].close()
+    assert client.recv(1) == b""
+
+
+def test_direct_path_of_strict_pods_passes(node: Node) -> None:
+    first, second = node.enroll("a"), node.enroll("b")
+    verdicts = direct.Verdicts(node.pins.maps["ss_verdicts"], node.pins.maps["ss_generation"])
+    verdicts.allow(first.netns_cookie, second.netns_cookie, PORT, verdicts.generation)
+    client, server = join(node.pods["a"], node.pods["b"], PODS["b"][0])
+    client.sendall(b"question")
+    assert server.recv(100) == b"question"
+    server.sendall(b"answer")
+    assert client.recv(100) == b"answer"
+    client.close()
+    server.sendall(b"to a socket that is gone")
+    assert hears(server)
+    server.close()
+    assert node.counted(first) == node.counted(second) == {}
+
+
+def test_replayed_flow_is_not_let_in(node: Node) -> None:
+    """SYN and data with the addresses of a direct flow that ended."""
+    first, second = node.enroll("a"), node.enroll("b")
+    verdicts = direct.Verdicts(node.pins.maps["ss_verdicts"], node.pins.maps["ss_generation"])
+    verdicts.allow(first.netns_cookie, second.netns_cookie, PORT, verdicts.generation)
+    listener = node.pods["b"].listen(PODS["b"][0], PORT)
+    client = node.pods["a"].open_socket()
+    client.bind((PODS["a"][0], 40000))
+    client.connect((PODS["b"][0], PORT))
+    listener.accept()[0].close()
+    client.close()
+    send_raw(node.pods["a"], tcp_packet(PODS["a"][0], PODS["b"][0], SYN))
+    assert not hears(listener)
+    assert node.counted(first) == {("outbound", "plaintext"): 1}
+
+
+@pytest.mark.parametrize("kind", ["excluded", "permissive"])
+def test_port_that_is_not_strict_passes(node: Node, kind: str) -> None:
+    client, server = join(node.node, node.pods["a"], PODS["a"][0])
+    if kind == "excluded":
+        made = node.enroll(inbound_ports=frozenset({PORT}))
+    else:
+        made = node.enroll()
+        enroll.set_strict(node.pins, made, is_strict=True, but=frozenset({PORT}))
+    client.sendall(b"question")
+    assert server.recv(100) == b"question"
+    server.sendall(b"answer")
+    assert client.recv(100) == b"answer"
+    if kind == "permissive":
+        enroll.set_strict(node.pins, made, is_strict=True, but=frozenset())
+        client.sendall(b"more")
+        assert not hears(server)
+
+
+def test_udp_is_counted_and_passes(node: Node) -> None:
+    made = node.enroll()
+    server = node.node.open_socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((NODE4, PORT))
+    client = node.pods["a"].open_socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.sendto(b"ping", (NODE4, PORT))
+    assert server.recv(100) == b"ping"
+    assert node.counted(made) == {}
+
+
+def _show(node: Node, *what: str) -> str:
+    def run() -> str:
+        command = ["tc", *what, "dev", "pod-a"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    return netns.run_in(node.node.fd, run)
+
+
+def test_guard_leaves_no_trace_and_filters_of_others_alone(node: Node, loaded: Pins) -> None:
+    before = _show(node, "qdisc", "show"), _show(node, "filter", "show", "ingress")
+    made = node.enroll()
+    netns.run_in(node.node.fd, partial(enroll.unenroll, made))
+    assert (_show(node, "qdisc", "show"), _show(node, "filter", "show", "ingress")) == before
+    assert list(loaded.maps["ss_guards"].items()) == []
+    assert not list((loaded.directory / "links").glob("guard_*"))
+    assert node.counted(made) == {}
+
+    def add_foreign() -> None:
+        with IPRoute() as ipr:
+            (link,) = ipr.link_lookup(ifname="pod-a")
+            ipr.tc("add", "clsact", link)
+            ipr.tc(
+                "add-filter", "bpf", link, 7, parent=netlink.INGRESS, prio=1, fd=program_fd,
+                name="foreign", direct_action=True,
+            )  # fmt: skip
+
+    program_fd = loaded.program("ss_guard_in")
+    node.stack.callback(os.close, program_fd)
+    netns.run_in(node.node.fd, add_foreign)
+    with_foreign = _show(node, "filter", "show", "ingress")
+    assert "foreign" in with_foreign
+    made = node.enroll()
+    assert "foreign" in _show(node, "filter", "show", "ingress")
+    netns.run_in(node.node.fd, partial(enroll.unenroll, made))
+    assert _show(node, "filter", "show", "ingress") == with_foreign
