@@ -27,7 +27,7 @@ def measure(module: str) -> str:
         data = Path(directory) / "data"
         coverage = [sys.executable, "-m", "coverage"]
         common = [f"--data-file={data}", f"--include={source_path(module)}"]
-        pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+        pytest = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(tests)]
         commands = (
             [*coverage, "run", "--branch", *common, *pytest],
             [*coverage, "report", *common, "--show-missing", "--fail-under=100"],
