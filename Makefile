@@ -1,12 +1,12 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-unit test-root clean
+.PHONY: help setup demo check format test test-unit test-root coverage-each clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
 
 setup: ## install the Debian packages and the virtual environment (root)
 	@scripts/setup.sh
@@ -36,6 +36,9 @@ test-unit: setup ## the tests that need neither root nor BPF
 
 test-root: setup ## the tests that need root and BPF
 	REQUIRE_ROOT=1 $(BIN)/pytest -m root
+
+coverage-each: setup ## every branch of each pure module, by its own test file
+	$(BIN)/python -m scripts.coverage_each
 
 clean: ## remove what the targets made here
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis sidestep.egg-info

@@ -15,7 +15,7 @@ command -v apt-get >/dev/null || refuse "apt-get is missing: this script prepare
 # bcc compiles and loads, libbpf opens pins, linux-libc-dev has the UAPI headers; gcc compares
 # layouts in tests; the rest are the programs of the demo and of the tests.
 packages=(
-	python3-bpfcc python3-venv libbpf1 linux-libc-dev libc6-dev gcc clang-format shellcheck
+	python3-bpfcc python3-venv libbpf1 linux-libc-dev libc6-dev gcc clang-format openssl shellcheck
 	iproute2 iptables nftables conntrack tcpdump nginx-light curl procps
 )
 missing=()

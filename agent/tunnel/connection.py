@@ -465,6 +465,10 @@ class Connection:
                 "headers cannot be decoded", ErrorCode.COMPRESSION_ERROR
             ) from error
         found: list[Event] = []
+        stream = self._streams.get(self._block_stream_id)
+        if stream is not None and stream.state not in MAY_RECEIVE:
+            self._fail_stream(self._block_stream_id, ErrorCode.STREAM_CLOSED, found)
+            return found
         if self.role is Role.SERVER:
             self._on_request(self._block_stream_id, headers, found)
         else:

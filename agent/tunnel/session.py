@@ -185,7 +185,7 @@ class Session:
         self._is_established = self._is_ready = self.is_closed = False
         self._watched = READ | WRITE
         self._is_write_due = False
-        self._waiting: deque[int] = deque()  # streams that found the socket full, in turn
+        self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         self._deadline = reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
         reactor.watch(self._fd, self._watched, self._on_io)
 
@@ -216,7 +216,7 @@ class Session:
         """Return how much a stream may send now; 0 puts it in the line for the socket."""
         room = UNSENT_BYTES - len(self._unsent) - self._queued
         if room <= 0:
-            self._waiting.append(stream_id)
+            self._waiting.setdefault(stream_id)  # who waits already keeps its place
             return 0
         return min(room, self.connection.sendable(stream_id))
 
@@ -324,8 +324,11 @@ class Session:
             self.fail("the tunnel was ended")
 
     def _serve_waiting(self) -> None:
-        for _ in range(len(self._waiting)):
-            channel = self.channels.get(self._waiting.popleft())
+        for stream_id in list(self._waiting):
+            if self._queued >= UNSENT_BYTES:
+                return  # the next turn begins with who is first now
+            del self._waiting[stream_id]
+            channel = self.channels.get(stream_id)
             if channel is not None:
                 channel.flush()
 

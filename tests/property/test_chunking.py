@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import hpack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,3 +108,31 @@ def test_credit_is_never_negative_and_every_byte_arrives(steps: list[tuple[int, 
         pair.server.acknowledge(stream_id, consumed)
         pair.settle()
         assert sent - taken <= 4000
+
+
+BLOCKS = [
+    hpack.Encoder().encode([(":method", "CONNECT"), (":authority", "a:1")]),
+    hpack.Encoder().encode([(":status", "200")]),
+]
+# Each frame is right by itself; only their order may be wrong.
+well_formed = st.builds(
+    lambda kind, ends, stream, payload: (
+        frames.build_head(len(payload), kind, frames.END_HEADERS * (kind == 1) | ends, stream)
+        + payload
+    ),
+    st.sampled_from([FrameType.HEADERS, FrameType.DATA]),
+    st.integers(0, 1),
+    st.sampled_from([1, 3]),
+    st.sampled_from(BLOCKS),
+) | st.builds(frames.build_reset, st.sampled_from([1, 3]), st.just(8))
+
+
+@given(st.sampled_from(Role), st.lists(well_formed, max_size=12))
+def test_no_order_of_frames_makes_the_core_raise(role: Role, parts: list[bytes]) -> None:
+    connection = Connection(role)
+    connection.receive(GOOD_START if role is Role.SERVER else frames.build_settings({}))
+    if role is Role.CLIENT:
+        connection.open_stream("10.0.0.1:80", {})
+        connection.open_stream("10.0.0.1:80", {})
+    for part in parts:
+        connection.receive(part)

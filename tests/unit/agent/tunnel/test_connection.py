@@ -11,11 +11,15 @@ from agent.tunnel.connection import MAX_UNSENT_REPLIES, Connection, Limits, Role
 from agent.tunnel.events import (
     ConnectionTerminated,
     ConnectRequested,
+    DataReceived,
     Event,
     GoAwayReceived,
     PongReceived,
+    ResponseReceived,
+    SettingsReceived,
     StreamEnded,
     StreamReset,
+    WindowOpened,
 )
 from agent.tunnel.frames import ErrorCode, FrameType, Setting
 from tests.support.pair import Pair, data_of
@@ -25,10 +29,17 @@ def frame(frame_type: int, flags: int, stream_id: int, payload: bytes = b"") -> 
     return frames.build_head(len(payload), frame_type, flags, stream_id) + payload
 
 
-def request(stream_id: int = 1, **pseudo: str) -> bytes:
+def header_block(**pseudo: str) -> bytes:
     headers = [(f":{name}", value) for name, value in pseudo.items()]
-    block = hpack.Encoder().encode(headers or [(":method", "CONNECT"), (":authority", "a:1")])
-    return frame(FrameType.HEADERS, frames.END_HEADERS, stream_id, block)
+    return hpack.Encoder().encode(headers or [(":method", "CONNECT"), (":authority", "a:1")])
+
+
+def request(stream_id: int = 1, *, ends: bool = False, **pseudo: str) -> bytes:
+    flags = frames.END_HEADERS | (frames.END_STREAM if ends else 0)
+    return frame(FrameType.HEADERS, flags, stream_id, header_block(**pseudo))
+
+
+response = request  # a frame of the other direction has the same form
 
 
 def server_after(*parts: bytes) -> tuple[Connection, list[Event]]:
@@ -156,7 +167,7 @@ def test_streams_beyond_the_limit_are_refused_alone() -> None:
     ],
 )
 def test_request_that_is_no_connect_is_a_fault_of_the_stream(pseudo: dict[str, str]) -> None:
-    _server, found = server_after(request(1, **pseudo))
+    _server, found = server_after(request(1, ends=False, **pseudo))
     asked = found[-1]
     assert isinstance(asked, ConnectRequested)
     assert asked.fault
@@ -180,6 +191,29 @@ def word(value: int) -> bytes:
         ([frame(FrameType.HEADERS, 0, 1, b"\x82"), request(3)], ErrorCode.PROTOCOL_ERROR),
         ([frame(FrameType.CONTINUATION, 0, 1)], ErrorCode.PROTOCOL_ERROR),
         ([request(1, method="CONNECT", authority="a" * 20000)], ErrorCode.ENHANCE_YOUR_CALM),
+        ([frame(FrameType.HEADERS, 4, 0, header_block())], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.HEADERS, frames.PADDED, 1)], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.HEADERS, frames.PADDED, 1, b"\x03ab")], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.HEADERS, frames.PRIORITY_FLAG, 1, b"abc")], ErrorCode.FRAME_SIZE_ERROR),
+        (
+            [
+                frame(FrameType.HEADERS, 0, 1, b"x" * 99),
+                *[frame(FrameType.CONTINUATION, 0, 1, b"x" * 16384)] * 3,
+            ],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
+        (
+            [frame(FrameType.HEADERS, 0, 1), *[frame(FrameType.CONTINUATION, 0, 1)] * 500],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
+        ([frame(FrameType.PING, 0, 0, b"x" * 70_000)], ErrorCode.FRAME_SIZE_ERROR),
+        ([frame(FrameType.RST_STREAM, 0, 1, b"abc")], ErrorCode.FRAME_SIZE_ERROR),
+        ([frame(FrameType.SETTINGS, 0, 1)], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.SETTINGS, frames.ACK, 0, b"123456")], ErrorCode.FRAME_SIZE_ERROR),
+        ([frame(FrameType.GOAWAY, 0, 1, b"12345678")], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.GOAWAY, 0, 0, b"1234567")], ErrorCode.FRAME_SIZE_ERROR),
+        ([frame(FrameType.WINDOW_UPDATE, 0, 0, b"abc")], ErrorCode.FRAME_SIZE_ERROR),
+        ([frame(FrameType.WINDOW_UPDATE, 0, 1, word(1))], ErrorCode.PROTOCOL_ERROR),
         ([frame(FrameType.PING, 0, 0, b"short")], ErrorCode.FRAME_SIZE_ERROR),
         ([frame(FrameType.PING, 0, 3, b"12345678")], ErrorCode.PROTOCOL_ERROR),
         ([frame(FrameType.RST_STREAM, 0, 9, word(0))], ErrorCode.PROTOCOL_ERROR),
@@ -236,3 +270,260 @@ def test_padding_is_not_data_and_is_given_back() -> None:
     )
     assert data_of(found, 1) == b"hi"
     assert found[-1] == StreamEnded(1)
+
+
+def client_after(*parts: bytes) -> tuple[Connection, list[Event]]:
+    """A client with stream 1 open, fed `parts`; its own output is forgotten."""
+    client = Connection(Role.CLIENT)
+    client.receive(frames.build_settings({}))
+    client.open_stream("10.0.0.1:80", {})
+    client.take_output()
+    return client, [event for part in parts for event in client.receive(part)]
+
+
+def test_first_frame_must_be_settings() -> None:
+    (found,) = Connection(Role.CLIENT).receive(frames.build_ping(b"12345678", is_ack=False))
+    assert isinstance(found, ConnectionTerminated)
+    assert found.code == ErrorCode.PROTOCOL_ERROR
+
+
+def test_everything_may_arrive_in_single_bytes() -> None:
+    whole = request(1) + frame(FrameType.DATA, frames.PADDED, 1, b"\x02hi\0\0")
+    server, found = server_after(*[bytes([byte]) for byte in whole])
+    assert isinstance(found[1], ConnectRequested)
+    assert data_of(found, 1) == b"hi"
+    assert not server.is_terminated
+
+
+def test_frame_of_a_kind_that_nobody_knows_is_ignored() -> None:
+    server, found = server_after(frame(77, 0xFF, 5, b"what"), frame(FrameType.PRIORITY, 0, 1))
+    assert found == [SettingsReceived()]
+    assert not server.is_terminated
+
+
+def test_padding_and_priority_of_headers_are_skipped() -> None:
+    padded = b"\x03" + b"\0\0\0\0\0" + header_block() + b"\0\0\0"
+    flags = frames.END_HEADERS | frames.PADDED | frames.PRIORITY_FLAG
+    _server, found = server_after(frame(FrameType.HEADERS, flags, 1, padded))
+    assert isinstance(found[-1], ConnectRequested)
+    assert found[-1].authority == "a:1"
+
+
+def test_header_block_may_come_in_parts() -> None:
+    block = header_block()
+    _server, found = server_after(
+        frame(FrameType.HEADERS, 0, 1, block[:2]),
+        frame(FrameType.CONTINUATION, 0, 1, block[2:3]),
+        frame(FrameType.CONTINUATION, frames.END_HEADERS, 1, block[3:]),
+    )
+    assert isinstance(found[-1], ConnectRequested)
+
+
+def test_request_that_ends_at_once_is_a_half_closed_stream() -> None:
+    server, found = server_after(request(1, ends=True))
+    assert found[-1] == StreamEnded(1)
+    server.respond(1, 200)
+    server.send_data(1, b"answer", ends=True)
+    assert server.stream_count == 0
+
+
+@pytest.mark.parametrize("late", [request(1, ends=True), request(1), frame(FrameType.DATA, 1, 1)])
+def test_frame_after_the_end_costs_the_stream_only(late: bytes) -> None:
+    server, found = server_after(request(1, ends=True), request(3), late)
+    assert found[-1] == StreamReset(1, ErrorCode.STREAM_CLOSED)
+    assert not server.is_terminated
+    assert server.stream_count == 1
+
+
+def test_answer_after_the_end_costs_the_stream_only() -> None:
+    client, found = client_after(frame(FrameType.DATA, 1, 1), response(1, ends=True, status="200"))
+    assert found == [StreamEnded(1), StreamReset(1, ErrorCode.STREAM_CLOSED)]
+    assert not client.is_terminated
+
+
+def test_trailers_end_a_stream_and_nothing_else_does_without_the_flag() -> None:
+    server, found = server_after(request(1), request(1, ends=True, status="0"), request(3))
+    assert found[2] == StreamEnded(1)
+    assert server.receive(request(3)) == [StreamReset(3, ErrorCode.PROTOCOL_ERROR)]
+    _client, found = client_after(response(1, status="200"), response(1, ends=True, status="0"))
+    assert found == [ResponseReceived(1, 200), StreamEnded(1)]
+    _client, found = client_after(response(1, status="200"), response(1, status="200"))
+    assert found[-1] == StreamReset(1, ErrorCode.PROTOCOL_ERROR)
+
+
+@pytest.mark.parametrize("status", ["", "20", "abc", "2000", "\N{SUPERSCRIPT TWO}00"])
+def test_answer_without_a_status_costs_the_stream(status: str) -> None:
+    client, found = client_after(response(1, status=status))
+    assert found == [StreamReset(1, ErrorCode.PROTOCOL_ERROR)]
+    assert client.stream_count == 0
+
+
+def test_provisional_answers_are_skipped_but_not_for_ever() -> None:
+    _client, found = client_after(response(1, status="103"), response(1, status="200"))
+    assert found == [ResponseReceived(1, 200)]
+    _client, found = client_after(*[response(1, status="103")] * 500)
+    assert isinstance(found[-1], ConnectionTerminated)
+    assert found[-1].code == ErrorCode.ENHANCE_YOUR_CALM
+
+
+def test_answer_to_a_stream_that_is_gone_is_nothing_and_to_none_is_a_fault() -> None:
+    client, _found = client_after()
+    client.reset(1, ErrorCode.CANCEL)
+    assert client.receive(response(1, status="200")) == []
+    assert client.receive(frame(FrameType.DATA, 0, 1, b"late")) == []
+    assert client.receive(frames.build_reset(1, 8)) == []
+    assert client.receive(frames.build_window_update(1, 5)) == []
+    (found,) = client.receive(response(3, status="200"))
+    assert isinstance(found, ConnectionTerminated)
+
+
+def test_calls_for_a_stream_that_is_gone_do_nothing() -> None:
+    server, _found = server_after(request(1), frames.build_reset(1, 8))
+    server.take_output()
+    server.respond(1, 200)
+    server.send_data(1, b"data")
+    server.acknowledge(1, 5)
+    server.reset(1, 8)
+    assert server.sendable(1) == 0
+    assert not server.has_output
+
+
+def test_second_answer_is_our_defect() -> None:
+    server, _found = server_after(request(1))
+    server.respond(1, 200)
+    with pytest.raises(LocalProtocolError, match="twice"):
+        server.respond(1, 503)
+
+
+def test_refusal_after_our_end_is_our_defect() -> None:
+    server, _found = server_after(request(1))
+    server.send_data(1, b"", ends=True)
+    with pytest.raises(LocalProtocolError, match="SEND_END on a stream in HALF_CLOSED_LOCAL"):
+        server.respond(1, 503)
+
+
+def test_refusal_of_a_request_that_has_ended_needs_no_reset() -> None:
+    server, _found = server_after(request(1, ends=True))
+    server.take_output()
+    server.respond(1, 503)
+    assert server.stream_count == 0
+    assert frames.build_reset(1, ErrorCode.NO_ERROR) not in server.take_output()
+
+
+def test_stream_on_a_connection_that_takes_none_is_our_defect() -> None:
+    with pytest.raises(LocalProtocolError):
+        Connection(Role.SERVER).open_stream("10.0.0.1:80", {})
+
+
+def test_goodbye_is_said_once() -> None:
+    server, _found = server_after(request(1))
+    server.take_output()
+    server.drain()
+    server.drain()
+    assert server.take_output() == frames.build_goaway(1, ErrorCode.NO_ERROR)
+    server.close()
+    server.close()
+    assert server.take_output() == frames.build_goaway(1, ErrorCode.NO_ERROR)
+
+
+def test_draining_server_refuses_what_comes_after() -> None:
+    server, _found = server_after()
+    server.drain()
+    server.take_output()
+    assert server.receive(request(1)) == []
+    assert server.take_output() == frames.build_reset(1, ErrorCode.REFUSED_STREAM)
+
+
+def test_goaway_to_a_server_resets_nothing() -> None:
+    server, found = server_after(request(1), frames.build_goaway(0, 0))
+    assert found[-1] == GoAwayReceived(0, ErrorCode.NO_ERROR)
+    assert server.stream_count == 1
+
+
+def test_peer_with_small_frames_gets_small_frames() -> None:
+    server, _found = server_after(request(1), frames.build_window_update(1, 100_000))
+    server.receive(frames.build_window_update(0, 100_000))
+    server.respond(1, 200)
+    server.take_output()
+    server.send_data(1, b"x" * 40_000, ends=True)
+    written, sizes, flags = server.take_output(), [], []
+    while written:
+        length, frame_type, flag, _stream = frames.parse_head(memoryview(written))
+        assert frame_type == FrameType.DATA
+        sizes.append(length)
+        flags.append(flag)
+        written = written[9 + length :]
+    assert sizes == [16384, 16384, 7232]
+    assert flags == [0, 0, frames.END_STREAM]
+
+
+def test_long_headers_are_sent_in_parts_that_the_peer_takes() -> None:
+    pair = Pair(server_limits=Limits(frame_bytes=16384, header_list_bytes=60_000))
+    pair.settle()
+    # Not compressible: hpack's Huffman code has the shortest codes for a few letters only.
+    pair.client.open_stream("10.0.0.1:80", {"baggage": "\x7f" * 14_000})
+    pair.settle()
+    assert isinstance(pair.server_events[-1], ConnectRequested)
+    assert len(pair.server_events[-1].headers["baggage"]) == 14_000
+
+
+def test_smaller_window_may_go_below_zero_and_come_back() -> None:
+    server, _found = server_after(request(1))
+    server.respond(1, 200)
+    server.send_data(1, b"x" * 60_000)
+    assert server.receive(frames.build_settings({Setting.INITIAL_WINDOW_SIZE: 1000})) == [
+        SettingsReceived()
+    ]
+    assert server.sendable(1) == 0
+    with pytest.raises(LocalProtocolError):
+        server.send_data(1, b"x")
+    server.send_data(1, b"", ends=False)
+    assert server.receive(frames.build_window_update(1, 59_001)) == [WindowOpened(1)]
+    assert server.sendable(1) == 1
+
+
+def test_stream_window_beyond_what_can_be_counted_costs_the_stream() -> None:
+    server, found = server_after(
+        request(1), frames.build_window_update(1, 2**31 - 1), request(3),
+        frames.build_window_update(3, 0),
+    )  # fmt: skip
+    assert StreamReset(1, ErrorCode.FLOW_CONTROL_ERROR) in found
+    assert StreamReset(3, ErrorCode.FLOW_CONTROL_ERROR) in found
+    assert not server.is_terminated
+
+
+def test_connection_window_opens_every_stream() -> None:
+    _server, found = server_after(frames.build_window_update(0, 5))
+    assert found[-1] == WindowOpened(0)
+
+
+def test_peer_that_breaks_the_connection_window_is_gone() -> None:
+    limits = Limits(stream_window=200_000, connection_window=1000)
+    server = Connection(Role.SERVER, limits)
+    opening = server.take_output()
+    assert frames.build_window_update(0, 0)[:9] not in opening  # nothing to add to the default
+    server.receive(frames.PREFACE + frames.build_settings({}) + request(1))
+    (found,) = server.receive(frame(FrameType.DATA, 0, 1, b"x" * 1001))
+    assert isinstance(found, ConnectionTerminated)
+    assert found.code == ErrorCode.FLOW_CONTROL_ERROR
+
+
+def test_header_table_of_the_peer_bounds_ours_and_never_enlarges_it() -> None:
+    server, _found = server_after(
+        frames.build_settings({Setting.HEADER_TABLE_SIZE: 2**32 - 1}), request(1)
+    )
+    server.respond(1, 200)
+    # RFC 7541 §6.3: a change of the table's size would be told at the start of the next block.
+    assert frame(FrameType.HEADERS, 4, 1, b"\x88") in server.take_output()
+    assert server.receive(frames.build_settings({Setting.HEADER_TABLE_SIZE: 0})) != []
+    server.receive(request(3))
+    server.respond(3, 200)
+    assert frame(FrameType.HEADERS, 4, 3, b"\x20\x88") in server.take_output()
+
+
+def test_data_of_a_request_is_handed_on_before_it_is_complete() -> None:
+    server, _found = server_after(request(1))
+    (found,) = server.receive(frames.build_head(10, FrameType.DATA, 1, 1) + b"half")
+    assert isinstance(found, DataReceived)
+    assert bytes(found.data) == b"half"
+    assert server.receive(b"-other")[-1] == StreamEnded(1)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-from agent.tunnel.streams import MAY_RECEIVE, MAY_SEND, TRANSITIONS, StreamInput, StreamState
+from agent.tunnel.streams import (
+    MAY_RECEIVE,
+    MAY_SEND,
+    TRANSITIONS,
+    Stream,
+    StreamInput,
+    StreamState,
+)
 
 
 def test_every_pair_is_decided() -> None:
@@ -25,3 +32,10 @@ def test_each_half_ends_once() -> None:
         if step is StreamInput.RECEIVE_END:
             assert following not in MAY_RECEIVE
             assert (following in MAY_SEND) == (state in MAY_SEND)
+
+
+def test_new_stream_is_open_with_the_windows_of_its_time() -> None:
+    stream = Stream(send_window=10, receive_window=20)
+    assert stream.state is StreamState.OPEN
+    assert (stream.send_window, stream.receive_window, stream.consumed) == (10, 20, 0)
+    assert not stream.has_response

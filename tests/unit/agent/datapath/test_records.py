@@ -1,0 +1,72 @@
+"""Values of the model as members of maps."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from agent.datapath import records
+from agent.model.pod import Address, LocalPod
+
+V4, V6 = ip_address("10.0.0.1"), ip_address("fd00::1")
+MAPPED = bytes.fromhex("00000000000000000000ffff0a000001")
+
+
+@pytest.mark.parametrize(("address", "packed"), [(V4, MAPPED), (V6, V6.packed)])
+def test_address_has_sixteen_bytes_and_comes_back(address: Address, packed: bytes) -> None:
+    assert records.pack_address(address) == packed
+    assert records.unpack_address(packed) == address
+
+
+def test_first_address_of_a_family_counts() -> None:
+    others = (ip_address("10.0.0.2"), ip_address("fd00::2"))
+    pod = LocalPod("u-1", "shop", "cart-0", "cart", (V4, V6, *others))
+    assert records.pod_record(pod) == {"address4": MAPPED, "address6": V6.packed}
+    pod = LocalPod("u-1", "shop", "cart-0", "cart", (V6,))
+    assert records.pod_record(pod) == {"address6": V6.packed}
+
+
+def test_names_are_bytes() -> None:
+    pod = LocalPod("u-1", "shop", "cart-0", "cart", (V4,))
+    assert records.pod_name_record(pod) == {
+        "uid": b"u-1",
+        "namespace": b"shop",
+        "name": b"cart-0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("network", "bits", "packed"),
+    [
+        ("10.0.0.1/32", 32 + 64 + 128, MAPPED),
+        ("10.0.0.0/8", 32 + 64 + 96 + 8, bytes.fromhex("00000000000000000000ffff0a000000")),
+        ("0.0.0.0/0", 32 + 64 + 96, bytes.fromhex("00000000000000000000ffff00000000")),
+        ("fd00::/16", 32 + 64 + 16, ip_address("fd00::").packed),
+        ("::/0", 32 + 64, bytes(16)),
+    ],
+)
+def test_prefix_counts_pad_and_cookie_too(network: str, bits: int, packed: bytes) -> None:
+    assert records.network_key(7, ip_network(network)) == {
+        "prefix_bits": bits,
+        "netns_cookie": 7,
+        "address": packed,
+    }
+
+
+def test_keys_carry_the_cookie_of_the_namespace() -> None:
+    assert records.port_key(7, 80, records.INBOUND) == {
+        "netns_cookie": 7,
+        "port_be": 80,
+        "direction": 1,
+    }
+    assert records.source_key(7, V4, 1234) == {
+        "netns_cookie": 7,
+        "address": MAPPED,
+        "port_be": 1234,
+    }
+    assert records.verdict_key(7, 8, 80) == {
+        "source_netns_cookie": 7,
+        "destination_netns_cookie": 8,
+        "port_be": 80,
+    }

@@ -1,0 +1,360 @@
+"""From Kubernetes objects to our model: what each field means, and what each problem names."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from agent.discovery.translate import (
+    DIRECT_PATH,
+    EXCLUDE_INBOUND_PORTS,
+    EXCLUDE_OUTBOUND_NETWORKS,
+    EXCLUDE_OUTBOUND_PORTS,
+    MODE_LABEL,
+    REDIRECTION,
+    SERVICE_LABEL,
+    ObjectProblem,
+    SourcedObject,
+    Translation,
+    translate,
+)
+from agent.model.pod import Exclusions, LocalPod
+from agent.model.service import Endpoint, Service, ServicePort
+from agent.model.workload import Workload
+
+POD4, POD6 = ip_address("10.0.0.1"), ip_address("fd00::1")
+Body = dict[str, Any]
+
+
+def pod(
+    name: str = "cart-0",
+    labels: Body | None = None,
+    annotations: Body | None = None,
+    spec: Body | None = None,
+    status: Body | None = None,
+    **metadata: Any,
+) -> Body:
+    described = {
+        "name": name,
+        "namespace": "shop",
+        "uid": f"uid-{name}",
+        "labels": labels,
+        "annotations": annotations,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": described | metadata,
+        "spec": {"nodeName": "node-1", "serviceAccountName": "cart"} | (spec or {}),
+        "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]}
+        | (status or {}),
+    }
+
+
+def namespace(mode: str | None = "ambient", **annotations: Any) -> Body:
+    labels = None if mode is None else {MODE_LABEL: mode}
+    metadata = {"name": "shop", "labels": labels, "annotations": annotations.get("annotations")}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+
+
+def service(**spec: Any) -> Body:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "cart", "namespace": "shop"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "web", "port": 80}]} | spec,
+    }
+
+
+def endpoint_slice(name: str = "cart-1", **fields: Any) -> Body:
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": name, "namespace": "shop", "labels": {SERVICE_LABEL: "cart"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "web", "port": 8080}],
+        "endpoints": [{"addresses": ["10.0.0.1"]}],
+    } | fields
+
+
+def translated(*bodies: Body) -> Translation:
+    return translate(SourcedObject("shop.yaml", body) for body in bodies)
+
+
+def local_pods(*bodies: Body) -> list[LocalPod]:
+    translation = translated(*bodies)
+    assert translation.problems == ()
+    return [found for group in translation.snapshot.local_pods.values() for found in group]
+
+
+def the_problem(*bodies: Body) -> ObjectProblem:
+    (problem,) = translated(*bodies).problems
+    return problem
+
+
+# -- pods ---------------------------------------------------------------------------------------
+
+
+def test_pod_becomes_a_workload() -> None:
+    snapshot = translated(pod()).snapshot
+    assert snapshot.workloads == (
+        Workload("uid-cart-0", "shop", "cart-0", "node-1", "cart", (POD4, POD6), is_hbone=False),
+    )
+    assert snapshot.local_pods == {}
+
+
+def test_fields_that_may_be_missing_have_the_defaults_of_kubernetes() -> None:
+    body = pod(spec={"serviceAccountName": None}, status={"podIPs": None, "podIP": "10.0.0.1"})
+    del body["metadata"]["namespace"]
+    (workload,) = translated(body).snapshot.workloads
+    assert (workload.namespace, workload.service_account) == ("default", "default")
+    assert workload.addresses == (POD4,)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pod(spec={"hostNetwork": True}),
+        pod(spec={"nodeName": None}),
+        pod(status={"phase": "Succeeded"}),
+        pod(status={"phase": "Failed"}),
+        pod(status={"podIPs": []}),
+        pod(status=None) | {"status": None},
+    ],
+    ids=["host network", "no node", "succeeded", "failed", "no address", "no status"],
+)
+def test_pod_that_cannot_be_known_by_its_address_is_left_out(body: Body) -> None:
+    translation = translated(namespace(), body)
+    assert translation.snapshot.workloads == ()
+    assert translation.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("of_namespace", "of_pod", "is_enrolled"),
+    [
+        (None, None, False),
+        ("ambient", None, True),
+        (None, "ambient", True),
+        ("ambient", "none", False),
+        ("none", "ambient", True),
+        ("none", None, False),
+        ("ambient", "sidecar", True),
+        ("sidecar", None, False),
+    ],
+)
+def test_label_of_the_pod_comes_before_that_of_its_namespace(
+    of_namespace: str | None, of_pod: str | None, is_enrolled: bool
+) -> None:
+    labels = None if of_pod is None else {MODE_LABEL: of_pod}
+    assert bool(local_pods(pod(labels=labels), namespace(of_namespace))) == is_enrolled
+
+
+def test_pod_of_a_namespace_that_is_not_known_may_still_ask_for_itself() -> None:
+    assert local_pods(pod()) == []
+    assert len(local_pods(pod(labels={MODE_LABEL: "ambient"}))) == 1
+
+
+def test_local_pods_are_listed_by_node_in_order_of_uid() -> None:
+    bodies = [pod("b"), pod("a"), pod("c", spec={"nodeName": "node-0"})]
+    found = translated(namespace(), *bodies).snapshot.local_pods
+    assert list(found) == ["node-0", "node-1"]
+    assert [each.name for each in found["node-1"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("word", "is_hbone"), [("enabled", True), ("disabled", False)])
+def test_redirection_says_whether_a_tunnel_will_be_answered(word: str, is_hbone: bool) -> None:
+    (workload,) = translated(pod(annotations={REDIRECTION: word})).snapshot.workloads
+    assert workload.is_hbone == is_hbone
+
+
+def test_annotations_exclude_ports_and_networks() -> None:
+    annotations = {
+        EXCLUDE_OUTBOUND_PORTS: "80, 443,,65535 ",
+        EXCLUDE_OUTBOUND_NETWORKS: "10.1.2.3/8,fd00::/16, 192.0.2.1",
+        EXCLUDE_INBOUND_PORTS: "1",
+    }
+    (found,) = local_pods(namespace(), pod(annotations=annotations))
+    assert found.exclusions == Exclusions(
+        outbound_ports=frozenset({80, 443, 65535}),
+        outbound_networks=(
+            ip_network("10.0.0.0/8"),
+            ip_network("fd00::/16"),
+            ip_network("192.0.2.1/32"),
+        ),
+        inbound_ports=frozenset({1}),
+    )
+
+
+def test_empty_annotations_exclude_nothing() -> None:
+    annotations = {EXCLUDE_OUTBOUND_PORTS: "", EXCLUDE_OUTBOUND_NETWORKS: " , "}
+    (found,) = local_pods(namespace(), pod(annotations=annotations))
+    assert found.exclusions == Exclusions()
+
+
+@pytest.mark.parametrize(
+    ("of_namespace", "of_pod", "may_go_direct"),
+    [
+        (None, None, True),
+        ("disabled", None, False),
+        ("disabled", "enabled", True),
+        ("enabled", "disabled", False),
+        ("", "", True),
+    ],
+)
+def test_direct_path_is_the_pods_word_then_its_namespaces(
+    of_namespace: str | None, of_pod: str | None, may_go_direct: bool
+) -> None:
+    outer = None if of_namespace is None else {DIRECT_PATH: of_namespace}
+    inner = None if of_pod is None else {DIRECT_PATH: of_pod}
+    (found,) = local_pods(namespace(annotations=outer), pod(annotations=inner))
+    assert found.may_go_direct == may_go_direct
+
+
+# -- services -----------------------------------------------------------------------------------
+
+
+def test_service_has_the_ready_endpoints_of_all_its_slices() -> None:
+    second = endpoint_slice(
+        "cart-2",
+        addressType="IPv6",
+        ports=[{"name": "web", "port": 8081}, {"port": 53, "protocol": "UDP"}, {"name": "any"}],
+        endpoints=[
+            {"addresses": ["fd00::1", "fd00::2"], "conditions": {"ready": True}},
+            {"addresses": ["fd00::3"], "conditions": {"ready": False}},
+            {"addresses": ["fd00::4"], "conditions": {}},
+        ],
+    )
+    third = endpoint_slice("cart-3", ports=[{"port": 9090}])
+    snapshot = translated(endpoint_slice(), second, service(), third).snapshot
+    assert snapshot.services == (
+        Service(
+            "shop",
+            "cart",
+            (ip_address("10.96.0.1"),),
+            (ServicePort("web", 80),),
+            (
+                Endpoint(POD4, (("", 9090), ("web", 8080))),
+                Endpoint(ip_address("fd00::1"), (("web", 8081),)),
+                Endpoint(ip_address("fd00::2"), (("web", 8081),)),
+                Endpoint(ip_address("fd00::4"), (("web", 8081),)),
+            ),
+        ),
+    )
+
+
+def test_service_may_have_several_addresses_or_none() -> None:
+    dual = service(clusterIPs=["10.96.0.1", "fd00:96::1"])
+    assert len(translated(dual).snapshot.services[0].addresses) == 2
+    for nothing in ("None", "", None):
+        assert translated(service(clusterIP=nothing)).snapshot.services[0].addresses == ()
+
+
+def test_only_tcp_ports_of_a_service_count() -> None:
+    ports = [{"port": 53, "protocol": "UDP"}, {"port": 80, "protocol": "TCP"}, {"port": 81}]
+    (found,) = translated(service(ports=ports)).snapshot.services
+    assert found.ports == (ServicePort("", 80), ServicePort("", 81))
+
+
+def test_slice_of_no_service_or_of_names_is_not_read() -> None:
+    stray = endpoint_slice()
+    stray["metadata"]["labels"] = None
+    names = endpoint_slice("cart-2", addressType="FQDN", endpoints=[{"addresses": ["example.com"]}])
+    translation = translated(service(), stray, names)
+    assert translation.problems == ()
+    assert translation.snapshot.services[0].endpoints == ()
+
+
+# -- problems -----------------------------------------------------------------------------------
+
+
+def test_object_of_another_kind_is_not_read() -> None:
+    other = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": "what"}
+    assert translated(other, pod() | {"apiVersion": "v2"}) == translated()
+
+
+@pytest.mark.parametrize(
+    ("body", "named", "path", "detail"),
+    [
+        ({}, "object default/?", "apiVersion", "is required"),
+        ({"apiVersion": "v1"}, "object default/?", "kind", "is required"),
+        ({"apiVersion": 1}, "object default/?", "apiVersion", "must be a string, not 1: quote it"),
+        (pod() | {"metadata": None}, "Pod default/?", "metadata.uid", "is required"),
+        (pod() | {"metadata": "x"}, "Pod default/?", "metadata", "must be a mapping"),
+        (pod(name=""), "Pod shop/?", "metadata.name", "'' is not a valid name"),
+        (pod(name="Cart"), "Pod shop/Cart", "metadata.name", "'Cart' is not a valid name"),
+        (pod(namespace="a/b"), "Pod a/b/cart-0", "metadata.namespace", "'a/b' is not a valid name"),
+        (pod(uid="../x"), "Pod shop/cart-0", "metadata.uid", "'../x' is not a valid name"),
+        (pod(uid=None), "Pod shop/cart-0", "metadata.uid", "is required"),
+        (pod(labels={MODE_LABEL: True}), "Pod shop/cart-0", f"metadata.labels[{MODE_LABEL}]",
+         "must be a string, not True: quote it"),
+        (pod(spec={"serviceAccountName": "a b"}), "Pod shop/cart-0", "spec.serviceAccountName",
+         "'a b' is not a valid name"),
+        (pod(spec={"hostNetwork": "yes"}), "Pod shop/cart-0", "spec.hostNetwork",
+         "must be true or false, not 'yes'"),
+        (pod(status={"podIPs": "10.0.0.1"}), "Pod shop/cart-0", "status.podIPs", "must be a list"),
+        (pod(status={"podIPs": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.300"}]}), "Pod shop/cart-0",
+         "status.podIPs[1].ip", "'10.0.0.300' is not an IP address"),
+        (pod(annotations={EXCLUDE_OUTBOUND_PORTS: "80,http"}), "Pod shop/cart-0",
+         f"metadata.annotations[{EXCLUDE_OUTBOUND_PORTS}]", "'http' is not a port from 1 to 65535"),
+        (pod(annotations={EXCLUDE_OUTBOUND_PORTS: 80}), "Pod shop/cart-0",
+         f"metadata.annotations[{EXCLUDE_OUTBOUND_PORTS}]", "must be a string, not 80: quote it"),
+        (pod(annotations={EXCLUDE_INBOUND_PORTS: "65536"}), "Pod shop/cart-0",
+         f"metadata.annotations[{EXCLUDE_INBOUND_PORTS}]", "65536 is not a port from 1 to 65535"),
+        (pod(annotations={EXCLUDE_INBOUND_PORTS: "+80"}), "Pod shop/cart-0",
+         f"metadata.annotations[{EXCLUDE_INBOUND_PORTS}]", "'+80' is not a port from 1 to 65535"),
+        (pod(annotations={EXCLUDE_OUTBOUND_NETWORKS: "10.0.0.0/33"}), "Pod shop/cart-0",
+         f"metadata.annotations[{EXCLUDE_OUTBOUND_NETWORKS}]",
+         "'10.0.0.0/33' is not an IP range such as 10.0.0.0/8"),
+        (pod(annotations={DIRECT_PATH: "off"}), "Pod shop/cart-0",
+         f"metadata.annotations[{DIRECT_PATH}]", "must be enabled or disabled, not 'off'"),
+        (namespace(annotations={DIRECT_PATH: "on"}), "Namespace shop",
+         f"metadata.annotations[{DIRECT_PATH}]", "must be enabled or disabled, not 'on'"),
+        (namespace() | {"metadata": {"name": "Shop"}}, "Namespace Shop", "metadata.name",
+         "'Shop' is not a valid name"),
+        (service(ports=[{"name": "web"}]), "Service shop/cart", "spec.ports[0].port",
+         "is required"),
+        (service(ports=[{"port": "80"}]), "Service shop/cart", "spec.ports[0].port",
+         "'80' is not a port from 1 to 65535"),
+        (service(ports=[{"port": True}]), "Service shop/cart", "spec.ports[0].port",
+         "True is not a port from 1 to 65535"),
+        (service(clusterIP="10.96"), "Service shop/cart", "spec.clusterIP",
+         "'10.96' is not an IP address"),
+        (endpoint_slice(endpoints=[{"addresses": ["here"]}]), "EndpointSlice shop/cart-1",
+         "endpoints[0].addresses[0]", "'here' is not an IP address"),
+        (endpoint_slice(addressType=None), "EndpointSlice shop/cart-1", "addressType",
+         "is required"),
+        (endpoint_slice(ports={}), "EndpointSlice shop/cart-1", "ports", "must be a list"),
+    ],
+)  # fmt: skip
+def test_problem_names_file_object_field_and_reason(
+    body: Body, named: str, path: str, detail: str
+) -> None:
+    problem = the_problem(body)
+    assert (problem.file, problem.named, problem.path) == ("shop.yaml", named, path)
+    assert problem.detail == detail
+    assert str(problem) == f"shop.yaml: {named}: {path}: {detail}"
+
+
+def test_wrong_object_disturbs_no_other() -> None:
+    wrong = pod("wrong", status={"podIPs": [{"ip": "here"}]})
+    alone, beside = translated(namespace(), pod()), translated(wrong, namespace(), pod())
+    assert beside.snapshot == alone.snapshot
+    assert len(beside.problems) == 1
+
+
+def test_second_object_of_a_name_or_uid_is_a_problem_and_the_first_counts() -> None:
+    second = pod(status={"podIPs": [{"ip": "10.0.0.9"}]})
+    translation = translate([SourcedObject("a.yaml", pod()), SourcedObject("b.yaml", second)])
+    assert translation.snapshot == translated(pod()).snapshot
+    assert str(translation.problems[0]) == (
+        "b.yaml: Pod shop/cart-0: metadata.name: is defined in a.yaml already"
+    )
+    problem = the_problem(pod(), pod("web", uid="uid-cart-0"))
+    assert (problem.path, problem.detail) == ("metadata.uid", "belongs to another pod already")
+
+
+def test_object_that_is_wrong_leaves_its_name_to_a_right_one() -> None:
+    wrong = pod(status={"podIPs": [{"ip": "here"}]})
+    assert translated(wrong, pod()).snapshot == translated(pod()).snapshot

@@ -1,0 +1,26 @@
+"""The settings of one agent: what holds where the operator says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from agent.model.pod import Exclusions
+from agent.settings import NO_EXCLUSIONS, Settings
+
+HERE = Path("here")
+
+
+def test_defaults_capture_everything_with_one_worker() -> None:
+    settings = Settings("node-1", HERE, HERE, HERE, HERE, HERE)
+    assert settings.trust_domain == "cluster.local"
+    assert settings.worker_count == 1
+    assert settings.exclusions == NO_EXCLUSIONS == Exclusions()
+
+
+def test_settings_never_change() -> None:
+    settings = Settings("node-1", HERE, HERE, HERE, HERE, HERE)
+    with pytest.raises(FrozenInstanceError):
+        settings.node = "node-2"  # type: ignore[misc]  # what is tested

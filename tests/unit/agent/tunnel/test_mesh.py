@@ -1,0 +1,106 @@
+"""Where a worker's view sends a connection, and how the view changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.model.service import Endpoint, Service, ServicePort
+from agent.model.workload import Workload
+from agent.tunnel.mesh import Mesh, Route
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agent.model.pod import Address
+
+POD4, POD6 = ip_address("10.0.0.1"), ip_address("fd00::1")
+OTHER4 = ip_address("10.0.0.2")
+VIP4, VIP6 = ip_address("10.96.0.1"), ip_address("fd00:96::1")
+WORKLOAD = Workload("u-1", "shop", "cart-0", "node-1", "cart", (POD4, POD6), is_hbone=True)
+SERVICE = Service(
+    "shop",
+    "cart",
+    (VIP4, VIP6),
+    (ServicePort("web", 80),),
+    (Endpoint(POD4, (("web", 8080),)), Endpoint(POD6, (("web", 8080),))),
+)
+
+
+def first(endpoints: Sequence[tuple[Address, int]]) -> tuple[Address, int]:
+    return endpoints[0]
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    made = Mesh()
+    made.put_workload(WORKLOAD)
+    made.put_service(SERVICE)
+    return made
+
+
+def test_address_that_nobody_claims_passes_through() -> None:
+    assert Mesh().resolve(POD4, 80, first) == Route(POD4, 80, None)
+
+
+def test_pod_of_the_mesh_is_reached_through_its_tunnel(mesh: Mesh) -> None:
+    assert mesh.resolve(POD6, 9, first) == Route(POD6, 9, WORKLOAD)
+
+
+def test_pod_that_is_not_captured_is_reached_as_plain_tcp(mesh: Mesh) -> None:
+    mesh.put_workload(replace(WORKLOAD, is_hbone=False))
+    assert mesh.resolve(POD4, 9, first) == Route(POD4, 9, None)
+
+
+def test_service_leads_to_an_endpoint_of_the_same_family(mesh: Mesh) -> None:
+    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, WORKLOAD)
+    assert mesh.resolve(VIP6, 80, first) == Route(POD6, 8080, WORKLOAD)
+
+
+def test_other_family_serves_where_there_is_none_of_the_same(mesh: Mesh) -> None:
+    mesh.put_service(replace(SERVICE, endpoints=SERVICE.endpoints[:1]))
+    assert mesh.resolve(VIP6, 80, first) == Route(POD4, 8080, WORKLOAD)
+
+
+def test_service_without_an_endpoint_for_the_port_leads_nowhere(mesh: Mesh) -> None:
+    assert mesh.resolve(VIP4, 81, first) is None
+    mesh.put_service(replace(SERVICE, endpoints=()))
+    assert mesh.resolve(VIP4, 80, first) is None
+
+
+def test_workload_comes_before_service(mesh: Mesh) -> None:
+    mesh.put_service(replace(SERVICE, addresses=(POD4,)))
+    assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, WORKLOAD)
+
+
+def test_new_content_takes_the_place_of_the_old(mesh: Mesh) -> None:
+    mesh.put_workload(replace(WORKLOAD, addresses=(OTHER4,)))
+    assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None)
+    found = mesh.resolve(OTHER4, 80, first)
+    assert found is not None
+    assert found.workload is not None
+    mesh.put_service(replace(SERVICE, addresses=(VIP6,)))
+    assert mesh.resolve(VIP4, 80, first) == Route(VIP4, 80, None)
+
+
+def test_what_is_removed_is_forgotten_and_may_be_removed_again(mesh: Mesh) -> None:
+    for _ in range(2):
+        mesh.remove_workload(WORKLOAD.uid)
+        mesh.remove_service(SERVICE.namespace, SERVICE.name)
+    assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None)
+    assert mesh.resolve(VIP4, 80, first) == Route(VIP4, 80, None)
+
+
+def test_address_that_was_taken_over_stays_with_its_new_owner(mesh: Mesh) -> None:
+    # A pod's address may be given to another pod before the first one's end is known.
+    heir = replace(WORKLOAD, uid="u-2", addresses=(POD4,))
+    mesh.put_workload(heir)
+    mesh.remove_workload(WORKLOAD.uid)
+    assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, heir)
+    service = replace(SERVICE, name="cart-2", addresses=(VIP4,))
+    mesh.put_service(service)
+    mesh.remove_service(SERVICE.namespace, SERVICE.name)
+    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, heir)

@@ -1,0 +1,310 @@
+"""A tunnel between two sessions: real TLS over a real pair of sockets."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.model.identity import SpiffeId
+from agent.tunnel import session as session_module
+from agent.tunnel.connection import Limits, Role
+from agent.tunnel.events import ConnectRequested
+from agent.tunnel.reactor import Reactor
+from tests.support.loop import run_rounds, run_until
+from tests.support.tunnel import CLIENT, SERVER, Authority, Witness, make_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from agent.tunnel.session import StreamChannel
+
+
+class Tunnel:
+    """A client and a server joined by a pair of sockets."""
+
+    def __init__(self, client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> None:
+        self.reactor = Reactor()
+        ours, theirs = socket.socketpair()
+        self.client = Witness(make_session(self.reactor, ours, client_context, Role.CLIENT))
+        self.server = Witness(make_session(self.reactor, theirs, server_context, Role.SERVER))
+
+    def until(self, condition: Callable[[], object]) -> None:
+        run_until(self.reactor, condition)
+
+    def wait_ready(self) -> Tunnel:
+        self.until(lambda: self.client.is_ready and self.server.is_ready)
+        return self
+
+    def open(self, status: int = 200) -> tuple[Stream, Stream]:
+        """Open a stream that the server answers; both ends of it."""
+        answers: list[int] = []
+        stream_id = self.client.session.open_stream("10.0.0.1:80", {"baggage": "a=b"})
+        near = Stream(self.client.session.channels[stream_id])
+        near.channel.on_response = answers.append
+        self.until(lambda: self.server.requests)
+        (request,) = self.server.requests
+        self.server.requests.clear()
+        assert isinstance(request, ConnectRequested)
+        assert (request.authority, request.headers["baggage"]) == ("10.0.0.1:80", "a=b")
+        far = Stream(self.server.session.channels[stream_id])
+        self.server.session.respond(stream_id, status)
+        self.until(lambda: answers)
+        assert answers == [status]
+        return near, far
+
+
+Join = Callable[..., Tunnel]
+
+
+class Stream:
+    """One end of a stream with what it reported."""
+
+    def __init__(self, channel: StreamChannel) -> None:
+        self.channel = channel
+        self.received = bytearray()
+        self.seen: list[str] = []
+        channel.on_data = self.received.extend
+        channel.on_end = lambda: self.seen.append("end")
+        channel.on_abort = lambda: self.seen.append("abort")
+        channel.on_drained = lambda: self.seen.append("drained")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def join(authority: Authority) -> Iterator[Join]:
+    """Make a tunnel; what is still open at the end of the test is closed."""
+    made: list[Tunnel] = []
+
+    def start(client: ssl.SSLContext | None = None, server: ssl.SSLContext | None = None) -> Tunnel:
+        client = client or authority.context(CLIENT, Role.CLIENT)
+        server = server or authority.context(SERVER, Role.SERVER)
+        made.append(Tunnel(client, server))
+        return made[-1]
+
+    yield start
+    for tunnel in made:
+        tunnel.client.session.fail("the test is over")
+        tunnel.server.session.fail("the test is over")
+
+
+@pytest.fixture
+def tunnel(join: Join) -> Tunnel:
+    return join().wait_ready()
+
+
+def test_both_ends_know_each_other_by_their_certificates(tunnel: Tunnel) -> None:
+    assert tunnel.client.session.peer == SERVER
+    assert tunnel.server.session.peer == CLIENT
+    assert tunnel.client.reasons == tunnel.server.reasons == []
+
+
+def test_stream_carries_bytes_and_ends_both_ways(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    near.channel.write(b"question")
+    near.channel.finish()
+    tunnel.until(lambda: far.seen)
+    assert (bytes(far.received), far.seen) == (b"question", ["end"])
+    far.channel.write(b"answer")
+    far.channel.finish()
+    tunnel.until(lambda: "end" in near.seen)
+    assert bytes(near.received) == b"answer"
+    near.channel.close()
+    far.channel.close()
+    assert (tunnel.client.idle, tunnel.server.idle) == (1, 1)
+    assert tunnel.client.session.channels == {}
+
+
+def test_refusal_reaches_the_client_and_leaves_no_stream(tunnel: Tunnel) -> None:
+    near, _far = tunnel.open(status=503)
+    assert tunnel.server.session.channels == {}
+    tunnel.until(lambda: near.seen)
+    assert near.seen[-1] in ("end", "abort")
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_reset_of_one_end_is_told_to_the_other(tunnel: Tunnel, side: str) -> None:
+    near, far = tunnel.open() if side == "client" else reversed(tunnel.open())
+    near.channel.abort()
+    near.channel.abort()
+    near.channel.write(b"nobody")
+    near.channel.resume()
+    tunnel.until(lambda: far.seen)
+    assert far.seen == ["abort"]
+    assert near.seen == []
+    assert tunnel.client.session.channels == tunnel.server.session.channels == {}
+
+
+def test_reader_that_pauses_stops_the_writer_at_the_window(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    far.channel.pause()
+    window = Limits().stream_window
+    data = b"".join(number.to_bytes(4, "big") for number in range(window // 2))  # two windows
+    near.channel.write(data)
+    tunnel.until(lambda: len(far.received) == window)
+    run_rounds(tunnel.reactor, 10)
+    assert len(far.received) == window
+    assert near.channel.buffered == len(data) - window
+    assert near.seen == []
+    far.channel.resume()
+    tunnel.until(lambda: len(far.received) == len(data))
+    assert bytes(far.received) == data
+    assert near.seen == ["drained"]
+
+
+def test_stalled_stream_stalls_no_other(tunnel: Tunnel) -> None:
+    stalled, stalled_end = tunnel.open()
+    other, other_end = tunnel.open()
+    stalled_end.channel.pause()
+    stalled.channel.write(b"x" * (8 << 20))
+    other.channel.write(b"y" * (8 << 20))
+    tunnel.until(lambda: len(other_end.received) == 8 << 20)
+    assert stalled.channel.buffered == (8 << 20) - Limits().stream_window
+
+
+def test_streams_share_the_socket_in_turns(tunnel: Tunnel) -> None:
+    streams = [tunnel.open() for _ in range(4)]
+    for near, _far in streams:
+        near.channel.write(b"x" * (1 << 20))
+    progress: list[list[int]] = []
+
+    def one_has_arrived() -> bool:
+        progress.append([len(far.received) for _near, far in streams])
+        return max(progress[-1]) == 1 << 20
+
+    tunnel.until(one_has_arrived)
+    # None is far behind when the first is through.
+    assert min(progress[-1]) > (1 << 20) // 2
+
+
+def test_bytes_before_the_stream_is_joined_are_dropped(tunnel: Tunnel) -> None:
+    stream_id = tunnel.client.session.open_stream("10.0.0.1:80", {})
+    tunnel.client.session.channels[stream_id].write(b"early")
+    tunnel.client.session.channels[stream_id].finish()
+    tunnel.until(lambda: tunnel.server.requests)
+    run_rounds(tunnel.reactor, 5)
+    assert tunnel.server.reasons == []
+
+
+def test_goodbye_ends_both_and_aborts_open_streams(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    tunnel.server.session.close()
+    tunnel.until(lambda: tunnel.client.reasons and tunnel.server.reasons)
+    assert near.seen == far.seen == ["abort"]
+    assert tunnel.server.reasons == ["the tunnel was ended"]
+    assert tunnel.client.reasons == ["the peer closed the tunnel"]
+    tunnel.client.session.close()  # nothing is left to do
+    tunnel.client.session.fail("again")
+    assert len(tunnel.client.reasons) == 1
+
+
+def test_draining_peer_with_no_stream_makes_the_tunnel_idle(tunnel: Tunnel) -> None:
+    tunnel.server.session.connection.drain()
+    tunnel.server.session.wants_write()
+    tunnel.until(lambda: tunnel.client.idle)
+    assert not tunnel.client.session.connection.may_open
+
+
+def test_peer_that_breaks_http2_is_dropped_with_a_reason(tunnel: Tunnel) -> None:
+    tunnel.client.session.connection._output.append(b"\0\0\1\x09\0\0\0\0\1x")
+    tunnel.client.session.wants_write()
+    tunnel.until(lambda: tunnel.server.reasons)
+    assert tunnel.server.reasons == ["the peer broke HTTP/2: CONTINUATION of nothing"]
+    tunnel.until(lambda: tunnel.client.reasons)
+
+
+# -- handshakes that fail -----------------------------------------------------------------------
+
+
+def test_peer_of_another_trust_domain_is_refused_by_name(authority: Authority, join: Join) -> None:
+    stranger = SpiffeId("example.org", "shop", "client")
+    tunnel = join(client=authority.context(stranger, Role.CLIENT))
+    tunnel.until(lambda: tunnel.server.reasons and tunnel.client.reasons)
+    assert "example.org" in tunnel.server.reasons[0]
+    assert not tunnel.server.is_ready
+
+
+def test_peer_of_another_authority_is_refused(tmp_path: Path, join: Join) -> None:
+    stranger = Authority(tmp_path).context(CLIENT, Role.CLIENT)
+    stranger.verify_mode = ssl.CERT_NONE  # it would take anybody; it is the server that refuses
+    tunnel = join(client=stranger)
+    tunnel.until(lambda: tunnel.server.reasons and tunnel.client.reasons)
+    assert "certificate" in tunnel.server.reasons[0].lower()
+    assert not tunnel.server.is_ready
+
+
+def test_peer_without_h2_is_refused(authority: Authority, join: Join) -> None:
+    context = authority.context(CLIENT, Role.CLIENT)
+    context.set_alpn_protocols(["http/1.1"])
+    tunnel = join(client=context)
+    tunnel.until(lambda: tunnel.server.reasons and tunnel.client.reasons)
+    assert tunnel.server.reasons == ["the peer does not offer h2 in ALPN"]
+    assert not tunnel.server.is_ready
+
+
+class RawPeer:
+    """A server whose peer is a plain socket."""
+
+    def __init__(self, authority: Authority) -> None:
+        self.reactor = Reactor()
+        self.socket, theirs = socket.socketpair()
+        context = authority.context(SERVER, Role.SERVER)
+        self.server = Witness(make_session(self.reactor, theirs, context, Role.SERVER))
+
+    def wait_closed(self) -> str:
+        run_until(self.reactor, lambda: self.server.reasons)
+        self.socket.close()
+        (reason,) = self.server.reasons
+        return reason
+
+
+def test_garbage_is_no_handshake(authority: Authority) -> None:
+    peer = RawPeer(authority)
+    peer.socket.send(b"GET / HTTP/1.1\r\n\r\n")
+    assert "SSLError" in peer.wait_closed()
+
+
+def test_end_before_the_handshake_is_told(authority: Authority) -> None:
+    peer = RawPeer(authority)
+    peer.socket.shutdown(socket.SHUT_WR)
+    assert "EOF" in peer.wait_closed()
+
+
+def test_silence_before_the_handshake_has_a_deadline(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "HANDSHAKE_SECONDS", 0.05)
+    assert RawPeer(authority).wait_closed() == "the peer did not finish the handshake in time"
+
+
+# -- life signs ---------------------------------------------------------------------------------
+
+
+def test_pings_are_answered_and_keep_the_tunnel(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "PING_SECONDS", 0.01)
+    tunnel = join().wait_ready()
+    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.2)
+    tunnel.reactor.call_later(0.5, tunnel.reactor.stop)
+    tunnel.reactor.run()
+    assert tunnel.client.reasons == tunnel.server.reasons == []
+
+
+def test_peer_that_answers_no_ping_is_given_up(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.05)
+    tunnel = join().wait_ready()
+    near, _far = tunnel.open()
+    tunnel.reactor.forget(tunnel.server.session._fd)  # it hears nothing any more
+    tunnel.until(lambda: tunnel.client.reasons)
+    assert tunnel.client.reasons == ["the peer did not answer a ping in time"]
+    assert near.seen == ["abort"]
