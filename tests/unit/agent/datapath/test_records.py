@@ -22,9 +22,11 @@ def test_address_has_sixteen_bytes_and_comes_back(address: Address, packed: byte
 def test_first_address_of_a_family_counts() -> None:
     others = (ip_address("10.0.0.2"), ip_address("fd00::2"))
     pod = LocalPod("u-1", "shop", "cart-0", "cart", (V4, V6, *others))
-    assert records.pod_record(pod) == {"address4": MAPPED, "address6": V6.packed}
+    addresses = {"address4": MAPPED, "address6": V6.packed}
+    assert records.pod_record(pod) == {"is_strict": 0} | addresses
+    assert records.pod_record(pod, is_strict=True) == {"is_strict": 1} | addresses
     pod = LocalPod("u-1", "shop", "cart-0", "cart", (V6,))
-    assert records.pod_record(pod) == {"address6": V6.packed}
+    assert records.pod_record(pod) == {"is_strict": 0, "address6": V6.packed}
 
 
 def test_names_are_bytes() -> None:
@@ -68,5 +70,13 @@ def test_keys_carry_the_cookie_of_the_namespace() -> None:
     assert records.verdict_key(7, 8, 80) == {
         "source_netns_cookie": 7,
         "destination_netns_cookie": 8,
+        "port_be": 80,
+    }
+
+
+def test_verdict_is_about_two_namespaces_and_a_port() -> None:
+    assert records.verdict_key(1, 2, 80) == {
+        "source_netns_cookie": 1,
+        "destination_netns_cookie": 2,
         "port_be": 80,
     }
