@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from agent import sandbox
 from agent.admin import Admin
-from agent.datapath import links, pins
+from agent.datapath import links, pins, records
+from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
 from agent.enroll import Enrollment, enroll, unenroll
-from agent.errors import SandboxNotFound, SidestepError
+from agent.errors import MapError, SandboxNotFound, SidestepError
 from agent.identity.authority import LocalAuthority
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
@@ -59,6 +60,7 @@ class Agent:
         self._source = DirectorySource(settings.objects)
         self._authority = LocalAuthority(settings.authority)
         self._pins = pins.load(settings.pin_root)
+        self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain)
         self._snapshot = Snapshot()
         self._desired: dict[str, LocalPod] = {}
@@ -108,6 +110,11 @@ class Agent:
 
     async def _apply(self, snapshot: Snapshot) -> None:
         self._tell_mesh(self._snapshot, snapshot)
+        try:
+            self._services.apply(records.service_ports(snapshot.services))
+        except MapError as error:
+            # Those that are missing go through the agent, which knows them all.
+            log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
         common = self._settings.exclusions
         self._desired = {

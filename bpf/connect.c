@@ -13,13 +13,18 @@ int ss_connect4(struct bpf_sock_addr *ctx)
 {
 	struct sockaddr_in source = {.sin_family = AF_INET};
 	struct address destination;
+	struct endpoint endpoint;
 	struct pod *pod;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return 1;
 	destination = address_from_v4(ctx->user_ip4);
-	switch (capture_connect(ctx, &destination, &pod)) {
+	switch (capture_connect(ctx, &destination, &pod, &endpoint)) {
 	case CAPTURE_PASS:
+		return 1;
+	case CAPTURE_DIRECT:
+		ctx->user_ip4 = endpoint.address.words_be[3];
+		ctx->user_port = endpoint.port_be;
 		return 1;
 	case CAPTURE_REFUSE:
 		return 0; /* closed: without the origin it would go out in plain text or nowhere */
@@ -37,6 +42,7 @@ int ss_connect6(struct bpf_sock_addr *ctx)
 {
 	struct sockaddr_in6 source = {.sin6_family = AF_INET6};
 	struct address destination;
+	struct endpoint endpoint;
 	struct pod *pod;
 	bool is_v4;
 
@@ -46,8 +52,15 @@ int ss_connect6(struct bpf_sock_addr *ctx)
 	destination.words_be[1] = ctx->user_ip6[1];
 	destination.words_be[2] = ctx->user_ip6[2];
 	destination.words_be[3] = ctx->user_ip6[3];
-	switch (capture_connect(ctx, &destination, &pod)) {
+	switch (capture_connect(ctx, &destination, &pod, &endpoint)) {
 	case CAPTURE_PASS:
+		return 1;
+	case CAPTURE_DIRECT:
+		ctx->user_ip6[0] = endpoint.address.words_be[0];
+		ctx->user_ip6[1] = endpoint.address.words_be[1];
+		ctx->user_ip6[2] = endpoint.address.words_be[2];
+		ctx->user_ip6[3] = endpoint.address.words_be[3];
+		ctx->user_port = endpoint.port_be;
 		return 1;
 	case CAPTURE_REFUSE:
 		return 0; /* closed, as above */

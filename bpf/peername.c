@@ -12,10 +12,10 @@ static __always_inline struct origin *peer_origin(struct bpf_sock_addr *ctx, boo
 	struct origin *origin;
 	struct source source = {};
 
-	if (ctx->user_port != bpf_htons(PORT_OUTBOUND) || !ctx->sk)
+	if (!ctx->sk)
 		return 0;
 	origin = ss_origin.sk_storage_get(ctx->sk, 0, 0);
-	if (origin)
+	if (origin || ctx->user_port != bpf_htons(PORT_OUTBOUND))
 		return origin;
 	/* MPTCP: connect ran on the subflow, which has a storage of its own. */
 	source.netns_cookie = bpf_get_netns_cookie(ctx);

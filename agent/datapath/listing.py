@@ -141,6 +141,26 @@ def _origin_flow(key: Record, value: Record, names: PodNames) -> Row:
         "source_port": key["port_be"],
         "destination": _address(value["address"]),
         "destination_port": value["port_be"],
+        "endpoint": _address(value["endpoint"]),
+        "endpoint_port": value["endpoint_port_be"],
+    }
+
+
+def _service(key: Record, value: Record, _names: PodNames) -> Row:
+    return {
+        "address": _address(key["address"]),
+        "port": key["port_be"],
+        "endpoints": value["value"],
+    }
+
+
+def _endpoint(key: Record, value: Record, _names: PodNames) -> Row:
+    return {
+        "service": _address(key["address"]),
+        "port": key["port_be"],
+        "index": key["index"],
+        "endpoint": _address(value["address"]),
+        "endpoint_port": value["port_be"],
     }
 
 
@@ -247,6 +267,8 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
     "ss_origin_flow": _origin_flow,
     "ss_agent_flows": _agent_flow,
     "ss_local": _local,
+    "ss_services": _service,
+    "ss_endpoints": _endpoint,
     "ss_generation": _generation,
     "ss_verdicts": _verdict,
     "ss_direct_flows": _direct_flow,
@@ -263,9 +285,19 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
 COLUMNS = {
     "ss_pods": ("pod", "netns_cookie", "address4", "address6"),
     "ss_pod_names": ("netns_cookie", "namespace", "name", "uid"),
-    "ss_origin_flow": ("pod", "source", "source_port", "destination", "destination_port"),
+    "ss_origin_flow": (
+        "pod",
+        "source",
+        "source_port",
+        "destination",
+        "destination_port",
+        "endpoint",
+        "endpoint_port",
+    ),
     "ss_agent_flows": ("pod", "source", "source_port", "destination_port"),
     "ss_local": ("pod", "netns_cookie", "address"),
+    "ss_services": ("address", "port", "endpoints"),
+    "ss_endpoints": ("service", "port", "index", "endpoint", "endpoint_port"),
     "ss_generation": ("generation",),
     "ss_verdicts": ("source", "destination", "port", "generation"),
     "ss_direct_flows": (

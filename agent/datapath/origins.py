@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from agent.datapath import records
 from agent.errors import AbiMismatch
+from agent.model.capture import Origin
 
 if TYPE_CHECKING:
     from agent.datapath.maps import Map
@@ -22,12 +23,17 @@ class OriginFlows:
     def __init__(self, origin_flow_map: Map) -> None:
         self._map = origin_flow_map
 
-    def lookup(self, netns_cookie: int, address: Address, port: int) -> tuple[Address, int] | None:
+    def lookup(self, netns_cookie: int, address: Address, port: int) -> Origin | None:
         """Return what the connection from `address`:`port` in a pod asked for; None if unknown."""
-        origin = self._map.get(records.source_key(netns_cookie, address, port))
-        if origin is None:
+        found = self._map.get(records.source_key(netns_cookie, address, port))
+        if found is None:
             return None
-        original_port = origin["port_be"]
-        if not isinstance(original_port, int):
+        asked_port, endpoint_port = found["port_be"], found["endpoint_port_be"]
+        if not isinstance(asked_port, int) or not isinstance(endpoint_port, int):
             raise AbiMismatch("ss_origin_flow holds bytes where a port should be")
-        return records.unpack_address(origin["address"]), original_port
+        endpoint = (records.unpack_address(found["endpoint"]), endpoint_port)
+        return Origin(
+            records.unpack_address(found["address"]),
+            asked_port,
+            endpoint if endpoint_port else None,
+        )

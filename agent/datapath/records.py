@@ -6,8 +6,11 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from agent.datapath.btf import Value
     from agent.model.pod import Address, LocalPod, Network
+    from agent.model.service import Service
 
 V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 V4_MAPPED_BITS = 96
@@ -70,3 +73,28 @@ def verdict_key(source_cookie: int, destination_cookie: int, port: int) -> dict[
         "destination_netns_cookie": destination_cookie,
         "port_be": port,
     }
+
+
+def service_port_key(address: Address, port: int, index: int = 0) -> dict[str, Value]:
+    """Return a key of ss_services (index 0) or ss_endpoints."""
+    return {"address": pack_address(address), "port_be": port, "index": index}
+
+
+ServicePorts = dict[tuple["Address", int], tuple[tuple["Address", int], ...]]
+
+
+def service_ports(services: Iterable[Service]) -> ServicePorts:
+    """Return what the kernel may connect each port of each service to.
+
+    Of the endpoints those of the address's own family, as far as there are some: a socket cannot
+    change its family. A port without an endpoint is left out, and so goes to the agent.
+    """
+    ports: ServicePorts = {}
+    for service in services:
+        for address in service.addresses:
+            for port in service.ports:
+                endpoints = service.endpoints_for(port.port)
+                same = tuple(found for found in endpoints if found[0].version == address.version)
+                if endpoints:
+                    ports[address, port.port] = same or endpoints
+    return ports

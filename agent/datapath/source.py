@@ -41,6 +41,8 @@ MAPS = (
     "ss_origin_flow",
     "ss_agent_flows",
     "ss_local",
+    "ss_services",
+    "ss_endpoints",
     "ss_generation",
     "ss_verdicts",
     "ss_direct",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import socket
+from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,8 +20,9 @@ from agent.tunnel.tcp import TcpChannel
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from agent.model.capture import Origin
     from agent.model.pod import Address
     from agent.tunnel.mesh import Mesh, Route
     from agent.tunnel.pool import Pool
@@ -33,9 +35,16 @@ if TYPE_CHECKING:
 class OriginalDestinations(Protocol):
     """Knows where captured connections wanted to go."""
 
-    def lookup(self, netns_cookie: int, address: Address, port: int) -> tuple[Address, int] | None:
+    def lookup(self, netns_cookie: int, address: Address, port: int) -> Origin | None:
         """Return what the connection from `address`:`port` in a pod asked for; None if unknown."""
         ...
+
+
+def _choose(
+    wanted: tuple[Address, int] | None, endpoints: Sequence[tuple[Address, int]]
+) -> tuple[Address, int]:
+    """Follow the kernel's choice while it is one of the endpoints."""
+    return wanted if wanted and wanted in endpoints else random.choice(endpoints)
 
 
 class DirectPath(Protocol):
@@ -79,11 +88,10 @@ class Outbound:
         if origin is None:
             sockets.abort(accepted)
             return
-        address, original_port = origin
         access = Access(
-            "outbound", served.pod, endpoint(host, port), endpoint(str(address), original_port)
+            "outbound", served.pod, endpoint(host, port), endpoint(str(origin.address), origin.port)
         )
-        route = self._mesh.resolve(address, original_port, random.choice)
+        route = self._mesh.resolve(origin.address, origin.port, partial(_choose, origin.endpoint))
         if route is None:
             sockets.abort(accepted)
             access.complete("the service has no ready endpoint")

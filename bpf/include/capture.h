@@ -15,6 +15,7 @@
 
 enum capture {
 	CAPTURE_PASS,	/* not ours: leave the connection alone */
+	CAPTURE_DIRECT, /* let the kernel connect it to the endpoint */
 	CAPTURE_STEER,	/* steer it to the outbound listener */
 	CAPTURE_REFUSE, /* it should be steered and cannot be */
 };
@@ -30,16 +31,19 @@ static __always_inline bool is_excluded_port(u64 netns_cookie, __be16 port_be, u
 	return ss_ports.lookup(&port) != 0;
 }
 
-static __always_inline enum capture
-capture_connect(struct bpf_sock_addr *ctx, const struct address *destination, struct pod **found)
+/* Decide on a connection of `*pod`; `endpoint` is where it goes if it is captured. */
+static __always_inline enum capture capture_connect(struct bpf_sock_addr *ctx,
+						    const struct address *destination,
+						    struct pod **pod, struct endpoint *endpoint)
 {
 	struct network network = {};
 	struct origin *origin;
 	u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	__be16 port_be = ctx->user_port;
+	bool is_service, is_same_family, is_direct;
 
-	*found = ss_pods.lookup(&netns_cookie);
-	if (!*found)
+	*pod = ss_pods.lookup(&netns_cookie);
+	if (!*pod)
 		return CAPTURE_PASS;
 	if (ss_exempt.sk_storage_get(ctx->sk, 0, 0))
 		return CAPTURE_PASS;
@@ -49,19 +53,28 @@ capture_connect(struct bpf_sock_addr *ctx, const struct address *destination, st
 	network.address = *destination;
 	/* A socket may connect again after a failure: forget where it wanted to go. */
 	ss_direct.sk_storage_delete(ctx->sk);
+	ss_origin.sk_storage_delete(ctx->sk);
 	if (address_is_local_scope(destination) || ss_bypass.lookup(&network) ||
-	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND) ||
-	    may_go_direct(ctx, netns_cookie, destination)) {
-		ss_origin.sk_storage_delete(ctx->sk);
+	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND))
 		return CAPTURE_PASS;
-	}
+
+	*endpoint = choose_endpoint(destination, port_be);
+	is_service = !address_is_equal(&endpoint->address, destination);
+	is_same_family = address_is_v4(&endpoint->address) == address_is_v4(destination);
+	is_direct = is_same_family && may_go_direct(ctx, netns_cookie, endpoint);
+	if (is_direct && !is_service)
+		return CAPTURE_DIRECT;
 
 	origin = ss_origin.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!origin)
 		return CAPTURE_REFUSE;
 	origin->address = *destination;
 	origin->port_be = port_be;
-	return CAPTURE_STEER;
+	if (is_service) {
+		origin->endpoint = endpoint->address;
+		origin->endpoint_port_be = endpoint->port_be;
+	}
+	return is_direct ? CAPTURE_DIRECT : CAPTURE_STEER;
 }
 
 #endif

@@ -10,13 +10,31 @@
 #include "maps.h"
 
 /*
+ * Where a connection to `destination` goes: one of the endpoints if that is a service, else there.
+ * The agent follows the choice, so that a service's connections spread evenly, whoever serves them.
+ */
+static __always_inline struct endpoint choose_endpoint(const struct address *destination,
+						       __be16 port_be)
+{
+	struct endpoint endpoint = {.address = *destination, .port_be = port_be}, *chosen;
+	struct service_port key = {.address = *destination, .port_be = port_be};
+	u32 *count = ss_services.lookup(&key);
+
+	if (!count || !*count)
+		return endpoint;
+	key.index = bpf_get_prandom_u32() % *count;
+	chosen = ss_endpoints.lookup(&key);
+	return chosen ? *chosen : endpoint;
+}
+
+/*
  * Whether a connection has a verdict of the current generation. If so the socket is remembered for
  * sockops. Closed on any failed lookup: the connection then goes through the agent.
  */
 static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_netns_cookie,
-					  const struct address *destination)
+					  const struct endpoint *endpoint)
 {
-	struct local local = {.address = *destination};
+	struct local local = {.address = endpoint->address};
 	struct verdict_key key = {};
 	struct direct *direct;
 	u64 *destination_netns_cookie, *generation, *allowed;
@@ -27,7 +45,7 @@ static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_
 		return false;
 	key.source_netns_cookie = source_netns_cookie;
 	key.destination_netns_cookie = *destination_netns_cookie;
-	key.port_be = ctx->user_port;
+	key.port_be = endpoint->port_be;
 	allowed = ss_verdicts.lookup(&key);
 	generation = ss_generation.lookup(&zero);
 	if (!allowed || !generation || *allowed != *generation)
@@ -36,7 +54,7 @@ static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_
 	if (!direct)
 		return false;
 	direct->destination_netns_cookie = *destination_netns_cookie;
-	direct->destination = *destination;
+	direct->destination = endpoint->address;
 	return true;
 }
 

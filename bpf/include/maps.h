@@ -10,8 +10,9 @@
 
 #include "types.h"
 
-#define MAX_PODS  1024
-#define MAX_FLOWS 65536
+#define MAX_PODS     1024
+#define MAX_SERVICES 16384
+#define MAX_FLOWS    65536
 
 /* netns cookie -> the pod's own addresses; presence means enrolled.
  * Written by enroll, read by connect, bind and sockops; lives until unenroll. */
@@ -46,6 +47,16 @@ BPF_TABLE_PINNED("hash", struct inbound_flow, u32, ss_agent_flows, MAX_FLOWS,
 /* address of an enrolled pod of this node -> its netns cookie. Written by enroll, read by connect;
  * lives until unenroll. */
 BPF_TABLE_PINNED("hash", struct local, u64, ss_local, MAX_PODS * 4, SS_PINS "/ss_local");
+
+/* port of a service, index 0 -> how many endpoints it has. Written by the agent, read by connect.
+ */
+BPF_TABLE_PINNED("hash", struct service_port, u32, ss_services, MAX_SERVICES,
+		 SS_PINS "/ss_services");
+
+/* port of a service, index below the count -> one endpoint. Written by the agent, read by connect.
+ */
+BPF_TABLE_PINNED("hash", struct service_port, struct endpoint, ss_endpoints, MAX_FLOWS,
+		 SS_PINS "/ss_endpoints", BPF_F_NO_PREALLOC);
 
 /* 0 -> the generation of policies and pods; a verdict of another one does not count. Written by the
  * agent at each change, read by connect and by the workers. */

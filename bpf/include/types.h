@@ -30,6 +30,20 @@ struct pod_name {
 
 struct origin {
 	struct address address;
+	struct address endpoint; /* chosen for it where that is a service, else zero */
+	__be16 port_be;
+	__be16 endpoint_port_be;
+};
+
+/* A port of a service, and which of its endpoints. */
+struct service_port {
+	struct address address;
+	__be16 port_be;
+	u16 index;
+};
+
+struct endpoint {
+	struct address address;
 	__be16 port_be;
 	u16 pad;
 };

@@ -13,6 +13,8 @@ import pytest
 
 from agent import enroll, netns, sock_diag
 from agent.datapath import direct
+from agent.datapath.origins import OriginFlows
+from agent.datapath.services import ServiceMaps
 from agent.model.pod import LocalPod
 from agent.tunnel.sockets import LINGER_RESET
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from agent.datapath.pins import Pins
     from agent.enroll import Enrollment
+    from agent.model.pod import Address
 
 pytestmark = pytest.mark.root
 PORT = 9000
@@ -247,6 +250,78 @@ def test_finished_flow_lets_nobody_in(neighbors: Neighbors) -> None:
     replay.connect_ex((PEER4, PORT))
     (listener,) = select.select(neighbors.client.outbound, [], [], 5)[0]
     listener.accept()[0].close()
+
+
+VIP4, VIP6 = ip_address("10.96.0.7"), ip_address("fd96::7")
+PEERS = {VIP4: ip_address(PEER4), VIP6: ip_address(PEER6)}
+
+
+@pytest.fixture
+def services(loaded: Pins) -> Iterator[ServiceMaps]:
+    maps = ServiceMaps(loaded)
+    yield maps
+    maps.apply({})
+    assert list(loaded.maps["ss_services"].items()) == []
+    assert list(loaded.maps["ss_endpoints"].items()) == []
+
+
+@pytest.mark.parametrize("vip", [VIP4, VIP6])
+def test_service_with_a_local_endpoint_goes_direct(
+    neighbors: Neighbors, services: ServiceMaps, vip: Address
+) -> None:
+    services.apply({(vip, 80): ((PEERS[vip], PORT),)})
+    assert neighbors.is_captured(str(vip), 80)  # no verdict yet
+    neighbors.allow()
+    listener = neighbors.network.peer.listen(str(PEERS[vip]), PORT)
+    client = neighbors.network.pod.connect(str(vip), 80)
+    accepted, source = listener.accept()
+    with accepted:
+        assert client.getpeername()[:2] == (str(vip), 80)
+        assert source[1] == client.getsockname()[1]
+        (flow,) = direct.live_flows(neighbors.pins)
+        assert (flow.destination, flow.destination_port) == (PEERS[vip], PORT)
+        client.close()
+
+
+def test_choice_of_the_kernel_is_left_to_the_agent_to_follow(
+    neighbors: Neighbors, services: ServiceMaps, loaded: Pins
+) -> None:
+    endpoints = tuple((ip_address(f"10.99.0.{number}"), 8000 + number) for number in (1, 2, 3))
+    services.apply({(VIP4, 80): endpoints})
+    origins = OriginFlows(loaded.maps["ss_origin_flow"])
+    chosen = set()
+    for _ in range(60):  # one of three is missed with a chance of 3 * (2/3)^60
+        client = neighbors.network.pod.connect(str(VIP4), 80)
+        accepted, (host, port) = neighbors.client.outbound[0].accept()
+        origin = origins.lookup(neighbors.client.netns_cookie, ip_address(host), port)
+        assert origin is not None
+        assert (origin.address, origin.port) == (VIP4, 80)
+        assert client.getpeername() == (str(VIP4), 80)
+        chosen.add(origin.endpoint)
+        accepted.close()
+        client.close()
+    assert chosen == set(endpoints)
+
+
+def test_endpoint_of_the_other_family_is_left_to_the_agent(
+    neighbors: Neighbors, services: ServiceMaps
+) -> None:
+    services.apply({(VIP4, 80): ((ip_address(PEER6), PORT),)})
+    neighbors.allow()
+    assert neighbors.is_captured(str(VIP4), 80)
+
+
+def test_endpoints_follow_the_state(neighbors: Neighbors, services: ServiceMaps) -> None:
+    def held() -> dict[int, int]:
+        return {
+            int(key["index"]): int(value["port_be"])
+            for key, value in neighbors.pins.maps["ss_endpoints"].items()
+        }
+
+    first, second, third = ((ip_address(PEER4), port) for port in (1, 2, 3))
+    for endpoints in ((first, second, third), (third,), (second, first), ()):
+        services.apply({(VIP4, 80): endpoints} if endpoints else {})
+        assert held() == {index: port for index, (_address, port) in enumerate(endpoints)}
 
 
 def test_unenrolled_destination_is_reached_through_the_agent(neighbors: Neighbors) -> None:

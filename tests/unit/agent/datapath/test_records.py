@@ -8,6 +8,7 @@ import pytest
 
 from agent.datapath import records
 from agent.model.pod import Address, LocalPod
+from agent.model.service import Endpoint, Service, ServicePort
 
 V4, V6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 MAPPED = bytes.fromhex("00000000000000000000ffff0a000001")
@@ -80,3 +81,30 @@ def test_verdict_is_about_two_namespaces_and_a_port() -> None:
         "destination_netns_cookie": 2,
         "port_be": 80,
     }
+
+
+VIP4, VIP6 = ip_address("10.96.0.1"), ip_address("fd96::1")
+WEB = (ServicePort("web", 80), ServicePort("dns", 53))
+
+
+def service(*endpoints: Endpoint) -> Service:
+    return Service("shop", "cart", (VIP4, VIP6), WEB, endpoints)
+
+
+def test_service_port_leads_to_endpoints_of_its_family() -> None:
+    found = records.service_ports([service(*(Endpoint(ip, (("web", 8080),)) for ip in (V4, V6)))])
+    assert found == {(VIP4, 80): ((V4, 8080),), (VIP6, 80): ((V6, 8080),)}
+
+
+def test_service_port_leads_to_the_other_family_where_it_has_no_own() -> None:
+    found = records.service_ports([service(Endpoint(V4, (("web", 8080),)))])
+    assert found == {(VIP4, 80): ((V4, 8080),), (VIP6, 80): ((V4, 8080),)}
+
+
+def test_service_without_endpoints_is_left_to_the_agent() -> None:
+    assert records.service_ports([service()]) == {}
+
+
+def test_key_of_an_endpoint_counts_from_zero() -> None:
+    assert records.service_port_key(V4, 80) == {"address": MAPPED, "port_be": 80, "index": 0}
+    assert records.service_port_key(V4, 80, 2)["index"] == 2
