@@ -26,6 +26,7 @@ from agent.discovery.directory import DirectorySource
 from agent.enroll import Enrollment, enroll, unenroll
 from agent.errors import MapError, SandboxNotFound, SidestepError
 from agent.identity.authority import LocalAuthority
+from agent.kubelet import Probers
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
@@ -97,6 +98,9 @@ class Agent:
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(read())
+            if self._settings.kubelet_cgroup is not None:
+                probers = Probers(self._pins.maps["ss_probers"], self._settings.kubelet_cgroup)
+                tasks.create_task(probers.follow(self._stop))
             while True:
                 is_waiting = any(status.state == "pending" for status in self._statuses.values())
                 try:

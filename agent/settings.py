@@ -27,3 +27,4 @@ class Settings:
     worker_count: int = 1
     exclusions: Exclusions = NO_EXCLUSIONS
     has_direct_path: bool = True
+    kubelet_cgroup: Path | None = None

@@ -102,7 +102,7 @@ static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *
 
 int ss_sockops(struct bpf_sock_ops *ops)
 {
-	bool is_end = ops->op == BPF_SOCK_OPS_STATE_CB;
+	bool is_end = ops->op == BPF_SOCK_OPS_STATE_CB, is_probe;
 	struct bpf_sock *sk = ops->sk;
 	struct origin *origin;
 	struct direct *direct;
@@ -111,6 +111,7 @@ int ss_sockops(struct bpf_sock_ops *ops)
 	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && !is_end))
 		return 1;
 	direct = ss_direct.sk_storage_get(sk, 0, 0);
+	is_probe = direct && direct->is_probe;
 	if (is_end && ops->args[1] != BPF_TCP_CLOSE) {
 		if (direct && ops->args[1] == BPF_TCP_FIN_WAIT2)
 			direct->received_at_fin_wait2 = ops->bytes_received;
@@ -118,8 +119,10 @@ int ss_sockops(struct bpf_sock_ops *ops)
 	}
 
 	origin = ss_origin.sk_storage_get(sk, 0, 0);
-	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
-		struct inbound_flow flow = sockops_flow(ops, bpf_get_netns_cookie(ops));
+	if (is_probe || ss_exempt.sk_storage_get(sk, 0, 0)) {
+		u64 netns_cookie =
+			is_probe ? direct->destination_netns_cookie : bpf_get_netns_cookie(ops);
+		struct inbound_flow flow = sockops_flow(ops, netns_cookie);
 
 		if (is_end)
 			ss_agent_flows.delete(&flow);

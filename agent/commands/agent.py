@@ -10,8 +10,9 @@ import click
 
 from agent import logs
 from agent.app import Agent
-from agent.datapath import pins
+from agent.datapath import links, pins
 from agent.errors import ConfigError
+from agent.kubelet import find_cgroup
 from agent.model.pod import Exclusions
 from agent.settings import Settings
 
@@ -39,6 +40,10 @@ _PORT = click.IntRange(1, 65535)
     "--direct-path/--no-direct-path", default=True, show_default=True,
     help="Whether the kernel may join two pods of this node after a verdict, without TLS between.",
 )  # fmt: skip
+@click.option(
+    "--kubelet-cgroup", type=_DIRECTORY,
+    help="Whose probes reach the pods; by default the usual cgroups are looked for.",
+)  # fmt: skip
 def agent(
     node: str,
     objects: Path,
@@ -52,6 +57,7 @@ def agent(
     exclude_outbound_network: tuple[str, ...],
     exclude_inbound_port: tuple[int, ...],
     direct_path: bool,
+    kubelet_cgroup: Path | None,
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
     try:
@@ -73,6 +79,7 @@ def agent(
         workers,
         exclusions,
         direct_path,
+        kubelet_cgroup or find_cgroup(links.cgroup_root()),
     )
     logs.set_up()
 

@@ -146,6 +146,10 @@ def _origin_flow(key: Record, value: Record, names: PodNames) -> Row:
     }
 
 
+def _prober(key: Record, _value: Record, _names: PodNames) -> Row:
+    return {"cgroup_id": key["value"]}
+
+
 def _service(key: Record, value: Record, _names: PodNames) -> Row:
     return {
         "address": _address(key["address"]),
@@ -267,6 +271,7 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
     "ss_origin_flow": _origin_flow,
     "ss_agent_flows": _agent_flow,
     "ss_local": _local,
+    "ss_probers": _prober,
     "ss_services": _service,
     "ss_endpoints": _endpoint,
     "ss_generation": _generation,
@@ -296,6 +301,7 @@ COLUMNS = {
     ),
     "ss_agent_flows": ("pod", "source", "source_port", "destination_port"),
     "ss_local": ("pod", "netns_cookie", "address"),
+    "ss_probers": ("cgroup_id",),
     "ss_services": ("address", "port", "endpoints"),
     "ss_endpoints": ("service", "port", "index", "endpoint", "endpoint_port"),
     "ss_generation": ("generation",),

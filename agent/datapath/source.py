@@ -39,6 +39,7 @@ MAPS = (
     "ss_exempt",
     "ss_origin",
     "ss_origin_flow",
+    "ss_probers",
     "ss_agent_flows",
     "ss_local",
     "ss_services",

@@ -74,6 +74,10 @@ class Lab:
     def pod_cgroups(self, node: LabNode) -> Path:
         return self.cgroup / node.name / "kubepods"
 
+    def kubelet_cgroup(self, node: LabNode) -> Path:
+        """Name the cgroup whose processes may probe the pods of a node."""
+        return self.cgroup / node.name / "kubelet"
+
     def pod_cgroup(self, pod: LabPod) -> Path:
         return self.pod_cgroups(pod.node) / f"pod{pod.uid}"
 
@@ -117,6 +121,7 @@ class Lab:
             machine.connect_node(fabric, node, path)
             (self.cgroup / node.name / "agent").mkdir(parents=True, exist_ok=True)
             self.pod_cgroups(node).mkdir(exist_ok=True)
+            self.kubelet_cgroup(node).mkdir(exist_ok=True)
         say(f"{len(cluster.nodes)} nodes, routed through one fabric")
         for pod in cluster.pods:
             path = machine.add_namespace(self.pod_netns(pod).name)
@@ -187,6 +192,7 @@ class Lab:
                     "--run-dir", str(run),
                     "--pins", str(self.pins / node.name),
                     "--pod-cgroups", str(self.pod_cgroups(node)),
+                    "--kubelet-cgroup", str(self.kubelet_cgroup(node)),
                     "--authority", str(self.run / "ca"),
                     "--trust-domain", TRUST_DOMAIN,
                 ]  # fmt: skip

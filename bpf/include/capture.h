@@ -43,8 +43,10 @@ static __always_inline enum capture capture_connect(struct bpf_sock_addr *ctx,
 	bool is_service, is_same_family, is_direct;
 
 	*pod = ss_pods.lookup(&netns_cookie);
-	if (!*pod)
+	if (!*pod) {
+		remember_probe(ctx, destination);
 		return CAPTURE_PASS;
+	}
 	if (ss_exempt.sk_storage_get(ctx->sk, 0, 0))
 		return CAPTURE_PASS;
 

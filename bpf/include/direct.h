@@ -55,7 +55,35 @@ static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_
 		return false;
 	direct->destination_netns_cookie = *destination_netns_cookie;
 	direct->destination = endpoint->address;
+	direct->is_probe = false;
 	return true;
+}
+
+/*
+ * A probe of the kubelet is remembered for sockops, which lets it into the pod. The kubelet is
+ * known by its cgroup, which no pod can enter, also not one with the host's network. Closed on a
+ * failed lookup: the probe is then any plaintext client.
+ */
+static __always_inline void remember_probe(struct bpf_sock_addr *ctx,
+					   const struct address *destination)
+{
+	struct local local = {.address = *destination};
+	u64 cgroup_id = bpf_get_current_cgroup_id();
+	u64 *destination_netns_cookie;
+	struct direct *direct;
+
+	if (!ss_probers.lookup(&cgroup_id))
+		return;
+	ss_direct.sk_storage_delete(ctx->sk);
+	destination_netns_cookie = ss_local.lookup(&local);
+	if (!destination_netns_cookie)
+		return;
+	direct = ss_direct.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!direct)
+		return;
+	direct->destination_netns_cookie = *destination_netns_cookie;
+	direct->destination = *destination;
+	direct->is_probe = true;
 }
 
 #endif

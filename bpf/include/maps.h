@@ -39,7 +39,12 @@ BPF_TABLE_PINNED("sk_storage", int, struct origin, ss_origin, 0, SS_PINS "/ss_or
 BPF_TABLE_PINNED("hash", struct source, struct origin, ss_origin_flow, MAX_FLOWS,
 		 SS_PINS "/ss_origin_flow");
 
-/* connection dialed by the agent inside a pod -> 1: lookup lets it through to the application.
+/* cgroup id of the kubelet -> 1: it may probe the pods of this node. Written by the agent, read by
+ * connect. */
+BPF_TABLE_PINNED("hash", u64, u32, ss_probers, 16, SS_PINS "/ss_probers");
+
+/* connection into a pod from the agent, or from the kubelet -> 1: lookup lets it through to the
+ * application, and guard passes it.
  * Written by sockops before the SYN leaves, deleted by it at the close. */
 BPF_TABLE_PINNED("hash", struct inbound_flow, u32, ss_agent_flows, MAX_FLOWS,
 		 SS_PINS "/ss_agent_flows");

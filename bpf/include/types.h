@@ -78,11 +78,13 @@ struct verdict_key {
 	u16 pad[3];
 };
 
-/* Where a socket on the direct path goes. */
+/* Where a socket on the direct path goes, or one of the kubelet that probes a pod. */
 struct direct {
 	u64 destination_netns_cookie;
 	struct address destination;
 	u64 received_at_fin_wait2; /* bytes, until our FIN was acknowledged */
+	u32 is_probe;
+	u32 pad;
 };
 
 /* The rest of a connection on the direct path, beside its struct inbound_flow. */

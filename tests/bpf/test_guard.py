@@ -10,6 +10,8 @@ import select
 import socket
 import struct
 import subprocess
+import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +22,9 @@ import pytest
 from pyroute2 import IPRoute
 
 from agent import enroll, netlink, netns
-from agent.datapath import direct, features
+from agent.datapath import direct, features, links
 from agent.datapath.exemption import exempt
+from agent.kubelet import Probers
 from agent.lab.machine import allow_forwarding
 from agent.model.capture import HBONE_PORT
 from agent.model.pod import Exclusions, LocalPod
@@ -29,6 +32,7 @@ from tests.support.namespaces import Namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from agent.datapath.pins import Pins
     from agent.enroll import Enrollment
@@ -342,3 +346,54 @@ def test_guard_leaves_no_trace_and_filters_of_others_alone(node: Node, loaded: P
     assert "foreign" in _show(node, "filter", "show", "ingress")
     netns.run_in(node.node.fd, partial(enroll.unenroll, made))
     assert _show(node, "filter", "show", "ingress") == with_foreign
+
+
+@pytest.fixture
+def cgroups() -> Iterator[tuple[Path, Path]]:
+    """Return the cgroup of a kubelet, and one of another service of the node."""
+    parent = links.cgroup_root() / f"sidestep-test-{os.getpid()}"
+    made = (parent / "kubelet.service", parent / "other.service")
+    for path in made:
+        path.mkdir(parents=True)
+    yield made
+    for path in [*made, parent]:
+        if path.is_dir():
+            path.rmdir()
+
+
+def probe(node: Node, cgroup: Path) -> int:
+    """Let a program of the node, in that cgroup, fetch from the pod; return curl's exit code."""
+    namespace = f"/proc/{os.getpid()}/fd/{node.node.fd}"
+    url = f"http://{PODS['a'][0]}:{PORT}/"
+    curl = ["curl", "-s", "-m", "2", "-o", "/dev/null", "--http0.9", url]
+    command = [sys.executable, "-m", "agent.lab.launch", namespace, str(cgroup), *curl]
+    return subprocess.run(command, check=False).returncode
+
+
+def test_only_the_kubelet_may_probe_a_strict_pod(node: Node, cgroups: tuple[Path, Path]) -> None:
+    kubelet, other = cgroups
+    made = node.enroll()
+    listener = node.pods["a"].listen(PODS["a"][0], PORT)
+    answering = threading.Thread(target=_answer, args=(listener, 2))
+    answering.start()
+    probers = Probers(node.pins.maps["ss_probers"], kubelet)
+    probers.refresh()
+    assert probe(node, kubelet) == 0
+    assert probe(node, other) != 0
+    made.inbound[0].settimeout(5)
+    made.inbound[0].accept()[0].close()  # it got to the agent, as any plaintext client does
+    kubelet.rmdir()  # the service restarts: its cgroup is another one under the same name
+    kubelet.mkdir()
+    probers.refresh()
+    assert probe(node, kubelet) == 0
+    answering.join()
+    outcomes = node.counted(made)
+    assert outcomes.keys() == {("inbound", "plaintext")}  # of the other one's request
+
+
+def _answer(listener: socket.socket, count: int) -> None:
+    for _ in range(count):
+        with listener.accept()[0] as accepted:
+            accepted.settimeout(5)
+            accepted.recv(4096)
+            accepted.sendall(b"well")
