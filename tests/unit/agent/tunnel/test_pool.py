@@ -241,6 +241,7 @@ def test_pod_that_leaves_closes_its_tunnels_when_they_are_idle(setup: Setup) -> 
     assert unused is not None
     assert of_twin is not None
     setup.end_streams(unused)
+    setup.end_streams(of_twin)
     setup.pool.close_pod("uid-client")
     setup.until(lambda: unused.is_closed)
     run_rounds(setup.reactor, 5)
