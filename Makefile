@@ -3,7 +3,7 @@
 .PHONY: help setup demo check format test test-unit test-root coverage-each clean
 
 BIN := .venv/bin
-C_FILES := $(wildcard bpf/*.c bpf/include/*.h)
+C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile

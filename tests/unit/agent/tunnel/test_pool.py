@@ -1,0 +1,251 @@
+"""The pool of tunnels: real dials inside a namespace of the test's own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent import netlink, netns
+from agent.model.capture import HBONE_PORT
+from agent.model.pod import LocalPod
+from agent.model.workload import Workload
+from agent.tunnel import pool as pool_module
+from agent.tunnel.connection import Role
+from agent.tunnel.pool import Pool
+from agent.tunnel.reactor import READ, Reactor
+from agent.tunnel.served import ServedPod
+from agent.tunnel.sockets import PodSockets
+from tests.support.loop import run_rounds, run_until
+from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, Authority, Witness, make_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from agent.model.pod import Address
+    from agent.tunnel.session import Session
+
+pytestmark = pytest.mark.root
+
+LOOPBACK, OTHER_LOOPBACK = ip_address("127.0.0.1"), ip_address("127.0.0.2")
+WORKLOAD = Workload(
+    "uid-server", "shop", "server-0", "node-2", "server", (LOOPBACK,), is_hbone=True
+)
+
+
+class Peer:
+    """The node at the other end: accepts tunnels on 15008 and answers every CONNECT."""
+
+    def __init__(self, reactor: Reactor, listener: socket.socket, authority: Authority) -> None:
+        self.reactor = reactor
+        self.listener = listener
+        self.context = authority.context(SERVER, Role.SERVER)
+        self.tunnels: list[Witness] = []
+        reactor.watch(listener.fileno(), READ, lambda _ready: self._accept())
+
+    def _accept(self) -> None:
+        accepted, _address = self.listener.accept()
+        self.tunnels.append(
+            Witness(make_session(self.reactor, accepted, self.context, Role.SERVER))
+        )
+
+    def stop_listening(self) -> None:
+        self.reactor.forget(self.listener.fileno())
+        self.listener.close()
+
+
+class Setup:
+    """A pool that dials the peer, and the answers to its callers."""
+
+    def __init__(self, netns_fd: int, listener: socket.socket, authority: Authority) -> None:
+        self.reactor = Reactor()
+        self.peer = Peer(self.reactor, listener, authority)
+        self.context = authority.context(CLIENT, Role.CLIENT)
+        # Nothing captures in this namespace, so nothing must be exempt.
+        self.pool = Pool(self.reactor, PodSockets(lambda _own: None), TRUST_DOMAIN)
+        pod = LocalPod("uid-client", "shop", "client-0", "client", (OTHER_LOOPBACK,))
+        self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
+        self.answers: list[tuple[Session | None, str]] = []
+
+    def ask(
+        self,
+        count: int = 1,
+        served: ServedPod | None = None,
+        workload: Workload = WORKLOAD,
+        address: Address = LOOPBACK,
+    ) -> None:
+        """Ask for a tunnel `count` times; each that gets one opens a stream at once."""
+
+        def on_session(session: Session | None, reason: str) -> None:
+            self.answers.append((session, reason))
+            if session is not None:
+                session.open_stream("127.0.0.1:80", {})
+
+        for _ in range(count):
+            self.pool.acquire(served or self.served, self.context, workload, address, on_session)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        run_until(self.reactor, condition)
+
+    def wait_answers(self, count: int) -> list[Session | None]:
+        self.until(lambda: len(self.answers) == count)
+        return [session for session, _reason in self.answers]
+
+    def end_streams(self, session: Session) -> None:
+        for channel in list(session.channels.values()):
+            channel.abort()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def setup(authority: Authority) -> Iterator[Setup]:
+    with ExitStack() as stack:
+        netns_fd = netns.create()
+        stack.callback(os.close, netns_fd)
+        netns.run_in(netns_fd, lambda: netlink.set_up("lo"))
+        listener = netns.run_in(netns_fd, socket.socket)
+        stack.enter_context(listener)
+        netns.run_in(netns_fd, lambda: listener.bind(("0.0.0.0", HBONE_PORT)))
+        listener.listen()
+        made = Setup(netns_fd, listener, authority)
+        yield made
+        for session, _reason in made.answers:
+            if session is not None:
+                session.fail("the test is over")
+        for tunnel in made.peer.tunnels:
+            tunnel.session.fail("the test is over")
+
+
+def test_those_who_ask_while_it_is_dialed_share_the_tunnel(setup: Setup) -> None:
+    setup.ask(5)
+    assert setup.answers == []
+    sessions = setup.wait_answers(5)
+    assert sessions[0] is not None
+    assert set(sessions) == {sessions[0]}
+    assert sessions[0].peer == SERVER
+    setup.ask()
+    assert setup.answers[-1] == (sessions[0], "")  # at once: it stands
+    setup.until(lambda: len(setup.peer.tunnels[0].requests) == 6)
+    assert len(setup.peer.tunnels) == 1
+    assert setup.peer.tunnels[0].session.peer == CLIENT
+
+
+def test_tunnel_is_not_shared_beyond_pod_identity_destination_and_address(setup: Setup) -> None:
+    twin = replace(setup.served.pod, uid="uid-twin")
+    other_pod = ServedPod(twin, CLIENT, setup.served.netns_fd, 1, [])
+    setup.ask()
+    setup.ask(served=other_pod)
+    setup.ask(workload=replace(WORKLOAD, uid="uid-server-2"))
+    setup.ask(address=OTHER_LOOPBACK)
+    assert len(set(setup.wait_answers(4))) == 4
+
+
+def test_full_tunnel_gets_a_second_beside_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STREAMS_PER_TUNNEL", 2)
+    setup.ask(3)
+    first, second, third = setup.wait_answers(3)
+    assert first is second
+    assert third is not first
+    setup.ask()
+    assert setup.answers[-1][0] is third
+    setup.ask()
+    assert len(set(setup.wait_answers(5))) == 3
+
+
+def test_peer_that_allows_fewer_streams_gets_no_more_of_them(setup: Setup) -> None:
+    setup.ask()
+    (first,) = setup.wait_answers(1)
+    assert first is not None
+    first.connection.peer_concurrent_streams = 1
+    setup.ask()
+    assert setup.wait_answers(2)[1] is not first
+
+
+def test_peer_with_another_identity_gets_no_stream(setup: Setup) -> None:
+    setup.ask(2, workload=replace(WORKLOAD, service_account="admin"))
+    assert setup.wait_answers(2) == [None, None]
+    for _session, reason in setup.answers:
+        assert str(SERVER) in reason
+        assert "sa/admin" in reason
+    setup.until(lambda: setup.peer.tunnels[0].reasons)
+    assert setup.peer.tunnels[0].requests == []
+
+
+def test_peer_that_does_not_listen_is_named_to_all_that_wait(setup: Setup) -> None:
+    setup.peer.stop_listening()
+    setup.ask(2)
+    assert setup.wait_answers(2) == [None, None]
+    assert setup.answers[0][1].startswith("127.0.0.1:15008 cannot be reached: ")
+
+
+def test_peer_that_hangs_up_is_dialed_anew(setup: Setup) -> None:
+    setup.ask()
+    (first,) = setup.wait_answers(1)
+    assert first is not None
+    setup.peer.tunnels[0].session.fail("going away")
+    setup.until(lambda: first.is_closed)
+    setup.ask()
+    assert setup.wait_answers(2)[1] is not first
+
+
+def test_draining_peer_is_left_for_a_new_tunnel(setup: Setup) -> None:
+    setup.ask()
+    (first,) = setup.wait_answers(1)
+    assert first is not None
+    setup.until(lambda: setup.peer.tunnels[0].requests)  # else the goodbye would refuse it
+    setup.peer.tunnels[0].session.connection.drain()
+    setup.peer.tunnels[0].session.wants_write()
+    setup.until(lambda: first.connection.is_draining)
+    setup.ask()
+    assert setup.wait_answers(2)[1] is not first
+    assert not first.is_closed  # its stream goes on
+    setup.end_streams(first)
+    setup.until(lambda: first.is_closed)
+
+
+def test_idle_tunnel_is_closed_and_a_used_one_is_not(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
+    setup.ask()
+    (session,) = setup.wait_answers(1)
+    assert session is not None
+    setup.end_streams(session)
+    setup.ask()  # in time
+    setup.reactor.call_later(0.1, setup.reactor.stop)
+    setup.reactor.run()
+    assert not session.is_closed
+    setup.end_streams(session)
+    setup.until(lambda: session.is_closed)
+    setup.until(lambda: setup.peer.tunnels[0].reasons)
+
+
+def test_pod_that_leaves_closes_its_tunnels_when_they_are_idle(setup: Setup) -> None:
+    twin = ServedPod(
+        replace(setup.served.pod, uid="uid-twin"), CLIENT, setup.served.netns_fd, 1, []
+    )
+    setup.ask()
+    setup.ask(address=OTHER_LOOPBACK)
+    setup.ask(served=twin)
+    busy, unused, of_twin = setup.wait_answers(3)
+    assert busy is not None
+    assert unused is not None
+    assert of_twin is not None
+    setup.end_streams(unused)
+    setup.end_streams(of_twin)
+    setup.pool.close_pod("uid-client")
+    setup.until(lambda: unused.is_closed)
+    run_rounds(setup.reactor, 5)
+    assert not busy.is_closed
+    setup.end_streams(busy)
+    setup.until(lambda: busy.is_closed)
+    assert not of_twin.is_closed
