@@ -38,6 +38,12 @@ typedef __u64 u64;
 static u64 netns_cookie_of_test __attribute__((unused));
 #define bpf_get_netns_cookie(context) netns_cookie_of_test
 
+/* Its cgroup, and the next number that it draws. */
+static u64 cgroup_id_of_test __attribute__((unused));
+static u32 random_of_test __attribute__((unused));
+#define bpf_get_current_cgroup_id() cgroup_id_of_test
+#define bpf_get_prandom_u32()	    random_of_test
+
 static int checks, failures;
 
 #define CHECK(condition)                                                                           \

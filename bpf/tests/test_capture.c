@@ -5,7 +5,8 @@
 
 #include "capture.h"
 
-enum { COOKIE = 7, PEER_COOKIE = 8, PORT = 8080 };
+enum { COOKIE = 7, PEER_COOKIE = 8, PORT = 8080, ENDPOINT_PORT = 9090, KUBELET = 99 };
+enum { PEER = 0x0a000001, ENDPOINT = 0x0a000002, LOOPBACK = 0x7f000001 };
 
 /* What the maps hold for the test that runs; a socket has at most one entry in each storage. */
 static struct {
@@ -14,6 +15,10 @@ static struct {
 	bool is_excluded;
 	u64 verdict, generation; /* 0: there is none */
 	bool has_origin, has_direct;
+	u32 endpoint_count; /* of a service that is asked for; 0: it is none */
+	u16 asked_index;
+	struct endpoint endpoint; /* what became of the decision */
+	struct endpoint service_endpoint;
 	struct pod pod;
 	struct origin origin;
 	struct direct direct;
@@ -50,10 +55,30 @@ static u64 *find_local(struct local *key)
 	return world.is_local && address_is_v4(&key->address) ? &world.peer_cookie : NULL;
 }
 
+static u32 *find_service(struct service_port *key)
+{
+	CHECK(key->port_be == bpf_htons(PORT) && !key->index);
+	return world.endpoint_count ? &world.endpoint_count : NULL;
+}
+
+static struct endpoint *find_endpoint(struct service_port *key)
+{
+	CHECK(key->port_be == bpf_htons(PORT));
+	world.asked_index = key->index;
+	return &world.service_endpoint;
+}
+
+static u32 *find_prober(u64 *cgroup_id)
+{
+	return *cgroup_id == KUBELET ? &world.one : NULL;
+}
+
 static u64 *find_verdict(struct verdict_key *key)
 {
+	u16 port = world.endpoint_count ? ENDPOINT_PORT : PORT;
+
 	CHECK(key->source_netns_cookie == COOKIE);
-	CHECK(key->destination_netns_cookie == PEER_COOKIE && key->port_be == bpf_htons(PORT));
+	CHECK(key->destination_netns_cookie == PEER_COOKIE && key->port_be == bpf_htons(port));
 	return world.verdict ? &world.verdict : NULL;
 }
 
@@ -96,12 +121,19 @@ static void begin(void)
 	memset(&world, 0, sizeof(world));
 	world.is_enrolled = world.has_origin = world.has_direct = true;
 	world.peer_cookie = PEER_COOKIE;
+	world.service_endpoint.address = address_from_v4(bpf_htonl(ENDPOINT));
+	world.service_endpoint.port_be = bpf_htons(ENDPOINT_PORT);
 	netns_cookie_of_test = COOKIE;
+	cgroup_id_of_test = 1;
+	random_of_test = 0;
 	ss_pods.lookup = find_pod;
 	ss_exempt.sk_storage_get = find_exempt;
 	ss_bypass.lookup = find_bypass;
 	ss_ports.lookup = find_port;
 	ss_local.lookup = find_local;
+	ss_services.lookup = find_service;
+	ss_endpoints.lookup = find_endpoint;
+	ss_probers.lookup = find_prober;
 	ss_verdicts.lookup = find_verdict;
 	ss_generation.lookup = find_generation;
 	ss_origin.sk_storage_get = make_origin;
@@ -119,12 +151,10 @@ static enum capture decide(u32 address)
 	enum capture decision;
 
 	context.sk = &socket;
-	decision = capture_connect(&context, &destination, &found);
+	decision = capture_connect(&context, &destination, &found, &world.endpoint);
 	CHECK(found == (world.is_enrolled ? &world.pod : NULL));
 	return decision;
 }
-
-enum { PEER = 0x0a000001, LOOPBACK = 0x7f000001 };
 
 static void test_connection_of_a_pod_is_steered_and_remembered(void)
 {
@@ -175,8 +205,10 @@ static void test_verdict_of_this_generation_goes_direct(void)
 	begin();
 	world.is_local = true;
 	world.verdict = world.generation = 3;
-	CHECK(decide(PEER) == CAPTURE_PASS);
-	CHECK(world.has_direct && !world.has_origin);
+	CHECK(decide(PEER) == CAPTURE_DIRECT);
+	CHECK(world.has_direct && !world.has_origin && !world.direct.is_probe);
+	CHECK(world.endpoint.address.words_be[3] == bpf_htonl(PEER));
+	CHECK(world.endpoint.port_be == bpf_htons(PORT));
 	CHECK(world.direct.destination_netns_cookie == PEER_COOKIE);
 	CHECK(world.direct.destination.words_be[3] == bpf_htonl(PEER));
 }
@@ -202,6 +234,55 @@ static void test_anything_less_goes_through_the_agent(void)
 	CHECK(!world.has_direct);
 }
 
+static void test_service_goes_direct_to_an_endpoint_and_keeps_its_name(void)
+{
+	begin();
+	world.is_local = true;
+	world.endpoint_count = 3;
+	random_of_test = 5;
+	world.verdict = world.generation = 3;
+	CHECK(decide(PEER) == CAPTURE_DIRECT);
+	CHECK(world.asked_index == 2);
+	CHECK(world.endpoint.address.words_be[3] == bpf_htonl(ENDPOINT));
+	CHECK(world.endpoint.port_be == bpf_htons(ENDPOINT_PORT));
+	CHECK(world.has_direct && world.has_origin);
+	CHECK(world.origin.address.words_be[3] == bpf_htonl(PEER));
+	CHECK(world.origin.port_be == bpf_htons(PORT));
+}
+
+static void test_agent_is_told_which_endpoint_was_chosen(void)
+{
+	begin();
+	world.endpoint_count = 1;
+	CHECK(decide(PEER) == CAPTURE_STEER);
+	CHECK(world.origin.endpoint.words_be[3] == bpf_htonl(ENDPOINT));
+	CHECK(world.origin.endpoint_port_be == bpf_htons(ENDPOINT_PORT));
+}
+
+static void test_socket_keeps_its_family(void)
+{
+	begin();
+	world.is_local = true;
+	world.endpoint_count = 1;
+	world.service_endpoint.address.words_be[0] = bpf_htonl(0xfd000000);
+	world.verdict = world.generation = 3;
+	CHECK(decide(PEER) == CAPTURE_STEER);
+}
+
+static void test_probe_of_the_kubelet_is_remembered(void)
+{
+	begin();
+	world.is_enrolled = false;
+	world.is_local = true;
+	world.has_direct = false;
+	CHECK(decide(PEER) == CAPTURE_PASS && !world.has_direct);
+	cgroup_id_of_test = KUBELET;
+	CHECK(decide(PEER) == CAPTURE_PASS && world.has_direct && world.direct.is_probe);
+	CHECK(world.direct.destination_netns_cookie == PEER_COOKIE);
+	world.is_local = false;
+	CHECK(decide(PEER) == CAPTURE_PASS && !world.has_direct);
+}
+
 static void test_connection_that_cannot_be_remembered_is_refused(void)
 {
 	begin();
@@ -221,6 +302,10 @@ int main(void)
 	test_port_excluded_inbound_is_captured_outbound();
 	test_verdict_of_this_generation_goes_direct();
 	test_anything_less_goes_through_the_agent();
+	test_service_goes_direct_to_an_endpoint_and_keeps_its_name();
+	test_agent_is_told_which_endpoint_was_chosen();
+	test_socket_keeps_its_family();
+	test_probe_of_the_kubelet_is_remembered();
 	test_connection_that_cannot_be_remembered_is_refused();
 	return conclude();
 }
