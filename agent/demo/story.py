@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from agent.datapath import listing
 from agent.demo import evidence, wire
 from agent.demo.recorder import Recorder
+from agent.discovery.translate import MODE_LABEL
 from agent.errors import LabError
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, TRUST_DOMAIN, Lab
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
     from agent.demo.wire import Direction
     from agent.lab.cluster import LabPod
 
-NAMESPACE, CLIENT, SERVER, PORT = "shop", "shop/client", "shop/server", 8080
+NAMESPACE, CLIENT, SERVER, NEIGHBOR, PORT = "shop", "shop/client", "shop/server", "shop/cache", 8080
 DOCUMENT = "BSD"
-MODE_LABEL = "istio.io/dataplane-mode"
 LINK = "node1"  # of the fabric, towards the client's node: what an eavesdropper would tap
 CURL_REPORT = "%{stderr}%{remote_ip} %{remote_port} %{http_code} %{time_total}"
 # A connection opened now, used later, by a shell: two lines of an unmodified program.
@@ -123,6 +123,7 @@ class Story:
                 self._before(stack)
                 self._enroll()
                 self._after()
+                self._visit_the_neighbor()
                 self._look_into_the_kernel()
                 self._unenroll()
             self._screen.stage("Down again")
@@ -143,7 +144,9 @@ class Story:
     def _up(self, stack: ExitStack) -> None:
         self._screen.stage("A cluster on this machine, out of network namespaces")
         cluster = self._lab.up(self._description, self._screen.note)
-        self._client, self._server = self._lab.find_pod(CLIENT), self._lab.find_pod(SERVER)
+        self._client, self._server, self._neighbor = (
+            self._lab.find_pod(name) for name in (CLIENT, SERVER, NEIGHBOR)
+        )
         self._screen.table(
             ("pod", "node", "address", "program"),
             [
@@ -168,12 +171,12 @@ class Story:
         self._screen.stage("Before: anybody on the link can read along")
         pids = [
             pid
-            for pod in (self._client, self._server)
+            for pod in (self._client, self._server, self._neighbor)
             for pid in machine.processes_of(self._lab.pod_cgroup(pod))
         ]
         self._starts = evidence.process_starts(pids)
         self._filters = evidence.read_filters(self._namespaces)
-        visit = self._plain = self._visit()
+        visit = self._plain = self._visit(self._server)
         self._late = self._open_early(stack)
         self._recorder.take()
         direction, stream = visit.answer()
@@ -188,14 +191,14 @@ class Story:
 
     def _enroll(self) -> None:
         self._screen.stage(f"One label: {MODE_LABEL}=ambient on namespace {NAMESPACE}")
-        seconds = self._label("ambient", "enrolled")
+        seconds = self._lab.label_namespace(NAMESPACE, "ambient")
         self._report.evidence["enroll_seconds"] = round(seconds, 3)
-        self._screen.note(f"both pods are in the mesh after {seconds * 1000:.0f} ms")
+        self._screen.note(f"all pods are in the mesh after {seconds * 1000:.0f} ms")
         self._claim("enrolled_within_a_second", "the label took less than a second", seconds < 1)
 
     def _after(self) -> None:
         self._screen.stage("After: the same request, the same programs")
-        visit = self._visit()
+        visit = self._visit(self._server)
         outbound = self._logs[CLIENT].wait_for(lambda entry: entry["direction"] == "outbound")
         inbound = self._logs[SERVER].wait_for(lambda entry: entry["direction"] == "inbound")
         direction, stream = visit.answer()
@@ -270,6 +273,37 @@ class Story:
         )
         self._screen.note("a connection that was open before the label has been answered as well")
 
+    def _visit_the_neighbor(self) -> None:
+        self._screen.stage(
+            "Two pods of one node: the agent judges once, then the kernel joins them"
+        )
+        rows: list[Row] = []
+        for request in ("first", "second"):
+            visit = self._visit(self._neighbor)
+            entry = self._logs[CLIENT].wait_for(
+                lambda entry: (
+                    entry["destination"] == f"{self._neighbor.address4}:{PORT}"
+                    and entry["direction"] == "outbound"
+                )
+            )
+            rows.append(
+                {
+                    "request": request,
+                    "path": entry["path"],
+                    "server's identity": entry["peer_identity"],
+                    "milliseconds": f"{visit.milliseconds:.1f}",
+                    "over the link": len(visit.streams),
+                }
+            )
+        self._screen.table(list(rows[0]), rows)
+        self._report.evidence["neighbor"] = rows
+        self._claim(
+            "second_connection_is_direct",
+            "the second connection to a neighbor took the direct path, logged like any other",
+            [row["path"] for row in rows] == ["hbone", "direct"]
+            and {row["server's identity"] for row in rows} == {_identity(self._neighbor)},
+        )
+
     def _look_into_the_kernel(self) -> None:
         self._screen.stage("In the kernel: maps instead of rules")
         directories = listing.find_directories((self._lab.pins,))
@@ -281,9 +315,9 @@ class Story:
             self._screen.table(listing.columns(name), rows)
         captured = {row["pod"] for row in self._report.evidence["ss_pods"]}
         self._claim(
-            "maps_name_both_pods",
-            "the maps hold both pods, read from the pins alone",
-            captured == {CLIENT, SERVER},
+            "maps_name_the_pods",
+            "the maps hold the pods, read from the pins alone",
+            captured == {CLIENT, SERVER, NEIGHBOR},
         )
         filters = evidence.read_filters(self._namespaces)
         for name, rules in filters.items():
@@ -307,8 +341,8 @@ class Story:
 
     def _unenroll(self) -> None:
         self._screen.stage("One label less: the pods leave, and nobody notices")
-        seconds = self._label(None, None)
-        visit = self._visit()
+        seconds = self._lab.label_namespace(NAMESPACE, None)
+        visit = self._visit(self._server)
         self._screen.note(f"out of the mesh after {seconds * 1000:.0f} ms; {self._summary(visit)}")
         self._claim(
             "leaves_by_label",
@@ -323,10 +357,10 @@ class Story:
 
     # -- parts --------------------------------------------------------------------------------
 
-    def _visit(self) -> Visit:
+    def _visit(self, server: LabPod) -> Visit:
         """Let the client's curl fetch the document, and record the link meanwhile."""
         self._recorder.take()
-        url = f"http://{self._server.address4}:{PORT}/{DOCUMENT}"
+        url = f"http://{server.address4}:{PORT}/{DOCUMENT}"
         command = ["curl", "-sSf", "-m", "5", "-w", CURL_REPORT, url]
         done = subprocess.run(
             self._lab.command_in(self._client, command), capture_output=True, check=False
@@ -353,22 +387,6 @@ class Story:
         if late.stdout.readline() != "open\n":
             raise LabError(f"a shell in {CLIENT} cannot connect to {SERVER}")
         return late
-
-    def _label(self, mode: str | None, wanted: str | None) -> float:
-        """Label the namespace; return the seconds until each agent says `wanted` of its pod."""
-        labels = {} if mode is None else {MODE_LABEL: mode}
-        watches = [self._lab.agent_states(node) for node in self._lab.cluster().nodes]
-        for watch in watches:
-            next(watch)
-        began = time.monotonic()
-        metadata = {"name": NAMESPACE, "labels": labels}
-        self._lab.write_object({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-        for watch in watches:
-            for state in watch:
-                states = [pod["state"] for pod in state["pods"]]
-                if states == ([] if wanted is None else [wanted]):
-                    break
-        return time.monotonic() - began
 
     def _server_saw(self) -> str:
         """Return the client of the last request in the server's own log."""

@@ -20,12 +20,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from agent.datapath import links, pins
+from agent.discovery.translate import MODE_LABEL
 from agent.errors import FeatureMissing, LabError, ManifestError
 from agent.identity.authority import LocalAuthority
 from agent.lab import machine
@@ -167,6 +169,30 @@ class Lab:
         cgroup.mkdir(exist_ok=True)
         if not machine.processes_of(cgroup):
             self._launch(self.pod_netns(pod), cgroup, list(pod.command), self.pod_log(pod))
+
+    def label_namespace(self, name: str, mode: str | None) -> float:
+        """Set or take the mesh label of a namespace; wait until the agents have followed.
+
+        Returns:
+            The seconds that it took.
+        """
+        cluster = self.cluster()
+        wanted = "enrolled" if mode == "ambient" else None
+        watches = []
+        for node in cluster.nodes:
+            uids = {pod.uid for pod in cluster.pods if (pod.node, pod.namespace) == (node, name)}
+            watches.append((self.agent_states(node), uids))
+            next(watches[-1][0])
+        began = time.monotonic()
+        labels = {} if mode is None else {MODE_LABEL: mode}
+        metadata = {"name": name, "labels": labels}
+        self.write_object({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+        for watch, uids in watches:
+            for state in watch:
+                states = {pod["uid"]: pod["state"] for pod in state["pods"]}
+                if all(states.get(uid) == wanted for uid in uids):
+                    break
+        return time.monotonic() - began
 
     def restart_agent(self, node: LabNode) -> None:
         """Stop a node's agent as an operator would, and start it anew."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,28 +30,6 @@ def lab() -> Iterator[Lab]:
         built.down()
 
 
-def label(lab: Lab, mode: str | None) -> float:
-    """Label the namespace and return the seconds until both agents have done it."""
-    labels = {} if mode is None else {"istio.io/dataplane-mode": mode}
-    body = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": "shop", "labels": labels},
-    }
-    cluster = lab.cluster()
-    watches = [lab.agent_states(node) for node in cluster.nodes]
-    for watch in watches:
-        next(watch)
-    began = time.monotonic()
-    lab.write_object(body)
-    for watch in watches:
-        for state in watch:
-            states = [pod["state"] for pod in state["pods"]]
-            if states == (["enrolled"] if mode == "ambient" else []):
-                break
-    return time.monotonic() - began
-
-
 def fetch(lab: Lab) -> int:
     command = lab.command_in(lab.find_pod("client"), ["curl", "-sS", "-m", "5", URL])
     return len(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -61,16 +38,16 @@ def fetch(lab: Lab) -> int:
 def test_label_enrolls_and_unenrolls_within_a_second_without_a_restart(lab: Lab) -> None:
     before = lab.status()
     size = fetch(lab)
-    assert label(lab, "ambient") < 1
-    assert [row["mesh"] for row in lab.status()] == ["enrolled", "enrolled"]
+    assert lab.label_namespace("shop", "ambient") < 1
+    assert [row["mesh"] for row in lab.status()] == ["enrolled"] * 3
     assert fetch(lab) == size
-    assert label(lab, None) < 1
+    assert lab.label_namespace("shop", None) < 1
     assert fetch(lab) == size
     assert lab.status() == before
 
 
 def test_agent_is_small_and_has_no_compiler(lab: Lab) -> None:
-    label(lab, "ambient")
+    lab.label_namespace("shop", "ambient")
     for node in lab.cluster().nodes:
         state = next(lab.agent_states(node, "state"))
         for pid in [*(worker["pid"] for worker in state["workers"]), *lab._agent_pids(node)]:
