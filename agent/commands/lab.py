@@ -48,6 +48,16 @@ def status(name: str, output: Output) -> None:
     emit(rows, ("pod", "node", "address", "address6", "processes", "mesh"), output)
 
 
+@lab.command()
+@click.argument("namespace")
+@click.argument("mode", type=click.Choice(["ambient", "none"]))
+@_name
+def label(namespace: str, mode: str, name: str) -> None:
+    """Take the pods of NAMESPACE into the mesh (ambient) or out of it (none)."""
+    seconds = Lab(name).label_namespace(namespace, None if mode == "none" else mode)
+    click.echo(f"the pods of {namespace} have followed after {seconds * 1000:.0f} ms")
+
+
 @lab.command(name="exec", context_settings={"ignore_unknown_options": True})
 @click.argument("pod")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

@@ -52,6 +52,15 @@ MAP_TYPES = {
 }
 DIRECTIONS: dict[int, object] = {OUTBOUND: "outbound", INBOUND: "inbound", PLAINTEXT: "plaintext"}
 OUTCOMES = {0: "passed", 1: "plaintext", 2: "spoofed", 3: "fragment"}  # enum outcome
+POD_COUNTERS = (
+    "outbound_packets",
+    "outbound_bytes",
+    "inbound_packets",
+    "inbound_bytes",
+    "dropped_plaintext",
+    "dropped_spoofed",
+    "dropped_fragment",
+)
 UNLISTED_TYPES = {6, 24, 27}  # without entries that could be listed
 # enum bpf_prog_type, in the words of bpftool
 PROGRAM_TYPES = {3: "sched_cls", 13: "sock_ops", 18: "cgroup_sock_addr", 30: "sk_lookup"}
@@ -383,6 +392,33 @@ def _lookup_length(directory: Path) -> int:
     with _opened(directory, "ss_meta") as opened:
         meta = opened.get({"value": 0}) or {}
     return _number(meta.get("lookup_instructions", 0))
+
+
+def list_pods(directory: Path) -> list[Row]:
+    """Return one row for each enrolled pod: where it is, and what the guard counted."""
+    names = pod_names(directory)
+    counted: dict[Value, dict[str, int]] = {}
+    with _opened(directory, "ss_counters") as opened:
+        for key, value in opened.items():
+            row = _counter(key, value, names)
+            totals = counted.setdefault(key["netns_cookie"], {})
+            outcome = row["outcome"]
+            columns = (
+                (f"{row['direction']}_packets", f"{row['direction']}_bytes")
+                if outcome == "passed"
+                else (f"dropped_{outcome}", None)
+            )
+            for column, member in zip(columns, ("packets", "bytes"), strict=True):
+                if column is not None:
+                    totals[column] = totals.get(column, 0) + _number(value[member])
+    with _opened(directory, "ss_pods") as opened:
+        return [
+            _pod(key, value, names)
+            | {"strict": bool(value["is_strict"]), "pins": str(directory)}
+            | dict.fromkeys(POD_COUNTERS, 0)
+            | counted.get(key["value"], {})
+            for key, value in opened.items()
+        ]
 
 
 def _place(facts: libbpf.LinkFacts) -> str:

@@ -175,8 +175,14 @@ class Lab:
 
         Returns:
             The seconds that it took.
+
+        Raises:
+            LabError: no pod is in that namespace, or an agent does not follow.
         """
         cluster = self.cluster()
+        if not any(pod.namespace == name for pod in cluster.pods):
+            known = ", ".join(sorted({pod.namespace for pod in cluster.pods}))
+            raise LabError(f"no pod is in namespace {name}; the namespaces are {known}")
         wanted = "enrolled" if mode == "ambient" else None
         watches = []
         for node in cluster.nodes:
