@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import pytest
 
 from agent.errors import ManifestError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from tests.support.labs import label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,28 +29,6 @@ def lab() -> Iterator[Lab]:
         yield built
     finally:
         built.down()
-
-
-def label(lab: Lab, mode: str | None) -> float:
-    """Label the namespace and return the seconds until both agents have done it."""
-    labels = {} if mode is None else {"istio.io/dataplane-mode": mode}
-    body = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": "shop", "labels": labels},
-    }
-    cluster = lab.cluster()
-    watches = [lab.agent_states(node) for node in cluster.nodes]
-    for watch in watches:
-        next(watch)
-    began = time.monotonic()
-    lab.write_object(body)
-    for watch in watches:
-        for state in watch:
-            states = [pod["state"] for pod in state["pods"]]
-            if states == (["enrolled"] if mode == "ambient" else []):
-                break
-    return time.monotonic() - began
 
 
 def fetch(lab: Lab) -> int:
