@@ -10,7 +10,7 @@ import click
 
 from agent import logs
 from agent.app import Agent
-from agent.datapath import links, pins
+from agent.datapath import features, links, pins
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
 from agent.model.pod import Exclusions
@@ -60,6 +60,7 @@ def agent(
     kubelet_cgroup: Path | None,
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
+    features.require()
     try:
         networks = tuple(ip_network(network) for network in exclude_outbound_network)
     except ValueError as error:

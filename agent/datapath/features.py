@@ -17,6 +17,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.errors import FeatureMissing
+
 MINIMUM_KERNEL = (5, 15)
 TCX_KERNEL = (6, 6)
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
@@ -68,6 +70,13 @@ def _version(release: str) -> tuple[int, int]:
 def has_tcx(release: str | None = None) -> bool:
     """Say whether programs can be attached to an interface by a link; before, by a tc filter."""
     return _version(release or os.uname().release) >= TCX_KERNEL
+
+
+def require(root: Path = Path("/")) -> None:
+    """Go on only if nothing is missing (FeatureMissing says what, and what to do)."""
+    for found in run_checks(root):
+        if found.is_required and not found.is_ok:
+            raise FeatureMissing(f"{found.name} is missing, {found.detail}: {found.remedy}")
 
 
 def _check_privilege(root: Path) -> Check:

@@ -11,6 +11,7 @@ by other sources is refused with AbiMismatch before anything is written to it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_ROOT = Path("/sys/fs/bpf/sidestep")
-BPF_FS_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC of linux/magic.h
+BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
+STATFS_BYTES = 256  # more than struct statfs has on any machine
 COMPILE_SECONDS = 60
 
 
@@ -111,6 +113,14 @@ def _locked(root: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _is_bpffs(path: Path) -> bool:
+    # Python's statvfs() does not tell the type, which is the first field of statfs(2)'s answer.
+    answer = ctypes.create_string_buffer(STATFS_BYTES)
+    if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(path), answer) != 0:
+        raise FeatureMissing(f"{path} cannot be asked: {os.strerror(ctypes.get_errno())}")
+    return ctypes.c_long.from_buffer(answer).value == BPF_FS_MAGIC
+
+
 def load(root: Path = DEFAULT_ROOT) -> Pins:
     """Open the pins under `root`, compiling and loading first where there are none.
 
@@ -125,6 +135,10 @@ def load(root: Path = DEFAULT_ROOT) -> Pins:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FeatureMissing(f"{root} cannot be made, is bpffs mounted? {error}") from error
+    if not _is_bpffs(root):
+        raise FeatureMissing(
+            f"{root} is not on a BPF file system: mount -t bpf bpf {DEFAULT_ROOT.parent}"
+        )
     directory = root / schema_hash()
     with _locked(root):
         if not directory.exists():

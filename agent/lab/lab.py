@@ -60,6 +60,7 @@ class Lab:
         self.cgroup = links.cgroup_root() / "sidestep-lab" / name
         self.objects = self.run / "objects"
         self.logs = self.run / "logs"
+        self.agent_options: tuple[str, ...] = ()  # what `up` adds to each agent's command line
         self._children: list[subprocess.Popen[bytes]] = []  # ours to reap, if down follows here
 
     # -- names --------------------------------------------------------------------------------
@@ -227,6 +228,7 @@ class Lab:
                     "--kubelet-cgroup", str(self.kubelet_cgroup(node)),
                     "--authority", str(self.run / "ca"),
                     "--trust-domain", TRUST_DOMAIN,
+                    *self.agent_options,
                 ]  # fmt: skip
                 process = self._launch(
                     self.node_netns(node),

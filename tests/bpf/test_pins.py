@@ -13,7 +13,7 @@ import pytest
 
 from agent.datapath import libbpf, pins
 from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS
-from agent.errors import AbiMismatch, LoadError
+from agent.errors import AbiMismatch, FeatureMissing, LoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -216,3 +216,9 @@ def test_import_brings_no_compiler(module: str) -> None:
         "assert 'libbcc' not in mapped and 'libLLVM' not in mapped"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+def test_place_that_is_not_on_bpffs_is_refused_and_left_empty(tmp_path: Path) -> None:
+    with pytest.raises(FeatureMissing, match="is not on a BPF file system: mount -t bpf bpf"):
+        pins.load(tmp_path / "pins")
+    assert list((tmp_path / "pins").iterdir()) == []

@@ -11,6 +11,7 @@ import pytest
 
 from agent.errors import ManifestError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from tests.support.labs import label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,145 @@
+"""A lab as tests use it: label it, put servers and clients into its pods, read its agents' logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import watchfiles
+
+from agent import netns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    from agent.lab.cluster import LabNode
+    from agent.lab.lab import Lab
+
+SECONDS = 10.0
+MODE_LABEL = "istio.io/dataplane-mode"
+
+
+def label(lab: Lab, mode: str | None) -> float:
+    """Label the namespace and return the seconds until all agents have done it."""
+    labels = {} if mode is None else {MODE_LABEL: mode}
+    body = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": "shop", "labels": labels},
+    }
+    cluster = lab.cluster()
+    watches = [lab.agent_states(node) for node in cluster.nodes]
+    for watch in watches:
+        next(watch)
+    began = time.monotonic()
+    lab.write_object(body)
+    for node, watch in zip(cluster.nodes, watches, strict=True):
+        count = sum(pod.node == node for pod in cluster.pods) if mode == "ambient" else 0
+        for state in watch:
+            if [pod["state"] for pod in state["pods"]] == ["enrolled"] * count:
+                break
+    return time.monotonic() - began
+
+
+def entries(lab: Lab, node: LabNode, message: str) -> list[dict[str, Any]]:
+    """Return what a node's agent has logged with this message."""
+    lines = lab.agent_log(node).read_text().splitlines()
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    return [entry for entry in logged if entry.get("message") == message]
+
+
+def wait_for_entry(
+    lab: Lab, node: LabNode, message: str, matches: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Return the first entry that matches; a log tells of what has happened a moment later."""
+    deadline = time.monotonic() + SECONDS
+    changes = watchfiles.watch(
+        lab.agent_log(node), yield_on_timeout=True, rust_timeout=50, step=10, debounce=20
+    )
+    for _change in changes:
+        for entry in entries(lab, node, message):
+            if matches(entry):
+                return entry
+        if time.monotonic() > deadline:
+            break
+    raise AssertionError(f"the agent of {node.name} logs no such {message!r}")
+
+
+class PodEnd:
+    """A test's own program inside a pod: sockets made there act as the pod's."""
+
+    def __init__(self, lab: Lab, pod: str, stack: ExitStack) -> None:
+        self.pod = lab.find_pod(pod)
+        self._stack = stack
+        self._fd = netns.open_netns(lab.pod_netns(self.pod))
+        stack.callback(os.close, self._fd)
+
+    @property
+    def address(self) -> str:
+        return str(self.pod.address4)
+
+    def _socket(self) -> socket.socket:
+        made = netns.run_in(self._fd, socket.socket)
+        made.settimeout(SECONDS)
+        return self._stack.enter_context(made)
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        connection = self._socket()
+        connection.connect((host, port))
+        return connection
+
+    def echo(self, port: int) -> list[tuple[str, int]]:
+        """Serve echo in a thread until the test ends; return the peers that it sees, growing."""
+        listener = self._socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("0.0.0.0", port))
+        listener.listen(128)
+        listener.settimeout(None)
+        peers: list[tuple[str, int]] = []
+
+        def handle(accepted: socket.socket) -> None:
+            with accepted:
+                try:
+                    while data := accepted.recv(65536):
+                        accepted.sendall(data)
+                except ConnectionError:
+                    return
+
+        def serve() -> None:
+            threads = []
+            while True:
+                try:
+                    accepted, peer = listener.accept()
+                except OSError:
+                    break  # shut down
+                peers.append(peer)
+                threads.append(threading.Thread(target=handle, args=(accepted,)))
+                threads[-1].start()
+            for thread in threads:
+                thread.join()
+
+        server = threading.Thread(target=serve)
+        server.start()
+        self._stack.callback(server.join)
+        self._stack.callback(listener.shutdown, socket.SHUT_RDWR)
+        return peers
+
+
+def is_alive(connection: socket.socket, text: bytes = b"alive") -> bool:
+    """Whether the connection still echoes; False if it was reset or ended."""
+    try:
+        connection.sendall(text)
+        found = b""
+        while len(found) < len(text):
+            data = connection.recv(len(text) - len(found))
+            if not data:
+                return False
+            found += data
+    except ConnectionError:
+        return False
+    return found == text
