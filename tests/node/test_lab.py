@@ -11,7 +11,6 @@ import pytest
 
 from agent.errors import ManifestError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
-from tests.support.labs import label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,7 @@ from agent.discovery.translate import (
 from agent.errors import LabError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.model.capture import OUTBOUND_PORT
-from tests.support.labs import PodEnd, entries, is_alive, label, wait_for_entry
+from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
 
 if TYPE_CHECKING:
     import socket
@@ -50,7 +50,7 @@ def bring_up(
     lab.agent_options = options
     stack.callback(lab.down)
     lab.up(cluster, print)
-    label(lab, "ambient")
+    lab.label_namespace("shop", "ambient")
     return lab
 
 
@@ -138,7 +138,7 @@ def test_labs_side_by_side_do_not_disturb_each_other(stack: ExitStack) -> None:
     assert is_alive(kept, b"x" * 100_000)
     talk(client, server, 9000)
     assert second.status() == before
-    assert [row["mesh"] for row in before] == ["enrolled", "enrolled"]
+    assert [row["mesh"] for row in before] == ["enrolled"] * 3
     with pytest.raises(LabError, match="is not up"):
         first.status()
 
@@ -233,7 +233,7 @@ def annotated_cluster(tmp_path: Path, annotations: dict[str, dict[str, str]]) ->
     objects = list(yaml.safe_load_all(DEFAULT_CLUSTER.read_text()))
     for body in objects:
         if body["kind"] == "Pod":
-            body["metadata"]["annotations"] = annotations[body["metadata"]["name"]]
+            body["metadata"]["annotations"] = annotations.get(body["metadata"]["name"], {})
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump_all(objects))
     return path

@@ -1,4 +1,4 @@
-"""A lab as tests use it: label it, put servers and clients into its pods, read its agents' logs."""
+"""A lab as tests use it: put servers and clients into its pods, read its agents' logs."""
 
 from __future__ import annotations
 
@@ -21,29 +21,6 @@ if TYPE_CHECKING:
     from agent.lab.lab import Lab
 
 SECONDS = 10.0
-MODE_LABEL = "istio.io/dataplane-mode"
-
-
-def label(lab: Lab, mode: str | None) -> float:
-    """Label the namespace and return the seconds until all agents have done it."""
-    labels = {} if mode is None else {MODE_LABEL: mode}
-    body = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": "shop", "labels": labels},
-    }
-    cluster = lab.cluster()
-    watches = [lab.agent_states(node) for node in cluster.nodes]
-    for watch in watches:
-        next(watch)
-    began = time.monotonic()
-    lab.write_object(body)
-    for node, watch in zip(cluster.nodes, watches, strict=True):
-        count = sum(pod.node == node for pod in cluster.pods) if mode == "ambient" else 0
-        for state in watch:
-            if [pod["state"] for pod in state["pods"]] == ["enrolled"] * count:
-                break
-    return time.monotonic() - began
 
 
 def entries(lab: Lab, node: LabNode, message: str) -> list[dict[str, Any]]:
