@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from agent.commands.agent import agent
+from agent.commands.bench import bench
 from agent.commands.check import check
 from agent.commands.demo import demo
 from agent.commands.lab import lab
@@ -37,6 +38,7 @@ def main() -> None:
 
 
 main.add_command(agent)
+main.add_command(bench)
 main.add_command(lab)
 main.add_command(demo)
 main.add_command(maps)

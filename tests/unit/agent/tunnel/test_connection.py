@@ -236,3 +236,12 @@ def test_padding_is_not_data_and_is_given_back() -> None:
     )
     assert data_of(found, 1) == b"hi"
     assert found[-1] == StreamEnded(1)
+
+
+def test_resets_of_streams_that_were_served_never_end_the_connection() -> None:
+    pair = Pair()
+    for _ in range(1000):
+        pair.client.reset(pair.open(), ErrorCode.CONNECT_ERROR)
+        pair.settle()
+    assert not pair.server.is_terminated
+    assert not pair.client.is_terminated
