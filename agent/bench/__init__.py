@@ -2,6 +2,7 @@
 
     tools       the programs that generate load, and Envoy: found, built, their versions
     envoy       the configuration of an Envoy pair that speaks HBONE
+    servers     programs that are started and waited for
     ground      a lab with every path in it: pods, servers, Envoys
     measures    what is measured, one cell at a time
     results     samples to rows: medians, spread, ratios

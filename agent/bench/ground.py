@@ -10,19 +10,17 @@ are, so that the kernel accounts what each mesh uses and nothing else.
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import yaml
 
 from agent.bench import envoy
 from agent.bench.results import PathName, Place
-from agent.errors import LabError
+from agent.bench.servers import ENVOY_SIGN, Server, envoy_command, write_credentials
 from agent.identity.authority import LocalAuthority
 from agent.lab import machine
 from agent.model.identity import SpiffeId
@@ -43,7 +41,6 @@ PODS = {
     "envoy-client": ("east", "plain"),
     "envoy-far": ("west", "plain"),
 }
-READY_SECONDS = 20.0
 TRUST_DOMAIN = "cluster.local"
 
 
@@ -162,24 +159,8 @@ class Ground:
         cgroup = self._lab.pod_cgroup(pod) / group
         cgroup.mkdir(exist_ok=True)
         launcher = [sys.executable, "-m", "agent.lab.launch", str(self._lab.pod_netns(pod))]
-        child = subprocess.Popen(
-            [*launcher, str(cgroup), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        assert child.stdout is not None
-        output = Output(child.stdout, sign)
-
-        def stop() -> None:
-            child.kill()
-            child.wait()
-            output.join()
-
-        self._stack.callback(stop)
-        output.wait(f"{command[0]} in pod {pod.name}")
+        server = Server([*launcher, str(cgroup), *command], sign)
+        self._stack.callback(server.stop)
 
     def _start_envoys(self, client: LabPod, server: LabPod) -> None:
         authority = LocalAuthority.create(self._directory / "ca", TRUST_DOMAIN)
@@ -220,62 +201,3 @@ class Ground:
                 pods = {pod["uid"]: pod["state"] for pod in state["pods"]}
                 if all(pods.get(uid, "enrolled") == "enrolled" for uid in wanted) and pods:
                     break
-
-
-ENVOY_SIGN = "all dependencies initialized. starting workers"
-
-
-def envoy_command(program: Path, config: Path) -> list[str]:
-    """Return the command line of an Envoy that says ENVOY_SIGN when it serves."""
-    quiet = [
-        "-l",
-        "error",
-        "--component-log-level",
-        "main:error,config:info",
-        "--disable-hot-restart",
-    ]
-    return [str(program), "-c", str(config), *quiet]
-
-
-def write_credentials(
-    authority: LocalAuthority, own: SpiffeId, peer: SpiffeId, directory: Path
-) -> envoy.Credentials:
-    """Issue a certificate and write it where an Envoy reads it."""
-    issued = authority.issue(own)
-    paths = {}
-    for kind, text in (("chain", issued.chain), ("key", issued.key), ("roots", issued.roots)):
-        path = directory / f"{own.service_account}.{kind}.pem"
-        path.write_bytes(text)
-        paths[kind] = str(path)
-    return envoy.Credentials(paths["chain"], paths["key"], paths["roots"], str(peer))
-
-
-class Output:
-    """Reads all that a server writes, so that it never waits for us, and looks for one line."""
-
-    def __init__(self, stream: IO[str], sign: str) -> None:
-        self._stream = stream
-        self._sign = sign
-        self._last: list[str] = []
-        self._found = threading.Event()
-        self._is_over = False
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        for line in self._stream:
-            self._last = [*self._last[-20:], line]
-            if self._sign in line:
-                self._found.set()
-        self._is_over = True
-        self._found.set()
-
-    def wait(self, name: str) -> None:
-        """Wait for the sign (LabError with the last lines if it does not come)."""
-        if not self._found.wait(READY_SECONDS) or self._is_over:
-            raise LabError(f"{name} did not become ready:\n{''.join(self._last)}")
-
-    def join(self) -> None:
-        """Wait for the end of the output."""
-        self._thread.join()
-        self._stream.close()
