@@ -1,9 +1,9 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-unit test-root coverage-each clean
+.PHONY: help setup demo bench check format test test-unit test-root coverage-each clean
 
 BIN := .venv/bin
-C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h)
+C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -13,6 +13,11 @@ setup: ## install the Debian packages and the virtual environment (root)
 
 demo: setup ## see it work, with evidence (root)
 	@$(BIN)/sidestep demo
+
+bench: setup ## measure the mesh beside no mesh and beside Envoy (root; a few minutes)
+	@$(BIN)/python -m pip install -q --group bench
+	@mkdir -p build
+	$(BIN)/sidestep bench --plot build/bench.png $(BENCH)
 
 check: setup ## format, lint, types, layers, spelling: what CI runs
 	$(BIN)/ruff format --check .

@@ -171,7 +171,9 @@ class Connection:
             raise LocalProtocolError("a stream was answered twice")
         stream.has_response = True
         self._send_headers(stream_id, [(":status", str(status))], ends=status != 200)
-        if status != 200:
+        if status == 200:
+            self._appease()
+        else:
             self._advance(stream_id, stream, StreamInput.SEND_END)
             if stream_id in self._streams:  # RFC 9113 §8.1: we need no more of the request
                 self.reset(stream_id, ErrorCode.NO_ERROR)
@@ -338,6 +340,10 @@ class Connection:
         if self._nuisances < 0:
             raise RemoteProtocolError("too many frames for nothing", ErrorCode.ENHANCE_YOUR_CALM)
 
+    def _appease(self) -> None:
+        # A stream that was answered may be reset: that is how a TCP RST travels.
+        self._nuisances = min(FREE_NUISANCES, self._nuisances + 1)
+
     def _reply(self, frame: bytes) -> None:
         self._unsent_replies += 1
         if self._unsent_replies > MAX_UNSENT_REPLIES:
@@ -413,7 +419,7 @@ class Connection:
     def _end_stream(self, stream_id: int, found: list[Event]) -> None:
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._nuisances = min(FREE_NUISANCES, self._nuisances + 1)
+            self._appease()
             self._advance(stream_id, stream, StreamInput.RECEIVE_END)
             found.append(events.StreamEnded(stream_id))
 
@@ -522,6 +528,7 @@ class Connection:
             self._annoy()
         else:
             stream.has_response = True
+            self._appease()
             found.append(events.ResponseReceived(stream_id, int(status)))
 
     def _on_trailers(self, stream_id: int, found: list[Event]) -> None:

@@ -527,3 +527,12 @@ def test_data_of_a_request_is_handed_on_before_it_is_complete() -> None:
     assert isinstance(found, DataReceived)
     assert bytes(found.data) == b"half"
     assert server.receive(b"-other")[-1] == StreamEnded(1)
+
+
+def test_resets_of_streams_that_were_served_never_end_the_connection() -> None:
+    pair = Pair()
+    for _ in range(1000):
+        pair.client.reset(pair.open(), ErrorCode.CONNECT_ERROR)
+        pair.settle()
+    assert not pair.server.is_terminated
+    assert not pair.client.is_terminated

@@ -1,0 +1,1 @@
+"""Beside a stock peer: Envoy speaks HBONE with our worker, both ways round."""

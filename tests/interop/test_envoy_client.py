@@ -1,0 +1,167 @@
+"""An Envoy as the client of our 15008."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from agent.bench.envoy import build_client
+from agent.identity.authority import LocalAuthority
+from agent.model.capture import HBONE_PORT
+from agent.model.identity import SpiffeId
+from tests.interop.conftest import Neighbors, identity
+from tests.node.test_tunnel import echo, read_all
+from tests.support.namespaces import PEER4, POD4
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from agent.bench.envoy import Credentials
+
+pytestmark = pytest.mark.root
+
+Serve = Callable[..., threading.Thread]
+LOCAL_PORT, APP_PORT = 9000, 8080
+SMALL = {
+    "initial_stream_window_size": 65535,
+    "initial_connection_window_size": 65535,
+    "max_concurrent_streams": 2,
+}
+
+
+def start(
+    server: Neighbors,
+    credentials: Credentials | None = None,
+    port: int = APP_PORT,
+    **http2: Any,
+) -> None:
+    credentials = credentials or server.credentials(identity("client"), identity("server"))
+    tunneled = [(LOCAL_PORT, f"{PEER4}:{port}")]
+    server.start_envoy(build_client((PEER4, HBONE_PORT), tunneled, credentials, http2))
+
+
+def dial(server: Neighbors) -> socket.socket:
+    return server.theirs.connect("127.0.0.1", LOCAL_PORT)
+
+
+def ends_without_data(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_echo_and_the_clients_own_address(server: Neighbors, serve: Serve) -> None:
+    start(server)
+    seen: list[str] = []
+
+    def handle(accepted: socket.socket) -> None:
+        seen.append(accepted.getpeername()[0])
+        echo(accepted)
+
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), handle)
+    connection = dial(server)
+    connection.sendall(b"hello")
+    assert connection.recv(5) == b"hello"
+    connection.shutdown(socket.SHUT_WR)
+    assert read_all(connection) == b""
+    assert seen == [POD4]
+    server.ours.worker.settle()
+    assert f'"peer_identity": "{identity("client")}"' in server.ours.worker.log.read_text()
+
+
+def test_half_close_leaves_the_answer(server: Neighbors, serve: Serve) -> None:
+    start(server)
+
+    def handle(accepted: socket.socket) -> None:
+        accepted.sendall(read_all(accepted)[::-1])
+
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), handle)
+    connection = dial(server)
+    connection.sendall(b"question")
+    connection.shutdown(socket.SHUT_WR)
+    assert read_all(connection) == b"noitseuq"
+
+
+@pytest.mark.parametrize("http2", [{}, SMALL], ids=["defaults", "small windows"])
+def test_large_transfers_both_ways_at_once(
+    server: Neighbors, serve: Serve, http2: dict[str, Any]
+) -> None:
+    start(server, **http2)
+    data = os.urandom(1 << 20) * 12
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), echo, 3)
+    connections = [dial(server) for _ in range(3)]
+    for connection in connections:
+        connection.settimeout(30)
+
+    def send(connection: socket.socket) -> None:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+
+    senders = [threading.Thread(target=send, args=(connection,)) for connection in connections]
+    for sender in senders:
+        sender.start()
+    for connection in connections:
+        received = read_all(connection)
+        assert hashlib.sha256(received).digest() == hashlib.sha256(data).digest()
+    for sender in senders:
+        sender.join()
+
+
+def test_application_that_is_not_there_ends_the_connection(server: Neighbors) -> None:
+    start(server)
+    assert ends_without_data(dial(server))
+    server.ours.worker.settle()
+    assert "503: the application cannot be reached" in server.ours.worker.log.read_text()
+
+
+def test_reset_of_the_application_ends_the_connection(server: Neighbors, serve: Serve) -> None:
+    start(server)
+
+    def handle(accepted: socket.socket) -> None:
+        accepted.recv(1)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), handle)
+    connection = dial(server)
+    connection.sendall(b"x")
+    assert ends_without_data(connection)
+
+
+def test_client_of_another_trust_domain_is_refused(server: Neighbors) -> None:
+    stranger = SpiffeId("elsewhere", "default", "client")
+    start(server, server.credentials(stranger, identity("server")))
+    server.ours.namespace.listen(PEER4, APP_PORT)
+    assert ends_without_data(dial(server))
+    assert "is not of trust domain" in server.ours.worker.log.read_text()
+
+
+def test_client_of_another_authority_is_refused(server: Neighbors, tmp_path: Path) -> None:
+    other = LocalAuthority.create(tmp_path / "other", "cluster.local")
+    start(server, server.credentials(identity("client"), identity("server"), other))
+    server.ours.namespace.listen(PEER4, APP_PORT)
+    assert ends_without_data(dial(server))
+
+
+def test_envoy_checks_our_name(server: Neighbors) -> None:
+    start(server, server.credentials(identity("client"), identity("somebody-else")))
+    server.ours.namespace.listen(PEER4, APP_PORT)
+    assert ends_without_data(dial(server))
+
+
+def test_one_stream_of_two_ends_and_the_other_goes_on(server: Neighbors, serve: Serve) -> None:
+    start(server)
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), echo, 2)
+    with dial(server) as first, dial(server) as second:
+        for connection in (first, second):
+            connection.sendall(b"a")
+            assert connection.recv(1) == b"a"
+        first.close()
+        second.sendall(b"c")
+        assert second.recv(1) == b"c"
