@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from agent.model.pod import LocalPod
 
 log = logging.getLogger(__name__)
+# Ends are read together: one wake-up for many, so that the kernel's speed is not ours.
+GATHER_SECONDS = 0.1
+LINES_AT_ONCE = 100  # of the access log for each reading; what is beyond is counted
 
 
 class DirectPath:
@@ -41,15 +44,31 @@ class DirectPath:
         self._pods: dict[int, LocalPod] = {}
         self._netns_fds: dict[int, int] = {}
         self._gone: set[int] = set()
+        self._reading: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin with no verdicts: what an agent before us allowed may not hold any more."""
         self.renew()
-        asyncio.get_running_loop().add_reader(self._ends.fd, self._on_ends)
+        self._listen()
+
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._ends.fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        # The kernel wakes us for the first end only, until all of them were read.
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._ends.fd)
+        self._reading = loop.call_later(GATHER_SECONDS, self._read_and_listen)
+
+    def _read_and_listen(self) -> None:
+        self._on_ends()
+        self._listen()
 
     def stop(self) -> None:
         """Log no more; open connections go on."""
         asyncio.get_running_loop().remove_reader(self._ends.fd)
+        if self._reading is not None:
+            self._reading.cancel()
         self._on_ends()
         self._ends.close()
         for cookie in list(self._pods):
@@ -109,10 +128,13 @@ class DirectPath:
     # -- ends ---------------------------------------------------------------------------------
 
     def _on_ends(self) -> None:
-        ends = self._ends.read()
-        for end in ends:
-            self._log(end)
-        if ends:
+        samples = self._ends.read()
+        for sample in samples[:LINES_AT_ONCE]:
+            self._log(self._ends.parse(sample))
+        if len(samples) > LINES_AT_ONCE:
+            count = len(samples) - LINES_AT_ONCE
+            log.info("direct connections not logged, too many at once", extra={"count": count})
+        if samples:
             self._forget_gone()
 
     def _forget_gone(self) -> None:

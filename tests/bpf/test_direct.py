@@ -56,8 +56,8 @@ class Neighbors:
 
     def next_end(self) -> direct.FlowEnd:
         assert select.select([self.ends.fd], [], [], 5)[0]
-        (end,) = self.ends.read()
-        return end
+        (sample,) = self.ends.read()
+        return self.ends.parse(sample)
 
     def is_captured(self, host: str = PEER4, port: int = PORT) -> bool:
         """Connect, and say whether the agent's listener got it."""
