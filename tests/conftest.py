@@ -90,7 +90,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_is_left_behind() -> Iterator[None]:
+def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = list_leftovers()
     yield
-    assert list_leftovers() - before == set()
+    # Without the lock, what is new may be another session's; and no test here makes anything.
+    if MACHINE_LOCK in request.config.stash:
+        assert list_leftovers() - before == set()
