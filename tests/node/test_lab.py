@@ -13,7 +13,7 @@ from agent.errors import ManifestError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.root
 
@@ -46,19 +46,33 @@ def test_label_enrolls_and_unenrolls_within_a_second_without_a_restart(lab: Lab)
     assert lab.status() == before
 
 
-def test_agent_is_small_and_has_no_compiler(lab: Lab) -> None:
+def memory_mib(pid: int) -> dict[str, float]:
+    """Return the sums of /proc/PID/smaps_rollup, proc(5)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return {name.removesuffix(":"): int(kib) / 1024 for name, kib, _unit in fields}
+
+
+def test_agent_is_small_and_has_no_compiler(lab: Lab, measured: Callable[[str], None]) -> None:
     lab.label_namespace("shop", "ambient")
     for node in lab.cluster().nodes:
-        state = next(lab.agent_states(node, "state"))
-        for pid in [*(worker["pid"] for worker in state["workers"]), *lab._agent_pids(node)]:
-            status = Path(f"/proc/{pid}/status").read_text()
-            (resident,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
-            kib = int(resident.split()[1])
-            print(f"pid {pid}: {kib / 1024:.1f} MiB")  # noqa: T201
-            assert kib < 60 << 10
+        workers = [found["pid"] for found in next(lab.agent_states(node, "state"))["workers"]]
+        proportional = 0.0
+        for pid in lab._agent_pids(node):
+            memory = memory_mib(pid)
+            # What two processes share counts half for each.
+            proportional += memory["Pss"]
+            part = "worker" if pid in workers else "control"
+            measured(
+                f"agent of {node.name} at idle, {part}: resident {memory['Rss']:.1f} MiB,"
+                f" proportional {memory['Pss']:.1f} MiB"
+            )
+            assert memory["Rss"] < 60
             maps = Path(f"/proc/{pid}/maps").read_text()
             assert "libLLVM" not in maps
             assert "libbcc" not in maps
+        measured(f"agent of {node.name} at idle: proportional {proportional:.1f} MiB, all of it")
+        assert proportional < 60
 
 
 def test_up_twice_changes_nothing(lab: Lab) -> None:

@@ -56,3 +56,16 @@ def test_command_line_starts_at_once() -> None:
                        capture_output=True)  # fmt: skip
         took.append(time.monotonic() - began)
     assert min(took) < START_SECONDS
+
+
+def test_netlink_brings_no_other_protocol_of_its_library() -> None:
+    program = (
+        "import json, sys, agent.netlink;"
+        " print(json.dumps([name for name in sys.modules if name.startswith('pyroute2')]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    loaded = set(json.loads(done.stdout))
+    assert "pyroute2.iproute.linux" in loaded
+    assert not loaded & {"pyroute2", "pyroute2.ndb.main", "pyroute2.conntrack", "pyroute2.ipset"}

@@ -1,48 +1,85 @@
-"""The configuration of the Envoy pair: each side proves itself, and trusts one peer only."""
+"""The configuration of the Envoy pair: what a client asks for is what the server answers."""
 
 from __future__ import annotations
 
-from agent.bench.envoy import Credentials, build_client, build_server
+import json
+from typing import Any
 
-OWN = Credentials("/c.pem", "/k.pem", "/r.pem", "spiffe://td/ns/shop/sa/server")
+import pytest
+
+from agent.bench.envoy import Config, Credentials, build_client, build_server
+
+OWN, PEER = "spiffe://cluster.local/ns/shop/sa/own", "spiffe://cluster.local/ns/shop/sa/peer"
+CREDENTIALS = Credentials("chain.pem", "key.pem", "roots.pem", PEER)
+AUTHORITY, APPLICATION = "10.0.0.2:8080", ("127.0.0.1", 9000)
 
 
-def test_client_sends_each_port_through_a_tunnel_to_its_authority() -> None:
-    config = build_client(("10.0.0.2", 15008), [(7001, "10.0.0.3:80"), (7002, "[::1]:81")], OWN)
-    listeners = config["static_resources"]["listeners"]
-    assert [listener["address"]["socket_address"]["port_value"] for listener in listeners] == [
-        7001,
-        7002,
+def built(http2: Config | None = None) -> tuple[Config, Config]:
+    client = build_client(("10.0.0.2", 15008), [(7001, AUTHORITY)], CREDENTIALS, http2)
+    server = build_server(("10.0.0.2", 15008), [(AUTHORITY, APPLICATION)], CREDENTIALS, http2)
+    return client, server
+
+
+def find(part: Any, name: str) -> list[Any]:
+    """List every value of a key, at any depth."""
+    found = []
+    if isinstance(part, dict):
+        found += [value for key, value in part.items() if key == name]
+        part = list(part.values())
+    for below in part if isinstance(part, list) else ():
+        found += find(below, name)
+    return found
+
+
+def address(host: str, port: int) -> Config:
+    return {"address": host, "port_value": port}
+
+
+def test_client_sends_each_of_its_ports_through_a_tunnel_to_the_peer() -> None:
+    client, _server = built()
+    assert find(client["static_resources"]["listeners"], "socket_address") == [
+        address("127.0.0.1", 7001)
     ]
-    tunnels = [
-        listener["filter_chains"][0]["filters"][0]["typed_config"]["tunneling_config"]["hostname"]
-        for listener in listeners
+    assert find(client, "tunneling_config") == [{"hostname": AUTHORITY}]
+    assert find(client["static_resources"]["clusters"], "socket_address") == [
+        address("10.0.0.2", 15008)
     ]
-    assert tunnels == ["10.0.0.3:80", "[::1]:81"]
-    (cluster,) = config["static_resources"]["clusters"]
-    tls = cluster["transport_socket"]["typed_config"]["common_tls_context"]
-    names = tls["validation_context"]["match_typed_subject_alt_names"]
-    assert names == [{"san_type": "URI", "matcher": {"exact": OWN.peer}}]
-    assert tls["tls_params"]["tls_minimum_protocol_version"] == "TLSv1_3"
 
 
-def test_server_requires_a_certificate_and_leads_each_authority_to_its_application() -> None:
-    config = build_server(("0.0.0.0", 15008), [("10.0.0.3:80", ("127.0.0.1", 80))], OWN)
-    (listener,) = config["static_resources"]["listeners"]
-    (chain,) = listener["filter_chains"]
-    assert chain["transport_socket"]["typed_config"]["require_client_certificate"] is True
-    manager = chain["filters"][0]["typed_config"]
-    (host,) = manager["route_config"]["virtual_hosts"]
-    assert host["domains"] == ["10.0.0.3:80"]
-    (cluster,) = config["static_resources"]["clusters"]
-    assert cluster["name"] == host["routes"][0]["route"]["cluster"] == "10.0.0.3:80"
+def test_server_connects_each_authority_to_its_application() -> None:
+    _client, server = built()
+    assert find(server["static_resources"]["listeners"], "socket_address") == [
+        address("10.0.0.2", 15008)
+    ]
+    (route,) = find(server, "route")
+    assert find(server, "domains") == [[AUTHORITY]]
+    (cluster,) = server["static_resources"]["clusters"]
+    assert cluster["name"] == route["cluster"]
+    assert find(cluster, "socket_address") == [address(*APPLICATION)]
+    assert route["timeout"] == "0s"  # a tunnel lasts as long as its connection
 
 
-def test_options_of_http2_reach_both_sides() -> None:
-    small = {"initial_stream_window_size": 65535}
-    client = build_client(("10.0.0.2", 15008), [], OWN, small)["static_resources"]["clusters"][0]
-    (options,) = client["typed_extension_protocol_options"].values()
-    assert options["explicit_http_config"]["http2_protocol_options"] == small
-    server = build_server(("0.0.0.0", 1), [], OWN, small)["static_resources"]["listeners"][0]
-    manager = server["filter_chains"][0]["filters"][0]["typed_config"]
-    assert manager["http2_protocol_options"] == {"allow_connect": True, **small}
+@pytest.mark.parametrize("side", [0, 1], ids=["client", "server"])
+def test_each_side_proves_itself_and_accepts_one_peer(side: int) -> None:
+    (context,) = find(built()[side], "common_tls_context")
+    assert find(context, "filename") == ["chain.pem", "key.pem", "roots.pem"]
+    assert find(context, "exact") == [PEER]
+    assert set(context["tls_params"].values()) == {"TLSv1_3"}
+    assert context["alpn_protocols"] == ["h2"]
+
+
+def test_server_takes_nobody_without_a_certificate() -> None:
+    assert find(built()[1], "require_client_certificate") == [True]
+
+
+def test_settings_of_http2_reach_both_sides() -> None:
+    client, server = built({"initial_stream_window_size": 1 << 20})
+    for side in (client, server):
+        (options,) = find(side, "http2_protocol_options")
+        assert options["initial_stream_window_size"] == 1 << 20
+    assert find(server, "allow_connect") == [True]
+
+
+def test_configuration_is_what_json_can_say() -> None:
+    for side in built():
+        assert json.loads(json.dumps(side)) == side
