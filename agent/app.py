@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import signal
-import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from agent import sandbox
+from agent import readiness, sandbox
 from agent.admin import Admin
 from agent.datapath import links, pins, records
 from agent.datapath.services import ServiceMaps
@@ -25,10 +25,11 @@ from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
 from agent.enroll import Enrollment, enroll, unenroll
 from agent.errors import MapError, SandboxNotFound, SidestepError
-from agent.identity.authority import LocalAuthority
+from agent.identity.client import AuthorityClient
+from agent.identity.keeper import CertificateKeeper
 from agent.kubelet import Probers
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
-from agent.model.identity import SpiffeId
+from agent.model.identity import SpiffeId, parse_spiffe_id
 from agent.model.pod import Exclusions
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.state.store import Snapshot
@@ -36,6 +37,7 @@ from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
 if TYPE_CHECKING:
+    from agent.identity.issuer import Certificate
     from agent.model.pod import LocalPod
     from agent.settings import Settings
 
@@ -59,7 +61,6 @@ class Agent:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._source = DirectorySource(settings.objects)
-        self._authority = LocalAuthority(settings.authority)
         self._pins = pins.load(settings.pin_root)
         self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain)
@@ -67,10 +68,17 @@ class Agent:
         self._desired: dict[str, LocalPod] = {}
         self._enrolled: dict[str, Enrollment] = {}
         self._statuses: dict[str, PodStatus] = {}
-        self._certificates: dict[SpiffeId, messages.PutCertificate] = {}
+        self._wanted: set[SpiffeId] = set()
         self._workers: list[WorkerProcess] = []
         self._stop = asyncio.Event()
         self._is_ready = False
+        asked = settings.authority
+        self._client = AuthorityClient(
+            asked.address, asked.server_name, asked.token, asked.roots, asked.lifetime_seconds
+        )
+        self._keeper = CertificateKeeper(self._client, asked.roots, settings.revoked, random.random)
+        self._keeper.on_certificate = self._on_certificate
+        self._keeper.on_revoked = self._on_revoked
         self._admin = Admin(settings.run_directory / "agent.sock", self._describe)
 
     async def run(self) -> None:
@@ -98,6 +106,7 @@ class Agent:
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(read())
+            tasks.create_task(self._keep_certificates(tasks))
             if self._settings.kubelet_cgroup is not None:
                 probers = Probers(self._pins.maps["ss_probers"], self._settings.kubelet_cgroup)
                 tasks.create_task(probers.follow(self._stop))
@@ -129,6 +138,10 @@ class Agent:
             )
             for pod in snapshot.local_pods.get(self._settings.node, ())
         }
+        # Asked for before the pods are enrolled, so that the first connection need not wait.
+        wanted = {self._identity(pod) for pod in self._desired.values()}
+        for identity in wanted - self._wanted:
+            self._keeper.want(identity, is_waiting=False)
         for uid in self._statuses.keys() - self._desired.keys() - self._enrolled.keys():
             del self._statuses[uid]
         observed = {uid: enrollment.pod for uid, enrollment in self._enrolled.items()}
@@ -138,17 +151,53 @@ class Agent:
                     self._unenroll(step.uid)
                 case Enroll():
                     await self._enroll(step.pod)
+        for identity in self._wanted - wanted:
+            self._keeper.forget(identity)
+            for worker in self._workers:
+                worker.send(messages.RemoveCertificate(str(identity)))
+        self._wanted = wanted
         if not self._is_ready:
             self._is_ready = True
-            _notify_ready()
+            readiness.notify()
         await self._admin.changed()
+
+    def _identity(self, pod: LocalPod) -> SpiffeId:
+        return SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)
+
+    async def _keep_certificates(self, tasks: asyncio.TaskGroup) -> None:
+        def on_change() -> None:
+            tasks.create_task(self._admin.changed())
+
+        self._keeper.on_change = on_change
+        try:
+            await self._keeper.run(self._stop)
+        finally:
+            self._keeper.on_change = lambda: None
+            await self._client.close()
+
+    def _on_certificate(self, issued: Certificate, roots: bytes) -> None:
+        message = messages.PutCertificate(str(issued.identity), issued.chain, issued.key, roots)
+        for worker in self._workers:
+            worker.send(message)
+
+    def _on_revoked(self, _fingerprints: frozenset[bytes]) -> None:
+        for worker in self._workers:
+            self._tell_revoked(worker)
+
+    def _tell_revoked(self, worker: WorkerProcess) -> None:
+        fd = os.memfd_create("revoked", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(b"".join(sorted(self._keeper.revoked)))
+            worker.send(messages.PutRevoked(), [fd])
+        finally:
+            os.close(fd)
 
     async def _enroll(self, pod: LocalPod) -> None:
         netns_fd = -1
         fields = {"pod": f"{pod.namespace}/{pod.name}"}
         try:
             netns_fd = sandbox.open_netns(pod, self._settings.pod_cgroups)
-            self._certify(pod)
             enrollment = enroll(self._pins, pod, netns_fd)
         except SidestepError as error:
             if netns_fd >= 0:
@@ -184,30 +233,33 @@ class Agent:
             self._statuses.pop(uid, None)
         log.info("pod unenrolled", extra={"pod": f"{pod.namespace}/{pod.name}"})
 
-    def _certify(self, pod: LocalPod) -> None:
-        identity = SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)
-        if identity in self._certificates:
-            return
-        issued = self._authority.issue(identity)
-        message = messages.PutCertificate(str(identity), issued.chain, issued.key, issued.roots)
-        self._certificates[identity] = message
-        for worker in self._workers:
-            worker.send(message)
-
     # -- workers ------------------------------------------------------------------------------
 
     def _add_worker(self) -> None:
-        worker = WorkerProcess(self._on_worker_exit)
+        worker = WorkerProcess(self._on_worker_exit, self._on_needed)
         self._workers.append(worker)
-        worker.send(messages.Configure(str(self._pins.directory), self._settings.trust_domain))
-        for certificate in self._certificates.values():
-            worker.send(certificate)
+        settings = self._settings
+        worker.send(
+            messages.Configure(
+                str(self._pins.directory), settings.trust_domain, settings.trust_domain_aliases
+            )
+        )
+        self._tell_revoked(worker)
+        for issued, roots in self._keeper.certificates():
+            worker.send(
+                messages.PutCertificate(str(issued.identity), issued.chain, issued.key, roots)
+            )
         for workload in self._snapshot.workloads:
             worker.send(messages.PutWorkload(workload))
         for service in self._snapshot.services:
             worker.send(messages.PutService(service))
         for enrollment in self._enrolled.values():
             self._tell_pod(worker, enrollment)
+
+    def _on_needed(self, identity: str) -> None:
+        found = parse_spiffe_id(identity)
+        if found in self._wanted:  # else its last pod went meanwhile
+            self._keeper.want(found, is_waiting=True)
 
     def _on_worker_exit(self, worker: WorkerProcess) -> None:
         worker.stop()
@@ -274,6 +326,7 @@ class Agent:
                 for status in self._statuses.values()
             ],
             "workers": [{"pid": worker.pid} for worker in self._workers],
+            "identity": self._keeper.describe(),
         }
 
     def _shut_down(self) -> None:
@@ -288,13 +341,6 @@ class Agent:
         self._admin.stop()
         self._direct.stop()
         self._pins.close()
-
-
-def _notify_ready() -> None:
-    """Tell whoever started us, as sd_notify(3) does."""
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(b"READY=1", path)
 
 
 def _joined(common: Exclusions, own: Exclusions) -> Exclusions:

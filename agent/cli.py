@@ -18,7 +18,9 @@ import click
 from agent.errors import ConfigError, FeatureMissing, SidestepError
 
 # The command NAME is the object NAME of agent.commands.NAME.
-COMMANDS = ("agent", "lab", "demo", "bench", "pods", "maps", "programs", "check")
+COMMANDS = (
+    "agent", "ca", "certs", "lab", "demo", "bench", "pods", "maps", "programs", "check",
+)  # fmt: skip
 
 
 class _Edge(click.Group):

@@ -27,6 +27,24 @@ class ManifestError(ConfigError):
     reason = "manifest_invalid"
 
 
+class KeyExposed(ConfigError):
+    """Others can read a private key or a token (exit code 2)."""
+
+    reason = "key_exposed"
+
+
+class NoAuthority(ConfigError):
+    """The CA's own certificate, key or roots are missing or do not fit together (exit code 2)."""
+
+    reason = "authority_invalid"
+
+
+class RotationRefused(ConfigError):
+    """A stage of the root's rotation would break connections now (exit code 2)."""
+
+    reason = "rotation_refused"
+
+
 class KernelError(SidestepError):
     """The node's kernel refused something."""
 
@@ -69,6 +87,12 @@ class NetlinkError(KernelError):
     reason = "netlink_failed"
 
 
+class KubernetesError(SidestepError):
+    """The cluster's API did not do what was asked."""
+
+    reason = "kubernetes"
+
+
 class IdentityError(SidestepError):
     """A certificate is missing or does not prove what it must."""
 
@@ -81,10 +105,106 @@ class NoCertificate(IdentityError):
     reason = "certificate_missing"
 
 
+class AuthorityUnavailable(IdentityError):
+    """The CA did not answer; it is asked again later, more and more rarely."""
+
+    reason = "authority_unavailable"
+
+
+class AuthorityRefused(IdentityError):
+    """The CA refused to sign, or what it signed is not what was asked for."""
+
+    reason = "authority_refused"
+
+
+class CallerUnknown(IdentityError):
+    """The CA does not know who asks: the token is missing, wrong, or not an agent's."""
+
+    reason = "caller_unknown"
+
+
+class RequestInvalid(IdentityError):
+    """The CA cannot use what was sent: the signing request or its fields are wrong."""
+
+    reason = "request_invalid"
+
+
+class IdentityDenied(IdentityError):
+    """The CA knows the caller, and no pod with that identity runs on the caller's node."""
+
+    reason = "identity_denied"
+
+
+class RevocationInvalid(IdentityError):
+    """The file of revoked certificates cannot be used; the last good one stays in force."""
+
+    reason = "revocation_invalid"
+
+
 class UntrustedPeer(IdentityError):
-    """The peer's certificate does not carry the identity that is required."""
+    """The peer did not prove what it must; the kinds below say why."""
 
     reason = "peer_untrusted"
+
+
+class PeerCertificateMissing(UntrustedPeer):
+    """The peer showed no certificate."""
+
+    reason = "peer_certificate_missing"
+
+
+class PeerAuthorityUnknown(UntrustedPeer):
+    """No trusted root stands behind the peer's certificate."""
+
+    reason = "peer_authority_unknown"
+
+
+class PeerExpired(UntrustedPeer):
+    """The peer's certificate, or one above it, has ended."""
+
+    reason = "peer_expired"
+
+
+class PeerNotYetValid(UntrustedPeer):
+    """The peer's certificate, or one above it, is from the future."""
+
+    reason = "peer_not_yet_valid"
+
+
+class PeerNames(UntrustedPeer):
+    """The peer's certificate does not name exactly one SPIFFE id and nothing else."""
+
+    reason = "peer_names_wrong"
+
+
+class PeerTrustDomain(UntrustedPeer):
+    """The peer belongs to a trust domain that is neither ours nor an alias of it."""
+
+    reason = "peer_trust_domain"
+
+
+class PeerUsage(UntrustedPeer):
+    """The peer's certificate is not meant for what it was used for."""
+
+    reason = "peer_usage_wrong"
+
+
+class PeerIsAuthority(UntrustedPeer):
+    """The peer's certificate is one that signs others, so it names no workload."""
+
+    reason = "peer_is_authority"
+
+
+class PeerUnexpected(UntrustedPeer):
+    """The peer proved an identity, but not that of the workload at its address."""
+
+    reason = "peer_unexpected"
+
+
+class PeerRevoked(UntrustedPeer):
+    """The peer's certificate has been revoked."""
+
+    reason = "peer_revoked"
 
 
 class EnrollError(SidestepError):

@@ -14,6 +14,17 @@ NO_EXCLUSIONS = Exclusions()
 
 
 @dataclass(frozen=True, slots=True)
+class AuthoritySettings:
+    """How the CA is asked; `server_name` is empty for the host of the address."""
+
+    address: str
+    server_name: str
+    token: Path
+    roots: Path
+    lifetime_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What an operator decides; `exclusions` apply to every pod, beside the pod's own."""
 
@@ -22,8 +33,10 @@ class Settings:
     run_directory: Path
     pin_root: Path
     pod_cgroups: Path
-    authority: Path
+    authority: AuthoritySettings
     trust_domain: str = "cluster.local"
+    trust_domain_aliases: tuple[str, ...] = ()
+    revoked: Path | None = None
     worker_count: int = 1
     exclusions: Exclusions = NO_EXCLUSIONS
     has_direct_path: bool = True

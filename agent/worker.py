@@ -5,7 +5,7 @@ socket. Owns TLS, tunnels and relaying, in one thread around one epoll. Knows wh
 it, and reads the flow map. Several workers may serve the same listeners. It ends when the control
 process closes the socket.
 
-Imports neither kubernetes nor grpc nor bcc.
+Imports neither kubernetes nor grpc nor bcc nor cryptography.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from agent.datapath.direct import Verdicts
 from agent.datapath.exemption import exempt
 from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
-from agent.errors import NoCertificate, SidestepError
+from agent.errors import SidestepError
+from agent.identity.verify import FINGERPRINT_BYTES
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
-from agent.tunnel import messages, tls
+from agent.secrecy import keep_memory_private
+from agent.tunnel import messages
+from agent.tunnel.contexts import Contexts
 from agent.tunnel.inbound import Inbound
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
@@ -35,43 +38,14 @@ from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.served import ServedPod, log
 from agent.tunnel.sockets import PodSockets
+from agent.tunnel.trust import Trust
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Mapping
 
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
-
-
-class Contexts:
-    """TLS contexts by identity, made anew when a certificate comes."""
-
-    def __init__(self) -> None:
-        self._certificates: dict[str, messages.PutCertificate] = {}
-        self._contexts: dict[tuple[str, bool], ssl.SSLContext] = {}
-
-    def put(self, certificate: messages.PutCertificate) -> None:
-        self._certificates[certificate.identity] = certificate
-        for is_server in (False, True):
-            self._contexts.pop((certificate.identity, is_server), None)
-
-    def _get(self, identity: str, *, is_server: bool) -> ssl.SSLContext:
-        key = (identity, is_server)
-        if key not in self._contexts:
-            if identity not in self._certificates:
-                raise NoCertificate(f"there is no certificate for {identity} yet")
-            self._contexts[key] = tls.build_context(
-                self._certificates[identity], is_server=is_server
-            )
-        return self._contexts[key]
-
-    def client(self, identity: str) -> ssl.SSLContext:
-        return self._get(identity, is_server=False)
-
-    def server(self, identity: str) -> ssl.SSLContext:
-        return self._get(identity, is_server=True)
 
 
 class Neighbors:
@@ -101,12 +75,16 @@ class Worker:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._reactor = Reactor()
-        self._contexts = Contexts()
+        self._contexts = Contexts(
+            self._reactor,
+            self._ask_for,
+        )
         self._mesh = Mesh()
         self._served: dict[str, ServedPod] = {}
         self._trust_domain = ""
         self._serve_by_port: dict[int, Serve] = {}
         self._pool: Pool | None = None
+        self._trust: Trust | None = None
 
     def run(self) -> None:
         """Serve until the control process goes away."""
@@ -128,6 +106,12 @@ class Worker:
                 self._remove_pod(message.uid)
             case messages.PutCertificate():
                 self._contexts.put(message)
+                if self._pool is not None:
+                    self._pool.renew(message.identity)
+            case messages.RemoveCertificate():
+                self._contexts.remove(message.identity)
+            case messages.PutRevoked():
+                self._put_revoked(fds[0])
             case messages.PutWorkload():
                 self._mesh.put_workload(message.workload)
             case messages.RemoveWorkload():
@@ -143,24 +127,38 @@ class Worker:
         maps = Path(message.pin_directory) / "maps"
         self._trust_domain = message.trust_domain
         pod_sockets = PodSockets(partial(exempt, Map(maps / "ss_exempt")))
-        self._pool = Pool(self._reactor, pod_sockets, message.trust_domain)
+        self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
+        self._pool = Pool(self._reactor, pod_sockets, self._trust)
         outbound = Outbound(
             self._reactor,
             pod_sockets,
             OriginFlows(Map(maps / "ss_origin_flow")),
             self._mesh,
             self._pool,
-            self._contexts.client,
+            self._contexts,
             Neighbors(
                 Verdicts(Map(maps / "ss_verdicts"), Map(maps / "ss_generation")), self._served
             ),
         )
-        inbound = Inbound(self._reactor, pod_sockets, message.trust_domain, self._contexts.server)
+        inbound = Inbound(self._reactor, pod_sockets, self._trust, self._contexts)
         self._serve_by_port = {
             OUTBOUND_PORT: outbound.serve,
             INBOUND_PORT: inbound.serve_plaintext,
             HBONE_PORT: inbound.serve_tunnel,
         }
+
+    def _ask_for(self, identity: str) -> None:
+        with suppress(OSError):  # the control process is gone: the channel's end says so as well
+            messages.send(self._channel, messages.NeedCertificate(identity))
+
+    def _put_revoked(self, fd: int) -> None:
+        # Read at a position: other workers share the file, and its offset with it.
+        packed = os.pread(fd, os.fstat(fd).st_size, 0)
+        os.close(fd)
+        size = FINGERPRINT_BYTES
+        found = frozenset(packed[at : at + size] for at in range(0, len(packed), size))
+        if self._trust is not None:
+            self._trust.revoke(found)
 
     def _add_pod(self, message: messages.AddPod, fds: list[int]) -> None:
         self._remove_pod(message.pod.uid)
@@ -208,6 +206,7 @@ class Worker:
 
 def main() -> None:
     """Run a worker on the message socket whose descriptor is the only argument."""
+    keep_memory_private()
     channel = socket.socket(fileno=int(sys.argv[1]))
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # two descriptors for each connection

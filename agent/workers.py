@@ -26,8 +26,14 @@ SEND_SECONDS = 5.0  # a worker that takes nothing for so long is stuck
 class WorkerProcess:
     """One worker and its message socket."""
 
-    def __init__(self, on_exit: Callable[[WorkerProcess], None]) -> None:
+    def __init__(
+        self,
+        on_exit: Callable[[WorkerProcess], None],
+        on_needed: Callable[[str], None],
+    ) -> None:
+        """Start it; `on_needed(identity)` when a connection waits for a certificate."""
         self._on_exit = on_exit
+        self._on_needed = on_needed
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(SEND_SECONDS)
         with theirs:
@@ -67,9 +73,11 @@ class WorkerProcess:
             self._close()
             self._on_exit(self)
             return
-        message, _fds = received
-        if isinstance(message, messages.Ready) and message.number in self._answers:
-            self._answers.pop(message.number).set_result(None)
+        match received[0]:
+            case messages.Ready(number=number) if number in self._answers:
+                self._answers.pop(number).set_result(None)
+            case messages.NeedCertificate(identity=identity):
+                self._on_needed(identity)
 
     def _close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._channel)

@@ -14,9 +14,11 @@ from agent.datapath import features, links, pins
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
 from agent.model.pod import Exclusions
-from agent.settings import Settings
+from agent.secrecy import keep_memory_private
+from agent.settings import AuthoritySettings, Settings
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _PORT = click.IntRange(1, 65535)
 
@@ -30,8 +32,23 @@ _PORT = click.IntRange(1, 65535)
     "--pod-cgroups", type=_EXISTING, default="/sys/fs/cgroup", show_default=True,
     help="Where the cgroups of this node's pods are.",
 )  # fmt: skip
-@click.option("--authority", type=_EXISTING, required=True, help="Directory of the lab's CA.")
+@click.option("--ca", "ca_address", required=True, metavar="HOST:PORT", help="The mesh's CA.")
+@click.option("--ca-name", default="", help="Name in the CA's certificate, if not its host's.")
+@click.option(
+    "--ca-token", type=_FILE, default="/var/run/secrets/tokens/istio-token", show_default=True,
+    help="File with this agent's token, read for each request.",
+)  # fmt: skip
+@click.option(
+    "--ca-root", type=_FILE, default="/var/run/secrets/istio/root-cert.pem", show_default=True,
+    help="File with the roots to trust, read again when it changes.",
+)  # fmt: skip
+@click.option(
+    "--certificate-lifetime", type=click.IntRange(5), default=24 * 3600, show_default=True,
+    metavar="SECONDS", help="How long certificates are to be valid.",
+)  # fmt: skip
+@click.option("--crl", type=_FILE, help="File with revoked certificates, read when it changes.")
 @click.option("--trust-domain", default="cluster.local", show_default=True)
+@click.option("--trust-domain-alias", multiple=True, help="Another one whose pods are let in.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--exclude-outbound-port", type=_PORT, multiple=True, help="Never captured.")
 @click.option("--exclude-outbound-network", multiple=True, metavar="CIDR", help="Never captured.")
@@ -50,8 +67,14 @@ def agent(
     run_dir: Path,
     pin_root: Path,
     pod_cgroups: Path,
-    authority: Path,
+    ca_address: str,
+    ca_name: str,
+    ca_token: Path,
+    ca_root: Path,
+    certificate_lifetime: int,
+    crl: Path | None,
     trust_domain: str,
+    trust_domain_alias: tuple[str, ...],
     workers: int,
     exclude_outbound_port: tuple[int, ...],
     exclude_outbound_network: tuple[str, ...],
@@ -65,22 +88,25 @@ def agent(
         networks = tuple(ip_network(network) for network in exclude_outbound_network)
     except ValueError as error:
         raise ConfigError(f"--exclude-outbound-network: {error}") from error
+    keep_memory_private()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     exclusions = Exclusions(
         frozenset(exclude_outbound_port), networks, frozenset(exclude_inbound_port)
     )
     settings = Settings(
-        node,
-        objects,
-        run_dir,
-        pin_root,
-        pod_cgroups,
-        authority,
-        trust_domain,
-        workers,
-        exclusions,
-        direct_path,
-        kubelet_cgroup or find_cgroup(links.cgroup_root()),
+        node=node,
+        objects=objects,
+        run_directory=run_dir,
+        pin_root=pin_root,
+        pod_cgroups=pod_cgroups,
+        authority=AuthoritySettings(ca_address, ca_name, ca_token, ca_root, certificate_lifetime),
+        trust_domain=trust_domain,
+        trust_domain_aliases=trust_domain_alias,
+        revoked=crl,
+        worker_count=workers,
+        exclusions=exclusions,
+        has_direct_path=direct_path,
+        kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
     )
     logs.set_up()
 

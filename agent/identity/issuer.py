@@ -9,25 +9,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from agent.model.identity import SpiffeId
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """One identity's certificate; PEM texts. The key is left out of `repr`."""
+    """One identity's certificate; PEM texts, seconds since the epoch. The key is not in `repr`."""
 
     identity: SpiffeId
     chain: bytes
     key: bytes = field(repr=False)
     roots: bytes
-    expires: datetime
+    not_before: float
+    expires: float
 
 
 class Issuer(Protocol):
     """Issues certificates for the pods of this node."""
 
-    def issue(self, identity: SpiffeId) -> Certificate:
-        """Return a fresh certificate (NoCertificate if none can be had)."""
+    async def issue(self, identity: SpiffeId) -> Certificate:
+        """Return a fresh certificate (IdentityError if none can be had)."""
         ...

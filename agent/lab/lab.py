@@ -1,7 +1,7 @@
 """A lab's life: up, down, status, exec.
 
     /run/sidestep/lab/<name>/objects/      what the agents read
-                            /ca/           the certificate authority
+                            /ca/           the certificate authority's key, tokens, roots
                             /logs/         output of agents and pods
                             /<node>/       run directory of the node's agent
                             /cluster.yaml  the description, for commands to come
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -29,7 +30,6 @@ import yaml
 from agent.datapath import links, pins
 from agent.discovery.translate import MODE_LABEL
 from agent.errors import FeatureMissing, LabError, ManifestError
-from agent.identity.authority import LocalAuthority
 from agent.lab import machine
 from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
 
@@ -40,27 +40,33 @@ RUN = Path("/run/sidestep/lab")
 PINS = Path("/sys/fs/bpf/sidestep-lab")
 DEFAULT_CLUSTER = Path(__file__).parents[2] / "deploy/lab/cluster.yaml"
 TRUST_DOMAIN = "cluster.local"
+CA_HOST = "ca.lab"
+CA_PORT = 15012
+CERTIFICATE_SECONDS = 24 * 3600
 READY_SECONDS = 20.0
 STOP_SECONDS = 10.0
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
 
 
 class Lab:
     """One lab by name; several do not disturb each other."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, certificate_seconds: int = CERTIFICATE_SECONDS) -> None:
         """Name a lab (LabError for a name that cannot be part of paths)."""
         if not NAME.fullmatch(name):
             raise LabError(f"lab name {name!r} is not 1 to 20 of a-z, 0-9 and -")
         if os.geteuid() != 0:
             raise FeatureMissing("root is missing: a lab makes namespaces and loads BPF programs")
         self.name = name
+        self.certificate_seconds = certificate_seconds
         self.run = RUN / name
         self.pins = PINS / name
         self.cgroup = links.cgroup_root() / "sidestep-lab" / name
         self.objects = self.run / "objects"
         self.logs = self.run / "logs"
         self.agent_options: tuple[str, ...] = ()  # what `up` adds to each agent's command line
+        self.authority = self.run / "ca"
         self._children: list[subprocess.Popen[bytes]] = []  # ours to reap, if down follows here
 
     # -- names --------------------------------------------------------------------------------
@@ -93,6 +99,10 @@ class Lab:
     def agent_log(self, node: LabNode) -> Path:
         return self.logs / f"agent-{node.name}.log"
 
+    @property
+    def ca_log(self) -> Path:
+        return self.logs / "ca.log"
+
     # -- up -----------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Cluster:
@@ -116,9 +126,13 @@ class Lab:
         for directory in (self.objects, self.logs):
             directory.mkdir(parents=True, exist_ok=True)
         (self.run / "cluster.yaml").write_text(description.read_text())
-        LocalAuthority.create(self.run / "ca", TRUST_DOMAIN)
+        for node in cluster.nodes:
+            self._give_token(node)
+        self._write_tokens(cluster)
 
         fabric = machine.add_namespace(self.netns("fabric").name)
+        machine.address_ca(fabric)
+        ca = self.start_ca()
         for node in cluster.nodes:
             path = machine.add_namespace(self.node_netns(node).name)
             machine.connect_node(fabric, node, path)
@@ -135,6 +149,9 @@ class Lab:
             self.write_object(body)
         for pod in cluster.pods:
             self.write_object(pod.manifest())
+        if ca is not None:
+            ca()
+            say("the certificate authority signs")
         started = [node for node in cluster.nodes if not self._agent_pids(node)]
         self._start_agents(started)
         say(f"{len(started)} agents started and ready")
@@ -206,6 +223,58 @@ class Lab:
         self._stop_agents([self.cgroup / node.name / "agent"])
         self._start_agents([node])
 
+    # -- the certificate authority ------------------------------------------------------------
+
+    def _give_token(self, node: LabNode) -> None:
+        run = self.run / node.name
+        run.mkdir(exist_ok=True, mode=0o700)
+        if not (run / "token").exists():
+            with os.fdopen(os.open(run / "token", CREATE, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32))
+
+    def _write_tokens(self, cluster: Cluster) -> None:
+        self.authority.mkdir(exist_ok=True, mode=0o700)
+        draft = self.authority / "tokens.draft"
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, CREATE, 0o600), "w") as file:
+            for node in cluster.nodes:
+                file.write(f"{(self.run / node.name / 'token').read_text()} {node.name}\n")
+        draft.replace(self.authority / "tokens")
+
+    def ca_pids(self) -> list[int]:
+        """List the processes of the CA."""
+        return machine.processes_of(self.cgroup / "ca")
+
+    def start_ca(self) -> Callable[[], None] | None:
+        """Start the CA, unless it runs; returns what waits until it serves."""
+        (self.cgroup / "ca").mkdir(parents=True, exist_ok=True)
+        if self.ca_pids():
+            return None
+        ready = _bind_notify(self.authority)
+        command = [
+            sys.executable, "-m", "agent.cli", "ca",
+            "--directory", str(self.authority),
+            "--objects", str(self.objects),
+            "--tokens", str(self.authority / "tokens"),
+            "--listen", f"{machine.CA_ADDRESS}:{CA_PORT}",
+            "--host", CA_HOST,
+            "--trust-domain", TRUST_DOMAIN,
+            "--longest", str(self.certificate_seconds),
+        ]  # fmt: skip
+        process = self._launch(
+            self.netns("fabric"),
+            self.cgroup / "ca",
+            command,
+            self.ca_log,
+            env=os.environ | {"NOTIFY_SOCKET": str(self.authority / "notify.sock")},
+        )
+
+        def wait() -> None:
+            with ready:
+                self._wait_ready("the certificate authority", self.ca_log, ready, process)
+
+        return wait
+
     def _agent_pids(self, node: LabNode) -> list[int]:
         return machine.processes_of(self.cgroup / node.name / "agent")
 
@@ -214,10 +283,7 @@ class Lab:
         try:
             for node in nodes:
                 run = self.run / node.name
-                run.mkdir(exist_ok=True, mode=0o700)
-                ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                (run / "notify.sock").unlink(missing_ok=True)
-                ready.bind(str(run / "notify.sock"))
+                ready = _bind_notify(run)
                 command = [
                     sys.executable, "-m", "agent.cli", "agent",
                     "--node", node.name,
@@ -226,7 +292,12 @@ class Lab:
                     "--pins", str(self.pins / node.name),
                     "--pod-cgroups", str(self.pod_cgroups(node)),
                     "--kubelet-cgroup", str(self.kubelet_cgroup(node)),
-                    "--authority", str(self.run / "ca"),
+                    "--ca", f"{machine.CA_ADDRESS}:{CA_PORT}",
+                    "--ca-name", CA_HOST,
+                    "--ca-token", str(run / "token"),
+                    "--ca-root", str(self.authority / "root-cert.pem"),
+                    "--certificate-lifetime", str(self.certificate_seconds),
+                    "--crl", str(self.authority / "revoked.pem"),
                     "--trust-domain", TRUST_DOMAIN,
                     *self.agent_options,
                 ]  # fmt: skip
@@ -239,13 +310,14 @@ class Lab:
                 )
                 waiting.append((node, ready, process))
             for node, ready, process in waiting:
-                self._wait_ready(node, ready, process)
+                named = f"the agent of node {node.name}"
+                self._wait_ready(named, self.agent_log(node), ready, process)
         finally:
             for _node, ready, _process in waiting:
                 ready.close()
 
     def _wait_ready(
-        self, node: LabNode, ready: socket.socket, process: subprocess.Popen[bytes]
+        self, named: str, log: Path, ready: socket.socket, process: subprocess.Popen[bytes]
     ) -> None:
         pidfd = os.pidfd_open(process.pid)
         try:
@@ -253,8 +325,7 @@ class Lab:
         finally:
             os.close(pidfd)
         if ready.fileno() not in found:
-            end = self.agent_log(node).read_text()[-2000:]
-            raise LabError(f"the agent of node {node.name} did not become ready:\n{end}")
+            raise LabError(f"{named} did not become ready:\n{log.read_text()[-2000:]}")
 
     # -- what is there ------------------------------------------------------------------------
 
@@ -346,3 +417,12 @@ class Lab:
                 os.kill(pid, signal.SIGTERM)
         for pid in pids:
             machine.wait_for_exit(pid, STOP_SECONDS)
+
+
+def _bind_notify(directory: Path) -> socket.socket:
+    """Return a socket for the word of a process that it is ready."""
+    ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    path = directory / "notify.sock"
+    path.unlink(missing_ok=True)
+    ready.bind(str(path))
+    return ready

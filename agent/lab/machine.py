@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from agent.lab.cluster import LabNode, LabPod
 
 NETNS_DIRECTORY = Path("/run/netns")
+CA_ADDRESS = "10.243.0.1"
 MS_BIND = 4096  # linux/mount.h
 MNT_DETACH = 2
 KILL_SECONDS = 10.0
@@ -119,6 +120,11 @@ def connect_node(fabric: Path, node: LabNode, node_netns: Path) -> None:
         netlink.add_route(ip_network("::/0"), "eth0", str(node.link6(1)))
 
     within(node_netns, route)
+
+
+def address_ca(fabric: Path) -> None:
+    """Give the fabric the address on which the CA listens, reachable from every node."""
+    within(fabric, lambda: netlink.add_address("lo", ip_interface(CA_ADDRESS)))
 
 
 def connect_pod(node_netns: Path, pod: LabPod, pod_netns: Path) -> None:

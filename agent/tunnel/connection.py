@@ -241,6 +241,10 @@ class Connection:
             self.is_draining = True
             self._output.append(frames.build_goaway(self._last_peer_stream_id, ErrorCode.NO_ERROR))
 
+    def warn(self) -> None:
+        """Ask for no new streams, and serve those that are on the way (RFC 9113 §6.8)."""
+        self._output.append(frames.build_goaway(2**31 - 1, ErrorCode.NO_ERROR))
+
     def close(self, code: int = ErrorCode.NO_ERROR) -> None:
         """Say goodbye: write the output, then close the socket."""
         if not self.is_terminated:

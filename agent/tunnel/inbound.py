@@ -11,7 +11,6 @@ import socket
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
-from agent.errors import NoCertificate
 from agent.model.capture import LISTENER_PORTS
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.model.pod import Address
+    from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.reactor import Reactor
     from agent.tunnel.served import ServedPod
     from agent.tunnel.sockets import PodSockets
+    from agent.tunnel.trust import Trust
 
 
 def parse_authority(authority: str) -> tuple[Address, int]:
@@ -54,13 +55,13 @@ class Inbound:
         self,
         reactor: Reactor,
         pod_sockets: PodSockets,
-        trust_domain: str,
-        server_context: Callable[[str], ssl.SSLContext],
+        trust: Trust,
+        contexts: Contexts,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
-        self._trust_domain = trust_domain
-        self._server_context = server_context
+        self._trust = trust
+        self._contexts = contexts
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -101,15 +102,21 @@ class Inbound:
     ) -> None:
         """Take over a tunnel."""
         source = plain(peer[0])
-        try:
-            context = self._server_context(str(served.identity))
-        except NoCertificate as error:
-            sockets.abort(accepted)
-            log("tunnel refused", pod=served.pod.name, peer=str(source), reason=str(error))
-            return
-        session = Session(self._reactor, accepted, context, Role.SERVER, self._trust_domain)
-        session.on_request = lambda session, event: self._on_request(served, session, event, source)
-        session.on_closed = lambda session, reason: self._on_closed(served, session, source, reason)
+
+        def on_context(context: ssl.SSLContext | None, reason: str) -> None:
+            if context is None:
+                sockets.abort(accepted)
+                log("tunnel refused", pod=served.pod.name, peer=str(source), reason=reason)
+                return
+            session = Session(self._reactor, accepted, context, Role.SERVER, self._trust)
+            session.on_request = lambda session, event: self._on_request(
+                served, session, event, source
+            )
+            session.on_closed = lambda session, reason: self._on_closed(
+                served, session, source, reason
+            )
+
+        self._contexts.server(str(served.identity), on_context)
 
     @staticmethod
     def _on_closed(served: ServedPod, session: Session, source: Address, reason: str) -> None:
@@ -118,6 +125,7 @@ class Inbound:
             pod=f"{served.pod.namespace}/{served.pod.name}",
             peer=str(source),
             peer_identity=str(session.peer) if session.peer else None,
+            code=session.refusal or None,
             reason=reason,
         )
 

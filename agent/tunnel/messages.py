@@ -28,6 +28,7 @@ class Configure:
 
     pin_directory: str
     trust_domain: str
+    trust_domain_aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,18 @@ class PutCertificate:
     chain: bytes
     key: bytes = field(repr=False)
     roots: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveCertificate:
+    """No pod of this node has the identity any more."""
+
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutRevoked:
+    """The fingerprints of all revoked certificates; beside it a memory file that holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +100,16 @@ class RemoveService:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker's only answer: everything sent before `Ask` is in force."""
+    """Everything sent before `Ask` is in force."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class NeedCertificate:
+    """A connection of a worker waits for the certificate of an identity."""
+
+    identity: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +124,25 @@ ToWorker = (
     | AddPod
     | RemovePod
     | PutCertificate
+    | RemoveCertificate
+    | PutRevoked
     | PutWorkload
     | RemoveWorkload
     | PutService
     | RemoveService
     | Ask
 )
+FromWorker = Ready | NeedCertificate
 
 
-def send(channel: socket.socket, message: ToWorker | Ready, fds: list[int] | None = None) -> None:
+def send(
+    channel: socket.socket, message: ToWorker | FromWorker, fds: list[int] | None = None
+) -> None:
     """Send one message with its descriptors."""
     socket.send_fds(channel, [pickle.dumps(message)], fds or [])
 
 
-def receive(channel: socket.socket) -> tuple[ToWorker | Ready, list[int]] | None:
+def receive(channel: socket.socket) -> tuple[ToWorker | FromWorker, list[int]] | None:
     """Receive one message and its descriptors, now the caller's; None at the end."""
     data, fds, _flags, _address = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
     return (pickle.loads(data), fds) if data else None

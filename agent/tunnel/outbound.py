@@ -12,7 +12,6 @@ from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 
-from agent.errors import NoCertificate
 from agent.tunnel import sockets, tcp
 from agent.tunnel.relay import Relay
 from agent.tunnel.served import Access, endpoint
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from agent.model.capture import Origin
     from agent.model.pod import Address
+    from agent.tunnel.contexts import Contexts
     from agent.tunnel.mesh import Mesh, Route
     from agent.tunnel.pool import Pool
     from agent.tunnel.reactor import Reactor
@@ -70,7 +70,7 @@ class Outbound:
         origins: OriginalDestinations,
         mesh: Mesh,
         pool: Pool,
-        client_context: Callable[[str], ssl.SSLContext],
+        contexts: Contexts,
         direct_path: DirectPath,
     ) -> None:
         self._reactor = reactor
@@ -78,7 +78,7 @@ class Outbound:
         self._origins = origins
         self._mesh = mesh
         self._pool = pool
-        self._client_context = client_context
+        self._contexts = contexts
         self._direct_path = direct_path
 
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
@@ -134,12 +134,6 @@ class Outbound:
         authority = endpoint(str(route.address), route.port)
         baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
         headers = {"baggage": baggage, "forwarded": f'for="{access.source}"'}
-        try:
-            context = self._client_context(str(served.identity))
-        except NoCertificate as error:
-            sockets.abort(accepted)
-            access.complete(str(error))
-            return
 
         def refuse(reason: str) -> None:
             sockets.abort(accepted)
@@ -175,4 +169,10 @@ class Outbound:
 
             channel.on_response = on_response
 
-        self._pool.acquire(served, context, workload, route.address, on_session)
+        def on_context(context: ssl.SSLContext | None, reason: str) -> None:
+            if context is None:
+                refuse(reason)
+            else:
+                self._pool.acquire(served, context, workload, route.address, on_session)
+
+        self._contexts.client(str(served.identity), on_context)

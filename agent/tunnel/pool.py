@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from agent.model.capture import HBONE_PORT
 from agent.tunnel import tcp
 from agent.tunnel.connection import Role
+from agent.tunnel.served import log
 from agent.tunnel.session import Session
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from agent.tunnel.reactor import Reactor, Timer
     from agent.tunnel.served import ServedPod
     from agent.tunnel.sockets import PodSockets
+    from agent.tunnel.trust import Trust
 
 STREAMS_PER_TUNNEL = 100
 IDLE_SECONDS = 300.0
@@ -38,6 +40,7 @@ class _Entry:
 
     session: Session | None = None
     is_ready: bool = False
+    is_outdated: bool = False  # our certificate was renewed while it was dialed
     waiters: list[Callable[[Session | None, str], None]] = field(default_factory=list)
     idle: Timer | None = None
 
@@ -45,10 +48,10 @@ class _Entry:
 class Pool:
     """All outbound tunnels of a worker."""
 
-    def __init__(self, reactor: Reactor, pod_sockets: PodSockets, trust_domain: str) -> None:
+    def __init__(self, reactor: Reactor, pod_sockets: PodSockets, trust: Trust) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
-        self._trust_domain = trust_domain
+        self._trust = trust
         self._entries: dict[Key, list[_Entry]] = {}
 
     def acquire(
@@ -89,22 +92,30 @@ class Pool:
     ) -> None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         own = self._sockets.open(served.netns_fd, family)
-        expected = workload.identity(self._trust_domain)
+        expected = workload.identity(self._trust.trust_domain)
 
         def on_connected(error: OSError | None) -> None:
             if error is not None:
                 hint = "; a NetworkPolicy may block it" if isinstance(error, TimeoutError) else ""
                 self._fail(key, entry, f"{address}:{HBONE_PORT} cannot be reached: {error}{hint}")
                 return
-            entry.session = Session(self._reactor, own, context, Role.CLIENT, self._trust_domain)
+            entry.session = Session(self._reactor, own, context, Role.CLIENT, self._trust, expected)
             entry.session.on_ready = on_ready
-            entry.session.on_closed = lambda _session, reason: self._fail(key, entry, reason)
+            entry.session.on_closed = on_closed
             entry.session.on_idle = lambda _session: self._on_idle(entry)
 
+        def on_closed(session: Session, reason: str) -> None:
+            if session.refusal:
+                log(
+                    "tunnel refused",
+                    pod=f"{served.pod.namespace}/{served.pod.name}",
+                    peer=str(address),
+                    code=session.refusal,
+                    reason=reason,
+                )
+            self._fail(key, entry, reason)
+
         def on_ready(session: Session) -> None:
-            if session.peer != expected:
-                session.fail(f"the peer at {address} is {session.peer}, not {expected}")
-                return
             entry.is_ready = True
             waiters, entry.waiters = entry.waiters, []
             for waiter in waiters:
@@ -112,6 +123,8 @@ class Pool:
                     waiter(session, "")
                 else:
                     self.acquire(served, context, workload, address, waiter)
+            if entry.is_outdated:
+                session.drain()
 
         tcp.connect(self._reactor, own, (str(address), HBONE_PORT), on_connected)
 
@@ -135,6 +148,15 @@ class Pool:
             session.close()
         elif entry.idle is None:
             entry.idle = self._reactor.call_later(IDLE_SECONDS, session.close)
+
+    def renew(self, identity: str) -> None:
+        """Dial anew for new streams: there is a new certificate for `identity`."""
+        for key, entries in list(self._entries.items()):
+            if key[1] == identity:
+                for entry in list(entries):
+                    entry.is_outdated = True
+                    if entry.session is not None and entry.is_ready:
+                        entry.session.drain()
 
     def close_pod(self, uid: str) -> None:
         """Close a pod's tunnels that are idle now; the others close when they become idle."""

@@ -14,8 +14,8 @@ import ssl
 from collections import deque
 from typing import TYPE_CHECKING
 
-from agent.errors import UntrustedPeer
-from agent.identity.verify import peer_identity
+from agent.errors import PeerCertificateMissing, UntrustedPeer
+from agent.identity.verify import explain
 from agent.tunnel import sockets
 from agent.tunnel.connection import Connection, Role
 from agent.tunnel.events import (
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from agent.identity.verify import Peer
     from agent.model.identity import SpiffeId
     from agent.tunnel.events import Event
     from agent.tunnel.reactor import Reactor
+    from agent.tunnel.trust import Trust
 
 HANDSHAKE_SECONDS = 5.0
 PING_SECONDS = 10.0
@@ -164,7 +166,8 @@ class Session:
         own: socket.socket,
         context: ssl.SSLContext,
         role: Role,
-        trust_domain: str,
+        trust: Trust,
+        expected: SpiffeId | None = None,
     ) -> None:
         self.on_ready: Callable[[Session], None] = lambda _session: None
         self.on_closed: Callable[[Session, str], None] = lambda _session, _reason: None
@@ -172,9 +175,12 @@ class Session:
         self.on_idle: Callable[[Session], None] = lambda _session: None
         self.connection = Connection(role)
         self.peer: SpiffeId | None = None
+        self.proof: Peer | None = None
+        self.refusal = ""  # the reason code, if it is the peer's certificate that ended it
         self.channels: dict[int, StreamChannel] = {}
         self._reactor = reactor
-        self._trust_domain = trust_domain
+        self._trust = trust
+        self._expected = expected
         self._role = role
         self._tls = context.wrap_socket(
             own, server_side=role is Role.SERVER, do_handshake_on_connect=False
@@ -252,7 +258,9 @@ class Session:
                 if ready & ~WRITE and not self.is_closed:
                     self._read()
         except UntrustedPeer as error:
-            self.fail(str(error))
+            self.refuse(error)
+        except ssl.SSLCertVerificationError as error:
+            self.refuse(explain(error.verify_code, error.verify_message))
         except (ssl.SSLError, OSError) as error:
             self.fail(f"{type(error).__name__}: {error}")
 
@@ -265,11 +273,15 @@ class Session:
         except ssl.SSLWantWriteError:
             self._watch(WRITE)
             return
+        except ssl.SSLError as error:
+            if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+                raise PeerCertificateMissing("the peer showed no certificate") from error
+            raise
         if self._tls.selected_alpn_protocol() != "h2":
             raise UntrustedPeer("the peer does not offer h2 in ALPN")
-        certificate = self._tls.getpeercert() or {}
-        names = certificate.get("subjectAltName", ())
-        self.peer = peer_identity(names, self._trust_domain)  # type: ignore[arg-type]  # typeshed: SAN is pairs
+        self.proof = self._trust.verify(self._tls.getpeercert(binary_form=True), self._expected)
+        self.peer = self.proof.identity
+        self._trust.admit(self)
         self._is_established = True
         self._deadline.cancel()
         self._deadline = self._reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
@@ -406,10 +418,29 @@ class Session:
         self.connection.close()
         self.wants_write()
 
+    def drain(self) -> None:
+        """Take no new streams; those that are open go on, then the client closes."""
+        if self.is_closed:
+            return
+        if self._role is Role.SERVER:
+            self.connection.warn()
+            self.wants_write()
+            return
+        self.connection.is_draining = True
+        if not self.channels:
+            self.on_idle(self)
+
+    def refuse(self, error: UntrustedPeer) -> None:
+        """Close now, because of what the peer's certificate says."""
+        if not self.is_closed:
+            self.refusal = error.reason
+            self.fail(str(error))
+
     def fail(self, reason: str) -> None:
         """Close now; every open stream is aborted."""
         if self.is_closed:
             return
+        self._trust.leave(self)
         self._deadline.cancel()
         if self.connection.has_output and self._is_established:
             # a GOAWAY with the reason's code, if the socket takes it at once

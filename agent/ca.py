@@ -1,0 +1,151 @@
+"""The CA process: build the parts, follow the cluster's state and the key's store, sign.
+
+store -> authority ----+
+tokens -> caller ------+-> service on gRPC
+objects -> placement --+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TYPE_CHECKING
+
+from agent import readiness
+from agent.errors import ConfigError, SidestepError
+from agent.identity.custody import open_authority
+from agent.identity.service import CertificateService, ServerCredentials, Terms, start_server
+from agent.state.placement import Placement
+from agent.state.store import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from datetime import timedelta
+    from typing import Protocol
+
+    from agent.identity.custody import Store
+    from agent.identity.service import Authenticator
+    from agent.model.identity import SpiffeId
+
+    class Source(Protocol):
+        """Where the cluster's state comes from."""
+
+        def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
+            """Yield the state now and after each change."""
+            ...
+
+
+log = logging.getLogger(__name__)
+# A pod that was scheduled a moment ago may not have reached us, though its agent asks already.
+PATIENCE_SECONDS = 1.0
+GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class CaSettings:
+    """What an operator decides of the CA."""
+
+    listen: str
+    hosts: tuple[str, ...]
+    trust_domain: str
+    longest: timedelta
+
+
+class FollowedPlacement:
+    """The newest placement; waits a little for what it does not know yet."""
+
+    def __init__(self) -> None:
+        self._placement = Placement(Snapshot())
+        self._changed = asyncio.Condition()
+
+    async def put(self, snapshot: Snapshot) -> None:
+        async with self._changed:
+            self._placement = Placement(snapshot)
+            self._changed.notify_all()
+
+    async def runs_on(self, node: str, identity: SpiffeId) -> bool:
+        """Whether a pod with that identity is scheduled on the node."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS), self._changed:
+                await self._changed.wait_for(lambda: self._placement.runs_on(node, identity))
+        except TimeoutError:
+            return False
+        return True
+
+
+async def run(
+    settings: CaSettings, store: Store, authenticator: Authenticator, source: Source
+) -> None:
+    """Serve until SIGTERM or SIGINT (ConfigError, NoAuthority, KeyExposed at the start)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    entries = await asyncio.to_thread(store.read)
+    authority = await asyncio.to_thread(open_authority, store, settings.trust_domain)
+    placement = FollowedPlacement()
+    service = CertificateService(
+        authority, authenticator, placement, Terms(settings.trust_domain, settings.longest)
+    )
+    hosts, addresses = split_hosts(settings.hosts)
+    credentials = ServerCredentials(service, hosts, addresses)
+    try:
+        server = await start_server(service, credentials, settings.listen)
+    except RuntimeError as error:
+        raise ConfigError(f"--listen {settings.listen}: {error}") from error
+    log.info(
+        "CA serves",
+        extra={"listen": settings.listen, "root": f"{authority.roots[0].serial_number:x}"},
+    )
+
+    async def follow_source() -> None:
+        is_first = True
+        async for snapshot in source.watch(stop):
+            await placement.put(snapshot)
+            if is_first:
+                is_first = False
+                readiness.notify()
+
+    async def follow_store() -> None:
+        before = entries
+        async for _ in store.changes(stop):
+            try:
+                now = await asyncio.to_thread(store.read)
+                if now == before:
+                    continue
+                service.authority = await asyncio.to_thread(
+                    open_authority, store, settings.trust_domain
+                )
+            except SidestepError as error:
+                # Read between two writes of a rotation, or wrong: what is in memory goes on.
+                log.error(
+                    "the CA's key cannot be read again",
+                    extra={"reason": error.reason, "detail": str(error)},
+                )
+                continue
+            before = now
+            roots = [f"{root.serial_number:x}" for root in service.authority.roots]
+            signer = f"{service.authority.certificate.serial_number:x}"
+            log.info("CA's key or roots changed", extra={"roots": roots, "signs": signer})
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(follow_source())
+            tasks.create_task(follow_store())
+    finally:
+        await server.stop(GRACE_SECONDS)
+
+
+def split_hosts(hosts: tuple[str, ...]) -> tuple[list[str], list[IPv4Address | IPv6Address]]:
+    """Tell DNS names from addresses."""
+    names: list[str] = []
+    addresses: list[IPv4Address | IPv6Address] = []
+    for host in hosts:
+        try:
+            addresses.append(ip_address(host))
+        except ValueError:
+            names.append(host)
+    return names, addresses

@@ -1,0 +1,13 @@
+"""Tell whoever started this process that it serves, as sd_notify(3) does."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def notify() -> None:
+    """Send READY=1 to $NOTIFY_SOCKET, if there is one."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(b"READY=1", path)
