@@ -29,3 +29,5 @@ def set_up() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # It tells of every change of a file, which we tell in our words where it matters.
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)

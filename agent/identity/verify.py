@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from agent.identity.der import CertificateFacts
 
 FINGERPRINT_BYTES = hashlib.sha256().digest_size
-ANY_PURPOSE = bytes.fromhex("551d2500")  # 2.5.29.37.0
 # x509_vfy.h: what OpenSSL's verification says, in our words.
 REFUSALS: dict[int, type[UntrustedPeer]] = {
     2: PeerAuthorityUnknown,  # the issuer's certificate is not there
@@ -50,8 +49,9 @@ REFUSALS: dict[int, type[UntrustedPeer]] = {
     19: PeerAuthorityUnknown,  # an unknown root at the end of the chain
     20: PeerAuthorityUnknown,
     21: PeerAuthorityUnknown,
-    24: PeerAuthorityUnknown,  # signed by something that is no CA
+    24: PeerAuthorityUnknown,  # signed by something that is no CA; 79 since OpenSSL 3
     26: PeerUsage,
+    79: PeerAuthorityUnknown,
 }
 
 
@@ -94,7 +94,7 @@ def verify_peer(certificate: bytes | None, part: Part, revoked: Set[bytes], now:
         raise PeerIsAuthority("the peer shows the certificate of a CA as its own")
     if facts.may_sign_data is False:
         raise PeerUsage("the key of the peer's certificate may not sign")
-    if facts.purposes is not None and not facts.purposes & {part.value, ANY_PURPOSE}:
+    if facts.purposes is not None and part.value not in facts.purposes:
         raise PeerUsage(f"the peer's certificate is not meant for a {part.name.lower()}")
     found = fingerprint(facts.issuer, facts.serial)
     if found in revoked:

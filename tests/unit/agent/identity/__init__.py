@@ -1,1 +1,1 @@
-"""Unit tests of agent.identity."""
+"""Certificates: the signing core, what is verified, when is asked, how the key is kept."""
