@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agent.identity.authority import LocalAuthority
 from agent.model.identity import SpiffeId
 from agent.tunnel import tls
 from agent.tunnel.connection import Role
 from agent.tunnel.messages import PutCertificate
 from agent.tunnel.session import Session
+from agent.tunnel.trust import Trust
+from tests.support.authority import LocalAuthority
 
 if TYPE_CHECKING:
     import socket
@@ -42,7 +43,8 @@ def make_session(
 ) -> Session:
     """Start one end of a tunnel on a connected socket."""
     own.setblocking(False)
-    return Session(reactor, own, context, role, TRUST_DOMAIN)
+    expected = SERVER if role is Role.CLIENT else None
+    return Session(reactor, own, context, role, Trust(reactor, TRUST_DOMAIN), expected)
 
 
 @dataclass
