@@ -97,7 +97,8 @@ def _parse_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"a field of the message has the unknown kind {kind}")
         if at + size > len(data):
             raise ValueError("the message is cut short")
-        yield number, data[at : at + size]
+        if kind == LENGTH:  # none of our fields is a number of fixed size
+            yield number, data[at : at + size]
         at += size
 
 

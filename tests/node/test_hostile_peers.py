@@ -43,8 +43,8 @@ class HandMadePeer:
         """Write what is to be written and read until an event of a kind, or the end."""
         found: list[Event] = []
         while not any(isinstance(event, until) for event in found):
-            self.tls.sendall(self.connection.take_output())
             try:
+                self.tls.sendall(self.connection.take_output())
                 data = self.tls.recv(65536)
             except (ConnectionResetError, ssl.SSLError):
                 break

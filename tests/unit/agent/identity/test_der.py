@@ -90,3 +90,24 @@ def test_name_without_a_common_name_is_no_problem() -> None:
         der.read_certificate(Maker(name).leaf().certificate.public_bytes(DER)).issuer
         == name.public_bytes()[2:]
     )
+
+
+def test_first_version_has_neither_version_nor_extensions() -> None:
+    """As made by hand: serial, algorithm, issuer, validity, and no more."""
+
+    def sequence(*parts: bytes) -> bytes:
+        content = b"".join(parts)
+        return bytes((0x30, len(content))) + content
+
+    moment = b"\x17\x0d990102030405Z"
+    serial, name = b"\x02\x01\x07", sequence(b"\x0c\x01x")
+    fields = [serial, sequence(), name, sequence(moment, moment)]
+    facts = der.read_certificate(sequence(sequence(*fields)))
+    assert (facts.serial, facts.issuer, facts.names) == (7, b"\x0c\x01x", ())
+    assert facts.not_before == datetime(1999, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
+    fields[3] = sequence(moment)
+    with pytest.raises(ValueError, match="not a pair"):
+        der.read_certificate(sequence(sequence(*fields)))
+    fields[0] = sequence()
+    with pytest.raises(ValueError, match="no serial number"):
+        der.read_certificate(sequence(sequence(*fields)))

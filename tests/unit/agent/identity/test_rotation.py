@@ -136,6 +136,10 @@ def test_an_answer_for_a_forgotten_identity_is_dropped() -> None:
     rotation.forget(A)
     assert not rotation.on_issued(A, DAY, 1)
     assert rotation.next_due() is None
+    rotation.want(A, Urgency.PREFETCH, 2)
+    rotation.take(2)
+    rotation.forget(A)
+    rotation.on_failed(A, "authority_unavailable", "away", 3)
     assert rotation.entries == {}
 
 

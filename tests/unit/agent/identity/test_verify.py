@@ -277,6 +277,23 @@ def test_validity_is_checked_without_openssl_as_well(
     assert caught.value.reason == reason
 
 
+BY_SIGNATURE = {name for name, (_make, reason) in WRONG.items() if reason.endswith("unknown")}
+
+
+@pytest.mark.parametrize("name", WRONG.keys() - BY_SIGNATURE - {"the root itself"})
+def test_all_but_signatures_is_checked_without_openssl_as_well(name: str) -> None:
+    make, reason = WRONG[name]
+    certificate = make(Maker()).leaf.certificate.public_bytes(DER)
+    with pytest.raises(errors.UntrustedPeer) as caught:
+        verify.verify_peer(certificate, Part.CLIENT, frozenset(), time.time())
+    assert caught.value.reason == reason
+
+
+def test_no_certificate_is_refused_without_openssl_as_well() -> None:
+    with pytest.raises(errors.PeerCertificateMissing):
+        verify.verify_peer(None, Part.CLIENT, frozenset(), 0)
+
+
 def test_bytes_that_are_no_certificate_are_refused() -> None:
     with pytest.raises(errors.UntrustedPeer):
         verify.verify_peer(b"\x30\x03\x02\x01\x01", Part.CLIENT, frozenset(), 0)

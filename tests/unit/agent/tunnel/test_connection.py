@@ -536,3 +536,19 @@ def test_resets_of_streams_that_were_served_never_end_the_connection() -> None:
         pair.settle()
     assert not pair.server.is_terminated
     assert not pair.client.is_terminated
+
+
+def test_warned_client_opens_no_more_and_what_it_has_opened_is_served() -> None:
+    pair = Pair()
+    first = pair.open()
+    pair.server.warn()
+    on_the_way = pair.client.open_stream("10.0.0.1:81", {})  # before the warning arrives
+    pair.settle()
+    assert not pair.client.may_open
+    asked = [event for event in pair.server_events if isinstance(event, ConnectRequested)]
+    assert [event.stream_id for event in asked] == [first, on_the_way]
+    pair.server.respond(on_the_way, 200)
+    pair.client.send_data(first, b"still here")
+    pair.settle()
+    assert ResponseReceived(on_the_way, 200) in pair.client_events
+    assert data_of(pair.server_events, first) == b"still here"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
+from agent.errors import PeerRevoked, PeerUnexpected
 from agent.model.identity import SpiffeId
 from agent.tunnel import session as session_module
 from agent.tunnel.connection import Limits, Role
@@ -309,3 +311,61 @@ def test_peer_that_answers_no_ping_is_given_up(
     tunnel.until(lambda: tunnel.client.reasons)
     assert tunnel.client.reasons == ["the peer did not answer a ping in time"]
     assert near.seen == ["abort"]
+
+
+# -- certificates that end ----------------------------------------------------------------------
+
+
+def test_warned_client_finishes_its_stream_and_then_says_it_is_idle(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    tunnel.server.session.drain()
+    tunnel.until(lambda: not tunnel.client.session.connection.may_open)
+    near.channel.write(b"after the warning")
+    tunnel.until(lambda: far.received)
+    assert bytes(far.received) == b"after the warning"
+    assert tunnel.client.idle == 0
+    near.channel.abort()
+    assert tunnel.client.idle == 1
+    assert tunnel.client.reasons == tunnel.server.reasons == []
+
+
+def test_drained_client_is_idle_at_once_if_it_has_no_stream(tunnel: Tunnel) -> None:
+    tunnel.client.session.drain()
+    assert tunnel.client.idle == 1
+    assert not tunnel.client.session.connection.may_open
+    tunnel.client.session.fail("closed")
+    tunnel.client.session.drain()  # harmless
+    assert tunnel.client.idle == 1
+
+
+def test_refused_peer_is_named_by_code_and_closed_once(tunnel: Tunnel) -> None:
+    near, _far = tunnel.open()
+    tunnel.client.session.refuse(PeerRevoked("revoked"))
+    tunnel.client.session.refuse(PeerUnexpected("too late"))
+    assert tunnel.client.session.refusal == "peer_revoked"
+    assert tunnel.client.reasons == ["revoked"]
+    assert near.seen == ["abort"]
+    tunnel.until(lambda: tunnel.server.reasons)
+    assert tunnel.server.session.refusal == ""
+
+
+def test_refusals_of_the_handshake_have_their_code(
+    authority: Authority, tmp_path: Path, join: Join
+) -> None:
+    stranger = Authority(tmp_path).context(CLIENT, Role.CLIENT)
+    stranger.verify_mode = ssl.CERT_NONE
+    nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    nobody.check_hostname = False
+    nobody.verify_mode = ssl.CERT_NONE
+    elsewhere = authority.context(SpiffeId("example.org", "shop", "client"), Role.CLIENT)
+    for context, code in (
+        (stranger, "peer_authority_unknown"),
+        (nobody, "peer_certificate_missing"),
+        (elsewhere, "peer_trust_domain"),
+    ):
+        tunnel = join(client=context)
+        run_until(tunnel.reactor, partial(len, tunnel.server.reasons))
+        assert tunnel.server.session.refusal == code
+    tunnel = join(server=authority.context(CLIENT, Role.SERVER))
+    tunnel.until(lambda: tunnel.client.reasons)
+    assert tunnel.client.session.refusal == "peer_unexpected"
