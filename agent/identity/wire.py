@@ -5,7 +5,7 @@
     IstioCertificateResponse   cert_chain = 1 repeated string (PEM, leaf first)
 
 Of the metadata one text is of interest, ImpersonatedIdentity. Five fields do not need protobuf's
-runtime in the agent (docs/decisions/0010-grpc-without-protobuf.md); fields that are not known are
+runtime in the agent (docs/decisions/0006-grpc-without-protobuf.md); fields that are not known are
 skipped, as protobuf demands. Tests compare every byte with the protobuf package.
 
     tag = field number << 3 | kind      kind 0: varint, 1: 8 bytes, 2: length and bytes, 5: 4 bytes
