@@ -98,6 +98,13 @@ def counters(lab: Lab) -> list[dict[str, Any]]:
     return [state["identity"]["counters"] for state in states]
 
 
+def entries(lab: Lab, node: str, message: str) -> list[dict[str, Any]]:
+    """Return the log lines of a node's agent with a message."""
+    (found,) = [known for known in lab.cluster().nodes if known.name == node]
+    lines = [json.loads(line) for line in lab.agent_log(found).read_text().splitlines()]
+    return [line for line in lines if line["message"] == message]
+
+
 def serials(lab: Lab) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in lab.cluster().nodes:
@@ -194,6 +201,10 @@ def test_no_connection_fails_while_certificates_and_the_root_are_replaced(tmp_pa
         for counted in counters(lab):
             assert counted["renewed"] >= 5
             assert counted["failed"] == {}
+        # Each renewal had new tunnels dialed, and those before closed when their streams had ended.
+        closed = entries(lab, "west", "tunnel closed")
+        assert len(closed) >= 5
+        assert {entry["reason"] for entry in closed} == {"the peer closed the tunnel"}
         last = x509.load_pem_x509_certificate((lab.authority / "root-cert.pem").read_bytes())
         assert last.subject != first.subject
         for node in lab.cluster().nodes:
@@ -254,11 +265,7 @@ def test_revoked_certificate_closes_what_it_carries_and_opens_nothing(tmp_path: 
                 assert connection.recv(1) == b""  # its end comes by itself
         with connect(lab) as connection:
             assert not echoes(connection)
-        codes = [
-            entry["code"]
-            for line in lab.agent_log(lab.cluster().nodes[1]).read_text().splitlines()
-            if (entry := json.loads(line))["message"] == "tunnel closed"
-        ]
+        codes = [entry["code"] for entry in entries(lab, "west", "tunnel closed")]
         assert codes
         assert set(codes) == {"peer_revoked"}
         (lab.authority / "revoked.pem").unlink()
