@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.served import ServedPod
 from agent.tunnel.sockets import PodSockets
+from agent.tunnel.trust import Trust
 from tests.support.loop import run_rounds, run_until
 from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, Authority, Witness, make_session
 
@@ -67,7 +69,8 @@ class Setup:
         self.peer = Peer(self.reactor, listener, authority)
         self.context = authority.context(CLIENT, Role.CLIENT)
         # Nothing captures in this namespace, so nothing must be exempt.
-        self.pool = Pool(self.reactor, PodSockets(lambda _own: None), TRUST_DOMAIN)
+        trust = Trust(self.reactor, TRUST_DOMAIN)
+        self.pool = Pool(self.reactor, PodSockets(lambda _own: None), trust)
         pod = LocalPod("uid-client", "shop", "client-0", "client", (OTHER_LOOPBACK,))
         self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
         self.answers: list[tuple[Session | None, str]] = []
@@ -249,3 +252,50 @@ def test_pod_that_leaves_closes_its_tunnels_when_they_are_idle(setup: Setup) -> 
     setup.end_streams(busy)
     setup.until(lambda: busy.is_closed)
     assert not of_twin.is_closed
+
+
+def test_renewed_certificate_gets_new_tunnels_and_open_streams_go_on(setup: Setup) -> None:
+    setup.ask(2)
+    old, _same = setup.wait_answers(2)
+    assert old is not None
+    setup.pool.renew("spiffe://cluster.local/ns/shop/sa/other")
+    setup.ask()
+    assert setup.answers[-1][0] is old
+    setup.pool.renew(str(CLIENT))
+    setup.ask()
+    assert setup.wait_answers(4)[3] is not old
+    setup.until(lambda: len(setup.peer.tunnels[0].requests) == 3)
+    assert not old.is_closed
+    setup.end_streams(old)
+    setup.until(lambda: old.is_closed)
+    assert setup.answers[3][0] is not None
+    assert not setup.answers[3][0].is_closed
+
+
+def test_renewed_certificate_closes_a_tunnel_that_nobody_uses(setup: Setup) -> None:
+    setup.ask()
+    (session,) = setup.wait_answers(1)
+    assert session is not None
+    setup.end_streams(session)
+    setup.pool.renew(str(CLIENT))
+    setup.until(lambda: session.is_closed)
+
+
+def test_tunnel_that_was_dialed_with_the_old_certificate_serves_who_waited_only(
+    setup: Setup,
+) -> None:
+    setup.ask(2)
+    setup.pool.renew(str(CLIENT))
+    first, second = setup.wait_answers(2)
+    assert first is second
+    setup.ask()
+    assert setup.wait_answers(3)[2] is not first
+
+
+def test_refused_peer_is_logged_with_its_code(
+    setup: Setup, capfd: pytest.CaptureFixture[str]
+) -> None:
+    setup.ask(workload=replace(WORKLOAD, service_account="admin"))
+    setup.wait_answers(1)
+    (line,) = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert (line["message"], line["code"]) == ("tunnel refused", "peer_unexpected")
