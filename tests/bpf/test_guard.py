@@ -19,7 +19,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING
 
 import pytest
-from pyroute2 import IPRoute
+from pyroute2.iproute.linux import IPRoute
 
 from agent import enroll, netlink, netns
 from agent.datapath import direct, features, links
