@@ -37,6 +37,8 @@ from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from agent.identity.issuer import Certificate
     from agent.model.pod import LocalPod
     from agent.settings import Settings
@@ -79,6 +81,8 @@ class Agent:
         self._keeper = CertificateKeeper(self._client, asked.roots, settings.revoked, random.random)
         self._keeper.on_certificate = self._on_certificate
         self._keeper.on_revoked = self._on_revoked
+        self._keeper.on_change = lambda: self._tell_watchers()
+        self._tell_watchers: Callable[[], None] = lambda: None
         self._admin = Admin(settings.run_directory / "agent.sock", self._describe)
 
     async def run(self) -> None:
@@ -165,14 +169,14 @@ class Agent:
         return SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)
 
     async def _keep_certificates(self, tasks: asyncio.TaskGroup) -> None:
-        def on_change() -> None:
+        def tell_watchers() -> None:
             tasks.create_task(self._admin.changed())
 
-        self._keeper.on_change = on_change
+        self._tell_watchers = tell_watchers
         try:
             await self._keeper.run(self._stop)
         finally:
-            self._keeper.on_change = lambda: None
+            self._tell_watchers = lambda: None
             await self._client.close()
 
     def _on_certificate(self, issued: Certificate, roots: bytes) -> None:
@@ -270,6 +274,7 @@ class Agent:
                 extra={"pid": worker.pid, "exit_code": worker.process.returncode},
             )
             self._add_worker()
+            self._tell_watchers()
 
     @staticmethod
     def _tell_pod(worker: WorkerProcess, enrollment: Enrollment) -> None:

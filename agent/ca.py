@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # A pod that was scheduled a moment ago may not have reached us, though its agent asks already.
 PATIENCE_SECONDS = 1.0
+# As many as an agent has requests in flight: one that asks for what is not his holds up nobody.
+MOST_WAITING = 8
 GRACE_SECONDS = 2.0
 
 
@@ -60,6 +63,7 @@ class FollowedPlacement:
     def __init__(self) -> None:
         self._placement = Placement(Snapshot())
         self._changed = asyncio.Condition()
+        self._waiting: Counter[str] = Counter()
 
     async def put(self, snapshot: Snapshot) -> None:
         async with self._changed:
@@ -68,11 +72,16 @@ class FollowedPlacement:
 
     async def runs_on(self, node: str, identity: SpiffeId) -> bool:
         """Whether a pod with that identity is scheduled on the node."""
+        if self._placement.runs_on(node, identity) or self._waiting[node] >= MOST_WAITING:
+            return self._placement.runs_on(node, identity)
+        self._waiting[node] += 1
         try:
             async with asyncio.timeout(PATIENCE_SECONDS), self._changed:
                 await self._changed.wait_for(lambda: self._placement.runs_on(node, identity))
         except TimeoutError:
             return False
+        finally:
+            self._waiting[node] -= 1
         return True
 
 

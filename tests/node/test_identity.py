@@ -300,6 +300,22 @@ def write_revoked(lab: Lab, serial: int) -> None:
     draft.replace(lab.authority / "revoked.pem")
 
 
+def test_worker_that_takes_the_place_of_a_dead_one_knows_all_again(tmp_path: Path) -> None:
+    with running(tmp_path) as lab:
+        before = {}
+        for node in lab.cluster().nodes:
+            (worker,) = next(lab.agent_states(node, "state"))["workers"]
+            before[node.name] = worker["pid"]
+            os.kill(worker["pid"], signal.SIGKILL)
+            machine.wait_for_exit(worker["pid"], 10)
+        for node in lab.cluster().nodes:
+            for state in lab.agent_states(node):
+                if [found["pid"] for found in state["workers"]] != [before[node.name]]:
+                    break
+        with connect(lab) as connection:
+            assert echoes(connection)
+
+
 def test_last_pod_of_an_identity_takes_its_certificate_along(tmp_path: Path) -> None:
     with running(tmp_path) as lab:
         lab.write_object(namespace("none"))

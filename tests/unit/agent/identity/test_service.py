@@ -181,6 +181,27 @@ def test_a_pod_that_comes_a_moment_later_is_waited_for(ca: CaProcess) -> None:
     assert asyncio.run(race()).identity == late
 
 
+def test_a_caller_who_asks_for_what_is_not_his_holds_up_nobody(ca: CaProcess) -> None:
+    async def flood() -> tuple[float, list[BaseException | Any]]:
+        greedy, modest = client_for(ca), client_for(ca, "west")
+        asked = [
+            asyncio.ensure_future(greedy.issue(SpiffeId("cluster.local", "shop", f"no-{number}")))  # noqa: TID251  # a test's own tasks
+            for number in range(300)
+        ]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        began = time.monotonic()
+        await modest.issue(SERVER)
+        seconds = time.monotonic() - began
+        refused = await asyncio.gather(*asked, return_exceptions=True)
+        for client in (greedy, modest):
+            await client.close()
+        return seconds, refused
+
+    seconds, refused = asyncio.run(flood())
+    assert seconds < 1  # while the first eight still wait for their pods
+    assert all(isinstance(error, (AuthorityRefused, AuthorityUnavailable)) for error in refused)
+
+
 def test_a_client_that_trusts_another_root_does_not_talk_to_it(
     ca: CaProcess, tmp_path: Path
 ) -> None:
