@@ -21,7 +21,7 @@ import yaml
 from agent.bench import envoy
 from agent.bench.results import PathName, Place
 from agent.bench.servers import ENVOY_SIGN, Server, envoy_command, write_credentials
-from agent.identity.authority import LocalAuthority
+from agent.identity.local import LocalAuthority
 from agent.lab import machine
 from agent.model.identity import SpiffeId
 

@@ -12,7 +12,7 @@ from agent.errors import LabError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from agent.identity.authority import LocalAuthority
+    from agent.identity.local import LocalAuthority
     from agent.model.identity import SpiffeId
 
 READY_SECONDS = 20.0

@@ -18,7 +18,7 @@ from agent.bench.servers import ENVOY_SIGN, Server, envoy_command, write_credent
 from agent.bench.tools import find_envoy
 from agent.datapath import links
 from agent.enroll import enroll, unenroll
-from agent.identity.authority import LocalAuthority
+from agent.identity.local import LocalAuthority
 from agent.model.identity import SpiffeId
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload

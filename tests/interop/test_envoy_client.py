@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from agent.bench.envoy import build_client
-from agent.identity.authority import LocalAuthority
+from agent.identity.local import LocalAuthority
 from agent.model.capture import HBONE_PORT
 from agent.model.identity import SpiffeId
 from tests.interop.conftest import Neighbors, identity

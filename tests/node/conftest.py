@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from agent.enroll import Enrollment, enroll, unenroll
+from agent.identity.local import LocalAuthority
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel import messages
-from tests.support.authority import LocalAuthority
 from tests.support.namespaces import PEER4, PEER6, POD4, POD6, Namespace, Network
 
 if TYPE_CHECKING:

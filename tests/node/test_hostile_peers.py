@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from agent.identity.local import LocalAuthority
 from agent.model.capture import HBONE_PORT
 from agent.model.identity import SpiffeId
 from agent.tunnel import frames, tls
@@ -17,7 +18,6 @@ from agent.tunnel.connection import Connection, Role
 from agent.tunnel.events import ConnectionTerminated, Event, ResponseReceived, StreamReset
 from agent.tunnel.frames import ErrorCode, FrameType
 from tests.node.conftest import TRUST_DOMAIN, MeshPair, RunningWorker, certificate_for
-from tests.support.authority import LocalAuthority
 from tests.support.namespaces import PEER4, POD4
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agent.identity.local import LocalAuthority
 from agent.model.identity import SpiffeId
 from agent.tunnel import tls
 from agent.tunnel.connection import Role
 from agent.tunnel.messages import PutCertificate
 from agent.tunnel.session import Session
 from agent.tunnel.trust import Trust
-from tests.support.authority import LocalAuthority
 
 if TYPE_CHECKING:
     import socket

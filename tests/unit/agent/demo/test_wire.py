@@ -18,10 +18,10 @@ from agent.demo.wire import (
     parse_segment,
     parse_server_hello,
 )
+from agent.identity.local import LocalAuthority
 from agent.model.identity import SpiffeId
 from agent.tunnel import tls
 from agent.tunnel.messages import PutCertificate
-from tests.support.authority import LocalAuthority
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,8 +7,8 @@ import subprocess
 import time
 from typing import TYPE_CHECKING
 
+from agent.identity.local import LocalAuthority
 from agent.model.identity import SpiffeId
-from tests.support.authority import LocalAuthority
 
 if TYPE_CHECKING:
     from pathlib import Path

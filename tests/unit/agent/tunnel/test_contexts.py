@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from agent.identity.local import LocalAuthority
 from agent.tunnel import contexts as contexts_module
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.messages import PutCertificate
 from agent.tunnel.reactor import Reactor
-from tests.support.authority import LocalAuthority
 from tests.support.loop import run_until
 from tests.support.tunnel import CLIENT, TRUST_DOMAIN
 

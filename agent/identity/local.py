@@ -1,4 +1,8 @@
-"""A CA for tests that need certificates and no CA process."""
+"""The CA's signing core in one process, for benchmarks and tests that measure something else.
+
+It checks no caller: who can read the directory can have any identity. The lab and the agents do
+not use it; they ask `sidestep ca`.
+"""
 
 from __future__ import annotations
 
