@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from agent.identity import custody, keys
+from agent.identity import custody, der, keys
 from agent.identity.issuer import Certificate
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class LocalAuthority:
         key = keys.generate()
         csr = keys.build_csr(key, identity).decode()
         *chain, roots = self.core.sign_request(csr, identity, lifetime)
+        text = "".join(chain).encode()
+        facts = der.read_certificate(der.decode_pem(text)[0])
         return Certificate(
-            identity, "".join(chain).encode(), keys.build_pem(key), roots.encode(), 0.0, 0.0
+            identity, text, keys.build_pem(key), roots.encode(), facts.not_before, facts.not_after
         )
