@@ -67,8 +67,10 @@ def test_agent_is_small_and_has_no_compiler(lab: Lab, measured: Callable[[str], 
                 f"agent of {node.name} at idle, {part}: resident {memory['Rss']:.1f} MiB,"
                 f" proportional {memory['Pss']:.1f} MiB"
             )
-            assert memory["Rss"] < 60
+            # gRPC and cryptography are 17 MiB of the control process, most of it shared text.
+            assert memory["Rss"] < (70 if part == "control" else 32)
             maps = Path(f"/proc/{pid}/maps").read_text()
+            assert ("cygrpc" in maps and "cryptography" in maps) == (part == "control")
             assert "libLLVM" not in maps
             assert "libbcc" not in maps
         measured(f"agent of {node.name} at idle: proportional {proportional:.1f} MiB, all of it")
