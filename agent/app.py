@@ -23,6 +23,7 @@ from agent.datapath import links, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
+from agent.enforcement import Enforcement
 from agent.enroll import Enrollment, enroll, unenroll
 from agent.errors import MapError, SandboxNotFound, SidestepError
 from agent.identity.authority import LocalAuthority
@@ -58,11 +59,12 @@ class Agent:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._source = DirectorySource(settings.objects)
+        self._source = DirectorySource(settings.objects, settings.root_namespace)
         self._authority = LocalAuthority(settings.authority)
         self._pins = pins.load(settings.pin_root)
         self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain)
+        self._enforcement = Enforcement(settings.node, settings.trust_domain)
         self._snapshot = Snapshot()
         self._desired: dict[str, LocalPod] = {}
         self._enrolled: dict[str, Enrollment] = {}
@@ -120,6 +122,7 @@ class Agent:
             # Those that are missing go through the agent, which knows them all.
             log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
+        await self._enforce(snapshot)
         common = self._settings.exclusions
         self._desired = {
             pod.uid: replace(
@@ -142,6 +145,21 @@ class Agent:
             self._is_ready = True
             _notify_ready()
         await self._admin.changed()
+
+    async def _enforce(self, snapshot: Snapshot) -> None:
+        """Bring changed policies into force, in the workers and then on the direct path."""
+        told = self._enforcement.change(snapshot)
+        if not told:
+            return
+        for worker in self._workers:
+            for message in told:
+                worker.send(message)
+        for worker in list(self._workers):
+            await worker.wait_in_force()
+        # Only now: what a worker still allowed by the old policies is void with the new generation.
+        self._direct.renew()
+        closed = self._direct.close_unless(self._enforcement.passes)
+        log.info("policies in force", extra={"closed_direct_connections": closed})
 
     async def _enroll(self, pod: LocalPod) -> None:
         netns_fd = -1
@@ -206,6 +224,8 @@ class Agent:
             worker.send(messages.PutWorkload(workload))
         for service in self._snapshot.services:
             worker.send(messages.PutService(service))
+        for message in self._enforcement.introduction():
+            worker.send(message)
         for enrollment in self._enrolled.values():
             self._tell_pod(worker, enrollment)
 

@@ -1,0 +1,75 @@
+"""The control side of policies: what workers are told of a change, and what is judged here.
+
+Workers judge the connections that pass through them. The connections that the kernel carries on the
+direct path are judged here, when something changes. Called by the composition root.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agent.model.condition import Connection
+from agent.model.identity import SpiffeId
+from agent.state.rulebook import Rulebook
+from agent.tunnel import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from agent.datapath.direct import DirectFlow
+    from agent.model.pod import LocalPod
+    from agent.model.policy import AnyPolicy, Labels, PolicyKey
+    from agent.state.store import Snapshot
+
+
+class Enforcement:
+    """The policies of one node's agent."""
+
+    def __init__(self, node: str, trust_domain: str) -> None:
+        self._node = node
+        self._trust_domain = trust_domain
+        self.rulebook = Rulebook()
+        self._labels: dict[str, Labels] = {}
+        self._policies: dict[PolicyKey, AnyPolicy] = {}
+
+    def change(self, after: Snapshot) -> list[messages.ToWorker]:
+        """Take a new state; return what to tell each worker, after its workloads.
+
+        Nothing if neither policies nor the labels of this node's pods have changed.
+        """
+        labels = {each.uid: each.labels for each in after.workloads if each.node == self._node}
+        before, self._policies = self._policies, {policy.key: policy for policy in after.policies}
+        removed = [key for key in before if key not in self._policies]
+        changed = [policy for key, policy in self._policies.items() if before.get(key) != policy]
+        is_same = not removed and not changed and labels == self._labels
+        self._labels = labels
+        for key in removed:
+            self.rulebook.remove(key)
+        for policy in changed:
+            self.rulebook.put(policy)
+        return [] if is_same else list(_told(removed, changed))
+
+    def introduction(self) -> list[messages.ToWorker]:
+        """Return what a new worker must know before it serves a pod."""
+        return list(_told([], list(self._policies.values())))
+
+    def passes(self, flow: DirectFlow, source: LocalPod, destination: LocalPod) -> bool:
+        """Judge a connection on the direct path, whose ends the kernel knows."""
+        labels = self._labels.get(destination.uid)
+        if labels is None:
+            return False
+        identity = SpiffeId(self._trust_domain, source.namespace, source.service_account)
+        connection = Connection(flow.source, identity, flow.destination, flow.destination_port)
+        return self.rulebook.judge(destination.namespace, labels, connection).is_allowed
+
+
+def _told(removed: list[PolicyKey], changed: list[AnyPolicy]) -> Iterator[messages.ToWorker]:
+    if removed:
+        yield messages.RemovePolicies(tuple(removed))
+    for part in _parts(changed, messages.POLICIES_AT_ONCE):
+        yield messages.PutPolicies(tuple(part))
+    yield messages.Enforce()
+
+
+def _parts(policies: list[AnyPolicy], size: int) -> Iterable[list[AnyPolicy]]:
+    return (policies[start : start + size] for start in range(0, len(policies), size))
