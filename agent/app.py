@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent import sandbox
 from agent.admin import Admin
@@ -25,13 +25,14 @@ from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
 from agent.enforcement import Enforcement
 from agent.enroll import Enrollment, enroll, unenroll
-from agent.errors import MapError, SandboxNotFound, SidestepError
+from agent.errors import MapError, RequestRefused, SandboxNotFound, SidestepError
 from agent.identity.authority import LocalAuthority
 from agent.kubelet import Probers
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
 from agent.state.diff import Enroll, Unenroll, diff
+from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
@@ -73,7 +74,11 @@ class Agent:
         self._workers: list[WorkerProcess] = []
         self._stop = asyncio.Event()
         self._is_ready = False
-        self._admin = Admin(settings.run_directory / "agent.sock", self._describe)
+        self._admin = Admin(
+            settings.run_directory / "agent.sock",
+            self._describe,
+            {"policies": self._list_policies, "explain": self._explain},
+        )
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
@@ -275,6 +280,39 @@ class Agent:
         for worker in self._workers:
             for message in told:
                 worker.send(message)
+
+    # -- questions ----------------------------------------------------------------------------
+
+    def _list_policies(self, _arguments: dict[str, Any]) -> object:
+        refused: list[dict[str, object]] = [
+            {
+                "policy": problem.named,
+                "does": None,
+                "state": "refused",
+                "for": None,
+                "rules": None,
+                "pods": [],
+                "warnings": [f"{problem.path}: {problem.detail}"],
+            }
+            for problem in self._source.problems
+            if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
+        ]
+        return refused + self._enforcement.list_policies(self._snapshot)
+
+    def _explain(self, arguments: dict[str, Any]) -> object:
+        explainer = Explainer(
+            self._snapshot,
+            self._enforcement.rulebook,
+            self._settings.trust_domain,
+            self._settings.exclusions,
+            self._settings.has_direct_path,
+        )
+        try:
+            source, destination = str(arguments["source"]), str(arguments["destination"])
+            port = int(arguments["port"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise RequestRefused("explain needs source, destination and port") from error
+        return [each.row() for each in explainer.explain(source, destination, port)]
 
     # -- end ----------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from agent.model.condition import Connection
 from agent.model.identity import SpiffeId
+from agent.model.policy import Policy
+from agent.state.explanation import describe_policy
 from agent.state.rulebook import Rulebook
 from agent.tunnel import messages
 
@@ -28,7 +30,8 @@ class Enforcement:
     def __init__(self, node: str, trust_domain: str) -> None:
         self._node = node
         self._trust_domain = trust_domain
-        self.rulebook = Rulebook()
+        self._rulebook = Rulebook()
+        self._unread: list[AnyPolicy | PolicyKey] = []
         self._labels: dict[str, Labels] = {}
         self._policies: dict[PolicyKey, AnyPolicy] = {}
 
@@ -43,11 +46,16 @@ class Enforcement:
         changed = [policy for key, policy in self._policies.items() if before.get(key) != policy]
         is_same = not removed and not changed and labels == self._labels
         self._labels = labels
-        for key in removed:
-            self.rulebook.remove(key)
-        for policy in changed:
-            self.rulebook.put(policy)
+        self._unread += removed
+        self._unread += changed
         return [] if is_same else list(_told(removed, changed))
+
+    @property
+    def rulebook(self) -> Rulebook:
+        """The policies, indexed at the first question after a change: workers are told before."""
+        unread, self._unread = self._unread, []
+        self._rulebook.change(unread)
+        return self._rulebook
 
     def introduction(self) -> list[messages.ToWorker]:
         """Return what a new worker must know before it serves a pod."""
@@ -61,6 +69,32 @@ class Enforcement:
         identity = SpiffeId(self._trust_domain, source.namespace, source.service_account)
         connection = Connection(flow.source, identity, flow.destination, flow.destination_port)
         return self.rulebook.judge(destination.namespace, labels, connection).is_allowed
+
+    def list_policies(self, snapshot: Snapshot) -> list[dict[str, object]]:
+        """List the policies and the pods of this node that they are about, for people."""
+        own = [pod for pod in snapshot.local_pods.get(self._node, ()) if pod.uid in self._labels]
+        rows: list[dict[str, object]] = []
+        for key, policy in sorted(self._policies.items()):
+            does, state = describe_policy(policy)
+            rows.append(
+                {
+                    "policy": str(key),
+                    "does": does,
+                    "state": state,
+                    "for": ", ".join(policy.targets)
+                    if isinstance(policy, Policy) and policy.targets
+                    else str(policy.scope),
+                    "rules": len(policy.rules) if isinstance(policy, Policy) else None,
+                    "pods": [
+                        f"{pod.namespace}/{pod.name}"
+                        for pod in own
+                        if policy.is_enforced_here
+                        and policy.scope.covers(pod.namespace, self._labels[pod.uid])
+                    ],
+                    "warnings": list(policy.warnings),
+                }
+            )
+        return rows
 
 
 def _told(removed: list[PolicyKey], changed: list[AnyPolicy]) -> Iterator[messages.ToWorker]:

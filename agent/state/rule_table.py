@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from agent.model.condition import Attribute, NetworkSet, TextSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from agent.model.condition import Fact, Facts, Term
     from agent.model.policy import Clause, Match, Policy, PolicyKey, Rule
 
@@ -69,29 +67,29 @@ class Probe(NamedTuple):
                 return ""
 
 
+WHOLE = [Probe(attribute, Form.WHOLE) for attribute in Attribute]
+NETWORKS = {4: Form.NETWORK4, 6: Form.NETWORK6}
 Place = tuple[Probe, "Fact"]
 
 
-def _places_of_term(term: Term, guard: tuple[Match, ...]) -> Iterator[Place]:
+def _places_of_term(term: Term, guard: tuple[Match, ...]) -> list[Place]:
     values, attribute = term.values, term.attribute
-    if isinstance(values, TextSet):
-        if values.is_any:
-            yield Probe(attribute, Form.ANY, 0, guard), ""
-            return
-        whole = Probe(attribute, Form.WHOLE, 0, guard)
-        yield from ((whole, text) for text in values.exact)
-        for text in values.prefixes:
-            yield Probe(attribute, Form.PREFIX, len(text), guard), text
-        for text in values.suffixes:
-            yield Probe(attribute, Form.SUFFIX, len(text), guard), text
-    elif isinstance(values, NetworkSet):
-        for version, host_bits, numbers in values.blocks:
-            form = Form.NETWORK4 if version == 4 else Form.NETWORK6
-            probe = Probe(attribute, form, host_bits, guard)
-            yield from ((probe, number) for number in numbers)
-    else:
-        whole = Probe(attribute, Form.WHOLE, 0, guard)
-        yield from ((whole, port) for port in values.ports)
+    if isinstance(values, NetworkSet):
+        return [
+            (Probe(attribute, NETWORKS[version], host_bits, guard), number)
+            for version, host_bits, numbers in values.blocks
+            for number in numbers
+        ]
+    whole = Probe(attribute, Form.WHOLE, 0, guard) if guard else WHOLE[attribute]
+    if not isinstance(values, TextSet):
+        return [(whole, port) for port in values.ports]
+    if values.is_any:
+        return [(Probe(attribute, Form.ANY, 0, guard), "")]
+    return [
+        *((whole, text) for text in values.exact),
+        *((Probe(attribute, Form.PREFIX, len(text), guard), text) for text in values.prefixes),
+        *((Probe(attribute, Form.SUFFIX, len(text), guard), text) for text in values.suffixes),
+    ]
 
 
 class RuleTable:
@@ -146,13 +144,20 @@ class RuleTable:
         guard: tuple[Match, ...] = ()
         fileable = []
         for clause in rule.clauses:
-            if all(any(not term.is_negated for term in match) for match in clause.matches):
+            if _is_fileable(clause):
                 fileable.append(clause)
             else:
                 guard = guard or clause.matches
         if not fileable:
             return {(Probe(Attribute.DESTINATION_PORT, Form.ALWAYS, guard=guard), "")}
-        return min((self._places_of(clause, guard) for clause in fileable), key=_fullness)[1]
+        fullness, places = self._places_of(fileable[0], guard)
+        for clause in fileable[1:]:
+            if not fullness:
+                break  # no clause does better than empty drawers
+            option = self._places_of(clause, guard)
+            if option[0] < fullness:
+                fullness, places = option
+        return places
 
     def _places_of(self, clause: Clause, guard: tuple[Match, ...]) -> tuple[int, set[Place]]:
         """Return the places of a clause, one term of each match, and how full the fullest is."""
@@ -161,9 +166,9 @@ class RuleTable:
             options = []
             for term in match:
                 if not term.is_negated:
-                    places = list(_places_of_term(term, guard))
-                    options.append((max(map(self._size, places)), places))
-            size, places = min(options, key=_fullness)
+                    places = _places_of_term(term, guard)
+                    options.append((max([self._size(place) for place in places]), places))
+            size, places = min(options, key=_fullness) if len(options) > 1 else options[0]
             fullest = max(fullest, size)
             chosen.update(places)
         return fullest, chosen
@@ -171,6 +176,17 @@ class RuleTable:
     def _size(self, place: Place) -> int:
         drawers = self._drawers.get(place[0])
         return len(drawers.get(place[1], ())) if drawers else 0
+
+
+def _is_fileable(clause: Clause) -> bool:
+    """Tell whether every match asks for a value, and does not only negate."""
+    for match in clause.matches:
+        for term in match:
+            if not term.is_negated:
+                break
+        else:
+            return False
+    return True
 
 
 def _fullness(option: tuple[int, Any]) -> int:

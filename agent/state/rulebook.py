@@ -66,6 +66,14 @@ class Rulebook:
         """Return a policy by its name."""
         return self._policies.get(key)
 
+    def change(self, changes: Iterable[AnyPolicy | PolicyKey]) -> None:
+        """Put the policies and remove those of which only the name is given."""
+        for change in changes:
+            if isinstance(change, PolicyKey):
+                self.remove(change)
+            else:
+                self.put(change)
+
     def put(self, policy: AnyPolicy) -> None:
         """Add or replace a policy."""
         self.remove(policy.key)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agent.model.policy import PeerAuthentication, Policy
 from agent.model.verdict import Basis, Verdict
 from agent.state.rulebook import Rulebook
 
@@ -70,11 +69,7 @@ class Gate:
     def enforce(self) -> int:
         """Bring the changes into force and judge what is open; return how many changes."""
         changes, self._changes = self._changes, []
-        for change in changes:
-            if isinstance(change, (Policy, PeerAuthentication)):
-                self._rulebook.put(change)
-            else:
-                self._rulebook.remove(change)
+        self._rulebook.change(changes)
         for admission in list(self._admissions.values()):
             verdict = self._judge(admission)
             if not verdict.is_allowed and id(admission) in self._admissions:
