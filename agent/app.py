@@ -24,7 +24,7 @@ from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
 from agent.enforcement import Enforcement
-from agent.enroll import Enrollment, enroll, unenroll
+from agent.enroll import Enrollment, enroll, set_strict, unenroll
 from agent.errors import MapError, RequestRefused, SandboxNotFound, SidestepError
 from agent.identity.authority import LocalAuthority
 from agent.kubelet import Probers
@@ -161,10 +161,25 @@ class Agent:
                 worker.send(message)
         for worker in list(self._workers):
             await worker.wait_in_force()
+        for enrollment in self._enrolled.values():
+            self._guard(enrollment)
         # Only now: what a worker still allowed by the old policies is void with the new generation.
         self._direct.renew()
         closed = self._direct.close_unless(self._enforcement.passes)
         log.info("policies in force", extra={"closed_direct_connections": closed})
+
+    def _guard(self, enrollment: Enrollment) -> None:
+        """Hold plaintext that is not captured off a STRICT pod, too."""
+        ports = self._enforcement.plaintext_ports(enrollment.pod)
+        try:
+            set_strict(
+                self._pins, enrollment, is_strict=ports is not None, but=ports or frozenset()
+            )
+        except MapError as error:
+            fields = {"pod": f"{enrollment.pod.namespace}/{enrollment.pod.name}"}
+            log.error(
+                "the guard does not know the pod's mode", extra=fields | {"error": str(error)}
+            )
 
     async def _enroll(self, pod: LocalPod) -> None:
         netns_fd = -1
@@ -183,6 +198,7 @@ class Agent:
                 log.warning("pod not enrolled", extra=fields | {"error": str(error)})
             return
         self._enrolled[pod.uid] = enrollment
+        self._guard(enrollment)
         self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)
         for worker in self._workers:
             self._tell_pod(worker, enrollment)

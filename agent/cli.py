@@ -18,7 +18,18 @@ import click
 from agent.errors import ConfigError, FeatureMissing, SidestepError
 
 # The command NAME is the object NAME of agent.commands.NAME.
-COMMANDS = ("agent", "lab", "demo", "bench", "pods", "policies", "explain", "maps", "programs", "check")
+COMMANDS = (
+    "agent",
+    "lab",
+    "demo",
+    "bench",
+    "pods",
+    "policies",
+    "explain",
+    "maps",
+    "programs",
+    "check",
+)
 
 
 class _Edge(click.Group):

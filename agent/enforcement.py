@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from agent.model.condition import Connection
 from agent.model.identity import SpiffeId
-from agent.model.policy import Policy
+from agent.model.policy import NO_LABELS, Policy
 from agent.state.explanation import describe_policy
 from agent.state.rulebook import Rulebook
 from agent.tunnel import messages
@@ -69,6 +69,10 @@ class Enforcement:
         identity = SpiffeId(self._trust_domain, source.namespace, source.service_account)
         connection = Connection(flow.source, identity, flow.destination, flow.destination_port)
         return self.rulebook.judge(destination.namespace, labels, connection).is_allowed
+
+    def plaintext_ports(self, pod: LocalPod) -> frozenset[int] | None:
+        """Return the only ports at which a STRICT pod takes plaintext; None if it is not STRICT."""
+        return self.rulebook.plaintext_ports(pod.namespace, self._labels.get(pod.uid, NO_LABELS))
 
     def list_policies(self, snapshot: Snapshot) -> list[dict[str, object]]:
         """List the policies and the pods of this node that they are about, for people."""

@@ -1,7 +1,7 @@
 """From AuthorizationPolicy and PeerAuthentication (security.istio.io) to our policies. Pure.
 
 Meaning and corner cases are Istio's; where its code and its pages differ, and where we are
-stricter, docs/decisions/0005-l7-attributes-fail-safe.md says what was chosen. A field that is not
+stricter, docs/decisions/0008-policies-fail-safe.md says what was chosen. A field that is not
 known is an error: a policy with a slip of the pen would otherwise do something else than it says.
 
 An attribute of HTTP cannot be seen on L4. A rule of an ALLOW that has one never matches; in a DENY

@@ -51,5 +51,5 @@ class Verdict:
                 return f"denied: no rule of an ALLOW policy matches, the first is {self.policy}"
             case Basis.STRICT:
                 return f"denied: plaintext, and {self.policy} is STRICT"
-            case Basis.NO_WORKLOAD:
+            case _:
                 return "denied: the pod is not known to the mesh"

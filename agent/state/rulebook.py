@@ -123,6 +123,19 @@ class Rulebook:
                 )
         return verdict
 
+    def plaintext_ports(self, namespace: str, labels: Labels) -> frozenset[int] | None:
+        """Return the only ports at which a pod takes plaintext; None if that is all but a few."""
+        named = {
+            port
+            for group in self._authentications.covering(namespace, labels)
+            for each in group
+            for port, _mode in each.ports
+        }
+        # Port 0 is nobody's: what holds there holds at every port that is not named.
+        if self.strict_at(namespace, labels, 0) is None:
+            return None
+        return frozenset(port for port in named if self.strict_at(namespace, labels, port) is None)
+
     def strict_at(self, namespace: str, labels: Labels, port: int) -> PolicyKey | None:
         """Name the PeerAuthentication that refuses plaintext at a pod's port; None if none does.
 

@@ -146,3 +146,29 @@ def test_unknown_name_is_an_error_of_one_line(lab: Lab) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: nobody is no pod, no service")
+
+
+def test_strict_namespace_takes_no_plaintext_and_its_pods_still_speak(lab: Lab) -> None:
+    node = lab.cluster().nodes[1]
+    url = f"http://{lab.find_pod('server').address4}:8080/"
+    enter = ["nsenter", f"--net={lab.node_netns(node)}"]
+    ask = [*enter, "curl", "-sS", "-m", "5", "-o", "/dev/null", url]
+    assert subprocess.run(ask, check=False, capture_output=True).returncode == 0
+    body = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "PeerAuthentication",
+        "metadata": {"name": "default", "namespace": "shop"},
+        "spec": {"mtls": {"mode": "STRICT"}},
+    }
+    lab.write_object(body)
+    deadline = time.monotonic() + 5
+    while not sidestep(lab, "policies") and time.monotonic() < deadline:
+        pass  # each turn asks the agents
+    assert subprocess.run(ask, check=False, capture_output=True).returncode != 0
+    for server in ("server", "neighbor", "neighbor"):
+        assert fetch(lab, server) == 0
+    (row,) = sidestep(lab, "explain", "192.0.2.1", "server:8080")
+    assert row["decided_by"] == "PeerAuthentication shop/default"
+    command = [sys.executable, "-m", "agent.cli", "pods", "--pins", str(lab.pins), "-o", "json"]
+    pods = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert [row["strict"] for row in pods] == [True, True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -229,3 +230,19 @@ def test_selecting_peer_authentication_of_the_root_namespace_has_no_effect() -> 
     policy = read("PeerAuthentication", spec, namespace="istio-system")
     assert not policy.is_enforced_here
     assert policy.warnings
+
+
+def test_age_may_be_written_without_quotes() -> None:
+    created = datetime(2026, 1, 1, tzinfo=UTC)  # as YAML reads it
+    policy = read("PeerAuthentication", {}, creationTimestamp=created)
+    assert policy.created == "2026-01-01T00:00:00+00:00"
+
+
+def test_selector_and_target_are_too_much() -> None:
+    target = {"kind": "Service", "name": "web"}
+    found = problem("AuthorizationPolicy", {"selector": {}, "targetRef": target})
+    assert found.path == "spec.selector"
+
+
+def test_deny_without_rules_is_warned_of() -> None:
+    assert "denies nothing" in authorization({"action": "DENY"}).warnings[0]

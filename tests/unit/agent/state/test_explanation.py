@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import pytest
 
 from agent.errors import NameUnknown
 from agent.model.pod import Exclusions, LocalPod
+from agent.model.policy import Policy
 from agent.model.service import Endpoint, Service, ServicePort
 from agent.model.workload import Workload
-from agent.state.explanation import Explainer, Explanation
+from agent.state.explanation import Explainer, Explanation, describe_policy
 from agent.state.rulebook import Rulebook
 from agent.state.store import Snapshot
 from tests.support.policies import authentication, authorization, from_account
@@ -145,3 +147,55 @@ def test_advice_names_what_would_change_it(
 def test_unknown_name_is_an_error(name: str) -> None:
     with pytest.raises(NameUnknown, match=name.rpartition(":")[2]):
         explain("client", name)
+
+
+def test_several_pods_or_services_of_one_name_are_an_error() -> None:
+    twins = replace(SERVICES[0], namespace="other"), replace(workload("far"), namespace="other")
+    services, workloads = (*SERVICES, twins[0]), (*SNAPSHOT.workloads, twins[1])
+    snapshot = replace(SNAPSHOT, services=services, workloads=workloads)
+    explainer = Explainer(snapshot, Rulebook(), "cluster.local", Exclusions(), False)
+    with pytest.raises(NameUnknown, match="several services: default/web, other/web"):
+        explainer.explain("client", "web", 80)
+    with pytest.raises(NameUnknown, match="several pods: default/far, other/far"):
+        explainer.explain("client", "far", 80)
+
+
+def test_row_has_plain_values() -> None:
+    (found,) = explain("client", "far", NOT_CLIENT)
+    row = found.row()
+    assert row["verdict"] == "deny"
+    assert row["destination"] == "default/far 10.0.0.3:80"
+    assert row["source_identity"] == "spiffe://cluster.local/ns/default/sa/client"
+    assert explain("client", "bare")[0].row()["verdict"] is None
+    assert explain("client", "far")[0].row()["verdict"] == "allow"
+
+
+def test_dry_run_and_warnings_of_policies_are_told() -> None:
+    assert isinstance(NOT_CLIENT, Policy)
+    dry_run = replace(NOT_CLIENT, is_dry_run=True, warnings=("careful",))
+    (found,) = explain("client", "fd00::3", dry_run)
+    assert "default/not-client" in str(found.row()["dry_run"])
+    assert found.warnings == ("AuthorizationPolicy default/not-client: careful",)
+    assert found.row()["destination"] == "default/far [fd00::3]:80"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (NOT_CLIENT, ("DENY", "in force")),
+        (STRICT, ("STRICT", "in force")),
+        (authentication("u", "UNSET"), ("UNSET", "in force")),
+        (authentication("w", "STRICT", selector={"matchLabels": {"a": "b"}},
+                        portLevelMtls={"80": {"mode": "DISABLE"}}),
+         ("STRICT, 80=DISABLE", "in force")),
+        (authentication("r", "STRICT", "istio-system", selector={"matchLabels": {"a": "b"}}),
+         ("STRICT", "not enforced here")),
+    ],
+)  # fmt: skip
+def test_policies_are_described(policy: AnyPolicy, expected: tuple[str, str]) -> None:
+    assert describe_policy(policy) == expected
+
+
+def test_dry_run_is_described() -> None:
+    assert isinstance(NOT_CLIENT, Policy)
+    assert describe_policy(replace(NOT_CLIENT, is_dry_run=True)) == ("DENY", "dry run")
