@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from agent.tunnel.session import Session
     from agent.tunnel.sockets import PodSockets
 
-DENIED = "denied by a policy at the destination"
+DENIED = "the peer answered 401: denied by a policy at the destination"
 
 
 class OriginalDestinations(Protocol):

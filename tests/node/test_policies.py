@@ -117,7 +117,7 @@ def test_denied_pod_is_reset_and_the_application_never_sees_it(
     assert (entry["path"], entry["verdict"]) == ("hbone", "deny")
     assert entry["policy"] == "AuthorizationPolicy default/not-client rules[0]"
     (told,) = entries(mesh.client.worker, "connection complete")
-    assert told["result"] == "denied by a policy at the destination"
+    assert told["result"] == "the peer answered 401: denied by a policy at the destination"
 
 
 def test_denied_hbone_peer_gets_401(mesh: MeshPair) -> None:
