@@ -15,7 +15,7 @@ import os
 import random
 import signal
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent import readiness, sandbox
 from agent.admin import Admin
@@ -23,8 +23,9 @@ from agent.datapath import links, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
-from agent.enroll import Enrollment, enroll, unenroll
-from agent.errors import MapError, SandboxNotFound, SidestepError
+from agent.enforcement import Enforcement
+from agent.enroll import Enrollment, enroll, set_strict, unenroll
+from agent.errors import MapError, RequestRefused, SandboxNotFound, SidestepError
 from agent.identity.client import AuthorityClient
 from agent.identity.keeper import CertificateKeeper
 from agent.kubelet import Probers
@@ -32,6 +33,7 @@ from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId, parse_spiffe_id
 from agent.model.pod import Exclusions
 from agent.state.diff import Enroll, Unenroll, diff
+from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
@@ -62,10 +64,11 @@ class Agent:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._source = DirectorySource(settings.objects)
+        self._source = DirectorySource(settings.objects, settings.root_namespace)
         self._pins = pins.load(settings.pin_root)
         self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain)
+        self._enforcement = Enforcement(settings.node, settings.trust_domain)
         self._snapshot = Snapshot()
         self._desired: dict[str, LocalPod] = {}
         self._enrolled: dict[str, Enrollment] = {}
@@ -83,7 +86,11 @@ class Agent:
         self._keeper.on_revoked = self._on_revoked
         self._keeper.on_change = lambda: self._tell_watchers()
         self._tell_watchers: Callable[[], None] = lambda: None
-        self._admin = Admin(settings.run_directory / "agent.sock", self._describe)
+        self._admin = Admin(
+            settings.run_directory / "agent.sock",
+            self._describe,
+            {"policies": self._list_policies, "explain": self._explain},
+        )
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
@@ -133,6 +140,7 @@ class Agent:
             # Those that are missing go through the agent, which knows them all.
             log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
+        await self._enforce(snapshot)
         common = self._settings.exclusions
         self._desired = {
             pod.uid: replace(
@@ -197,6 +205,36 @@ class Agent:
         finally:
             os.close(fd)
 
+    async def _enforce(self, snapshot: Snapshot) -> None:
+        """Bring changed policies into force, in the workers and then on the direct path."""
+        told = self._enforcement.change(snapshot)
+        if not told:
+            return
+        for worker in self._workers:
+            for message in told:
+                worker.send(message)
+        for worker in list(self._workers):
+            await worker.wait_in_force()
+        for enrollment in self._enrolled.values():
+            self._guard(enrollment)
+        # Only now: what a worker still allowed by the old policies is void with the new generation.
+        self._direct.renew()
+        closed = self._direct.close_unless(self._enforcement.passes)
+        log.info("policies in force", extra={"closed_direct_connections": closed})
+
+    def _guard(self, enrollment: Enrollment) -> None:
+        """Hold plaintext that is not captured off a STRICT pod, too."""
+        ports = self._enforcement.plaintext_ports(enrollment.pod)
+        try:
+            set_strict(
+                self._pins, enrollment, is_strict=ports is not None, but=ports or frozenset()
+            )
+        except MapError as error:
+            fields = {"pod": f"{enrollment.pod.namespace}/{enrollment.pod.name}"}
+            log.error(
+                "the guard does not know the pod's mode", extra=fields | {"error": str(error)}
+            )
+
     async def _enroll(self, pod: LocalPod) -> None:
         netns_fd = -1
         fields = {"pod": f"{pod.namespace}/{pod.name}"}
@@ -213,6 +251,7 @@ class Agent:
                 log.warning("pod not enrolled", extra=fields | {"error": str(error)})
             return
         self._enrolled[pod.uid] = enrollment
+        self._guard(enrollment)
         self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)
         for worker in self._workers:
             self._tell_pod(worker, enrollment)
@@ -257,6 +296,8 @@ class Agent:
             worker.send(messages.PutWorkload(workload))
         for service in self._snapshot.services:
             worker.send(messages.PutService(service))
+        for message in self._enforcement.introduction():
+            worker.send(message)
         for enrollment in self._enrolled.values():
             self._tell_pod(worker, enrollment)
 
@@ -312,6 +353,39 @@ class Agent:
         for worker in self._workers:
             for message in told:
                 worker.send(message)
+
+    # -- questions ----------------------------------------------------------------------------
+
+    def _list_policies(self, _arguments: dict[str, Any]) -> object:
+        refused: list[dict[str, object]] = [
+            {
+                "policy": problem.named,
+                "does": None,
+                "state": "refused",
+                "for": None,
+                "rules": None,
+                "pods": [],
+                "warnings": [f"{problem.path}: {problem.detail}"],
+            }
+            for problem in self._source.problems
+            if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
+        ]
+        return refused + self._enforcement.list_policies(self._snapshot)
+
+    def _explain(self, arguments: dict[str, Any]) -> object:
+        explainer = Explainer(
+            self._snapshot,
+            self._enforcement.rulebook,
+            self._settings.trust_domain,
+            self._settings.exclusions,
+            self._settings.has_direct_path,
+        )
+        try:
+            source, destination = str(arguments["source"]), str(arguments["destination"])
+            port = int(arguments["port"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise RequestRefused("explain needs source, destination and port") from error
+        return [each.row() for each in explainer.explain(source, destination, port)]
 
     # -- end ----------------------------------------------------------------------------------
 

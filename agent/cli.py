@@ -19,7 +19,8 @@ from agent.errors import ConfigError, FeatureMissing, SidestepError
 
 # The command NAME is the object NAME of agent.commands.NAME.
 COMMANDS = (
-    "agent", "ca", "certs", "lab", "demo", "bench", "pods", "maps", "programs", "check",
+    "agent", "ca", "lab", "demo", "bench", "pods", "policies", "explain", "certs", "maps",
+    "programs", "check",
 )  # fmt: skip
 
 

@@ -219,6 +219,30 @@ class SandboxNotFound(EnrollError):
     reason = "sandbox_not_found"
 
 
+class AdminError(SidestepError):
+    """A command could not learn from an agent what it asked for."""
+
+    reason = "admin"
+
+
+class AgentUnreachable(AdminError):
+    """No agent answers at its socket."""
+
+    reason = "agent_unreachable"
+
+
+class RequestRefused(AdminError):
+    """The agent cannot answer what it was asked."""
+
+    reason = "request_refused"
+
+
+class NameUnknown(AdminError):
+    """A name is of no pod, service or address, or of several."""
+
+    reason = "name_unknown"
+
+
 class LabError(SidestepError):
     """The lab's description or the machine does not allow what was asked."""
 

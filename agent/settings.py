@@ -41,3 +41,4 @@ class Settings:
     exclusions: Exclusions = NO_EXCLUSIONS
     has_direct_path: bool = True
     kubelet_cgroup: Path | None = None
+    root_namespace: str = "istio-system"

@@ -53,6 +53,10 @@ class WorkerProcess:
         """Tell the worker; a dead one is noticed at its socket, not here."""
         try:
             messages.send(self._channel, message, fds)
+        except TimeoutError:
+            # It would go on with a state that nobody knows; a new one learns everything.
+            log.error("worker is stuck and is ended", extra={"pid": self.pid})
+            self.process.kill()
         except OSError as error:
             log.warning("worker takes no messages", extra={"pid": self.pid, "error": str(error)})
 

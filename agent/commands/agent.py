@@ -61,6 +61,10 @@ _PORT = click.IntRange(1, 65535)
     "--kubelet-cgroup", type=_DIRECTORY,
     help="Whose probes reach the pods; by default the usual cgroups are looked for.",
 )  # fmt: skip
+@click.option(
+    "--root-namespace", default="istio-system", show_default=True,
+    help="Policies in it are about the whole mesh.",
+)  # fmt: skip
 def agent(
     node: str,
     objects: Path,
@@ -81,6 +85,7 @@ def agent(
     exclude_inbound_port: tuple[int, ...],
     direct_path: bool,
     kubelet_cgroup: Path | None,
+    root_namespace: str,
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
     features.require()
@@ -107,6 +112,7 @@ def agent(
         exclusions=exclusions,
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
+        root_namespace=root_namespace,
     )
     logs.set_up()
 

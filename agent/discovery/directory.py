@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import watchfiles
 import yaml
 
+from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
 from agent.discovery.translate import REDIRECTION, ObjectProblem, SourcedObject, translate
 from agent.errors import ConfigError
 
@@ -57,11 +58,12 @@ def read_objects(path: Path) -> list[SourcedObject]:
 class DirectorySource:
     """Reads the directory at each change; remembers the last good content of each file."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, root_namespace: str = DEFAULT_ROOT_NAMESPACE) -> None:
         """Name the directory (ConfigError if it is not there)."""
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory of Kubernetes objects")
         self._directory = directory
+        self._root_namespace = root_namespace
         self._status = directory / STATUS
         self._status.mkdir(exist_ok=True)
         self._good: dict[Path, list[SourcedObject]] = {}
@@ -97,17 +99,20 @@ class DirectorySource:
                 continue
             try:
                 objects = read_objects(path)
-                wrong = translate(objects).problems
+                wrong = translate(objects, self._root_namespace).problems
             except ObjectProblem as problem:
                 objects, wrong = [], (problem,)
             problems += wrong
-            good[path] = self._good.get(path, []) if wrong else objects
+            # A file that was never good still says what its usable objects say.
+            good[path] = self._good.get(path, objects) if wrong else objects
         self._good = good
         status = self._read_status(problems)
         translation = translate(
-            [_with_status(source, status) for objects in good.values() for source in objects]
+            [_with_status(source, status) for objects in good.values() for source in objects],
+            self._root_namespace,
         )
-        self._report((*problems, *translation.problems))
+        named = {str(problem): problem for problem in (*problems, *translation.problems)}
+        self._report(tuple(named.values()))
         return translation.snapshot
 
     def _read_status(self, problems: list[ObjectProblem]) -> dict[tuple[str, str], str]:

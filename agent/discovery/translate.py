@@ -4,6 +4,7 @@
     Namespace      -> the default of its pods' wish for the mesh
     Service        -> Service
     EndpointSlice  -> the endpoints of a Service
+    AuthorizationPolicy, PeerAuthentication -> policies, see `policies`
 
 Other kinds are not read. An object that cannot be used is left out and becomes a problem
 that names file, object, field and reason; it never disturbs another object. Whoever calls
@@ -13,11 +14,15 @@ identities and of paths.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
+from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
+from agent.discovery.policies import (
+    DEFAULT_ROOT_NAMESPACE,
+    read_authorization_policy,
+    read_peer_authentication,
+)
 from agent.errors import ManifestError
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.service import Endpoint, Service, ServicePort
@@ -25,9 +30,10 @@ from agent.model.workload import Workload
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-    from agent.model.pod import Address, Network
+    from agent.model.pod import Address
+    from agent.model.policy import AnyPolicy
 
 MODE_LABEL = "istio.io/dataplane-mode"
 SERVICE_LABEL = "kubernetes.io/service-name"
@@ -38,11 +44,6 @@ EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
 # On a pod or, for all its pods, on a namespace; the pod's own word counts.
 DIRECT_PATH = "sidestep.io/direct-path"
 DIRECT_PATH_WORDS = {"": None, "enabled": True, "disabled": False}
-
-# RFC 1123, as Kubernetes checks names; a uid is free text there, and part of a path here.
-LABEL_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
-SUBDOMAIN_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9.]*[a-z0-9])?", re.ASCII)
-UID = re.compile(r"[A-Za-z0-9][-_.A-Za-z0-9]{0,127}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,106 +73,6 @@ class ObjectProblem(ManifestError):
         self.detail = detail
 
 
-class _WrongField(Exception):
-    """A field cannot be used; never leaves this module."""
-
-    def __init__(self, path: str, detail: str) -> None:
-        super().__init__(path, detail)
-        self.path = path
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class _Field:
-    """A value of unknown shape with its path; None is an absent field."""
-
-    value: object
-    path: str
-
-    def get(self, key: str) -> _Field:
-        """Go to a member; of an absent field every member is absent."""
-        path = f"{self.path}[{key}]" if "/" in key else f"{self.path}.{key}".lstrip(".")
-        if self.value is None:
-            return _Field(None, path)
-        if not isinstance(self.value, dict):
-            raise self.wrong("must be a mapping")
-        return _Field(self.value.get(key), path)
-
-    def items(self) -> Iterator[_Field]:
-        """Go through the items of a list; an absent one has none."""
-        if self.value is None:
-            return
-        if not isinstance(self.value, list):
-            raise self.wrong("must be a list")
-        for index, value in enumerate(self.value):
-            yield _Field(value, f"{self.path}[{index}]")
-
-    def text(self, default: str | None = None) -> str:
-        """Read a string; without a default the field is required."""
-        if self.value is None and default is not None:
-            return default
-        if self.value is None:
-            raise self.wrong("is required")
-        if not isinstance(self.value, str):
-            raise self.wrong(f"must be a string, not {self.value!r}: quote it")
-        return self.value
-
-    def name(self, pattern: re.Pattern[str], default: str | None = None) -> str:
-        """Read a string that becomes part of an identity or a path."""
-        text = self.text(default)
-        if not pattern.fullmatch(text):
-            raise self.wrong(f"{text!r} is not a valid name")
-        return text
-
-    def port(self) -> int:
-        """Read a port number."""
-        if self.value is None:
-            raise self.wrong("is required")
-        if type(self.value) is not int or not 1 <= self.value <= 65535:  # a bool is an int
-            raise self.wrong(f"{self.value!r} is not a port from 1 to 65535")
-        return self.value
-
-    def flag(self, *, default: bool) -> bool:
-        """Read a boolean."""
-        if self.value is None:
-            return default
-        if not isinstance(self.value, bool):
-            raise self.wrong(f"must be true or false, not {self.value!r}")
-        return self.value
-
-    def address(self) -> Address:
-        """Read an IP address."""
-        try:
-            return ip_address(self.text())
-        except ValueError:
-            raise self.wrong(f"{self.value!r} is not an IP address") from None
-
-    def ports(self) -> frozenset[int]:
-        """Read a comma-separated list of ports."""
-        # int() alone would accept "+80", "8_0" and digits of other scripts
-        return frozenset(
-            _Field(int(item) if item.isascii() and item.isdecimal() else item, self.path).port()
-            for item in self._listed()
-        )
-
-    def networks(self) -> tuple[Network, ...]:
-        """Read a comma-separated list of CIDRs; a bare address is a network of one."""
-        networks: list[Network] = []
-        for item in self._listed():
-            try:
-                networks.append(ip_network(item, strict=False))
-            except ValueError:
-                raise self.wrong(f"{item!r} is not an IP range such as 10.0.0.0/8") from None
-        return tuple(networks)
-
-    def _listed(self) -> list[str]:
-        return [item.strip() for item in self.text("").split(",") if item.strip()]
-
-    def wrong(self, detail: str) -> _WrongField:
-        """Make the error that names this field."""
-        return _WrongField(self.path or "object", detail)
-
-
 @dataclass(frozen=True, slots=True)
 class _Pod:
     workload: Workload
@@ -189,15 +90,22 @@ class _Gathered:
     may_go_direct: dict[str, bool | None] = field(default_factory=dict)
     services: dict[tuple[str, str], Service] = field(default_factory=dict)
     endpoints: dict[tuple[str, str], dict[Address, dict[str, int]]] = field(default_factory=dict)
+    root_namespace: str = DEFAULT_ROOT_NAMESPACE
+    policies: list[AnyPolicy] = field(default_factory=list)
 
 
-def translate(objects: Iterable[SourcedObject]) -> Translation:
-    """Translate all objects of a source; of two objects with one name the first is used."""
-    gathered = _Gathered()
+def translate(
+    objects: Iterable[SourcedObject], root_namespace: str = DEFAULT_ROOT_NAMESPACE
+) -> Translation:
+    """Translate all objects of a source; of two objects with one name the first is used.
+
+    Policies in `root_namespace` are about the whole mesh.
+    """
+    gathered = _Gathered(root_namespace=root_namespace)
     problems: list[ObjectProblem] = []
     seen: dict[str, str] = {}
     for source in objects:
-        body = _Field(source.body, "")
+        body = Field(source.body, "")
         named = describe(source.body)
         try:
             read = READERS.get((body.get("apiVersion").text(), body.get("kind").text()))
@@ -207,7 +115,7 @@ def translate(objects: Iterable[SourcedObject]) -> Translation:
                 raise body.get("metadata").get("name").wrong(f"is defined in {seen[named]} already")
             read(body, gathered)
             seen[named] = source.file
-        except _WrongField as wrong:
+        except WrongField as wrong:
             problems.append(ObjectProblem(source.file, named, wrong.path, wrong.detail))
     return Translation(_build_snapshot(gathered), tuple(problems))
 
@@ -259,10 +167,11 @@ def _build_snapshot(gathered: _Gathered) -> Snapshot:
         workloads=tuple(pod.workload for pod in pods),
         services=tuple(services),
         local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
+        policies=tuple(sorted(gathered.policies, key=lambda policy: policy.key)),
     )
 
 
-def _read_namespace(body: _Field, gathered: _Gathered) -> None:
+def _read_namespace(body: Field, gathered: _Gathered) -> None:
     metadata = body.get("metadata")
     name = metadata.get("name").name(LABEL_NAME)
     may_go_direct = _read_direct_path(metadata.get("annotations"))
@@ -270,14 +179,14 @@ def _read_namespace(body: _Field, gathered: _Gathered) -> None:
     gathered.may_go_direct[name] = may_go_direct
 
 
-def _read_direct_path(annotations: _Field) -> bool | None:
+def _read_direct_path(annotations: Field) -> bool | None:
     entry = annotations.get(DIRECT_PATH)
     if entry.text("") not in DIRECT_PATH_WORDS:
         raise entry.wrong(f"must be enabled or disabled, not {entry.value!r}")
     return DIRECT_PATH_WORDS[entry.text("")]
 
 
-def _read_pod(body: _Field, gathered: _Gathered) -> None:
+def _read_pod(body: Field, gathered: _Gathered) -> None:
     metadata, spec, status = body.get("metadata"), body.get("spec"), body.get("status")
     annotations = metadata.get("annotations")
     uid = metadata.get("uid").name(UID)
@@ -290,6 +199,9 @@ def _read_pod(body: _Field, gathered: _Gathered) -> None:
         service_account=spec.get("serviceAccountName").name(SUBDOMAIN_NAME, "default"),
         addresses=_read_pod_addresses(status),
         is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
+        labels=frozenset(
+            (str(name), item.text()) for name, item in metadata.get("labels").members()
+        ),
     )
     exclusions = Exclusions(
         outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
@@ -310,14 +222,14 @@ def _read_pod(body: _Field, gathered: _Gathered) -> None:
     gathered.pods[uid] = _Pod(workload, known_mode, exclusions, may_go_direct)
 
 
-def _read_pod_addresses(status: _Field) -> tuple[Address, ...]:
+def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
     addresses = tuple(item.get("ip").address() for item in status.get("podIPs").items())
     if not addresses and status.get("podIP").text(""):
         addresses = (status.get("podIP").address(),)
     return addresses
 
 
-def _read_service(body: _Field, gathered: _Gathered) -> None:
+def _read_service(body: Field, gathered: _Gathered) -> None:
     metadata, spec = body.get("metadata"), body.get("spec")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     name = metadata.get("name").name(SUBDOMAIN_NAME)
@@ -331,7 +243,7 @@ def _read_service(body: _Field, gathered: _Gathered) -> None:
     gathered.services[namespace, name] = Service(namespace, name, addresses, ports, ())
 
 
-def _read_endpoint_slice(body: _Field, gathered: _Gathered) -> None:
+def _read_endpoint_slice(body: Field, gathered: _Gathered) -> None:
     metadata = body.get("metadata")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     metadata.get("name").name(SUBDOMAIN_NAME)
@@ -356,9 +268,21 @@ def _read_endpoint_slice(body: _Field, gathered: _Gathered) -> None:
         endpoints.setdefault(address, {}).update(ports)
 
 
-READERS: dict[tuple[str, str], Callable[[_Field, _Gathered], None]] = {
+def _read_authorization_policy(body: Field, gathered: _Gathered) -> None:
+    gathered.policies.append(read_authorization_policy(body, gathered.root_namespace))
+
+
+def _read_peer_authentication(body: Field, gathered: _Gathered) -> None:
+    gathered.policies.append(read_peer_authentication(body, gathered.root_namespace))
+
+
+READERS: dict[tuple[str, str], Callable[[Field, _Gathered], None]] = {
     ("v1", "Pod"): _read_pod,
     ("v1", "Namespace"): _read_namespace,
     ("v1", "Service"): _read_service,
     ("discovery.k8s.io/v1", "EndpointSlice"): _read_endpoint_slice,
+    ("security.istio.io/v1", "AuthorizationPolicy"): _read_authorization_policy,
+    ("security.istio.io/v1beta1", "AuthorizationPolicy"): _read_authorization_policy,
+    ("security.istio.io/v1", "PeerAuthentication"): _read_peer_authentication,
+    ("security.istio.io/v1beta1", "PeerAuthentication"): _read_peer_authentication,
 }

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.model.identity import SpiffeId
+from agent.model.policy import NO_LABELS
 
 if TYPE_CHECKING:
     from agent.model.pod import Address
+    from agent.model.policy import Labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Workload:
     service_account: str
     addresses: tuple[Address, ...]
     is_hbone: bool
+    labels: Labels = NO_LABELS
 
     def identity(self, trust_domain: str) -> SpiffeId:
         """Name the identity that the workload must prove."""

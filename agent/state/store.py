@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from agent.model.pod import LocalPod
+    from agent.model.policy import AnyPolicy
     from agent.model.service import Service
     from agent.model.workload import Workload
 
@@ -25,3 +26,4 @@ class Snapshot:
     workloads: tuple[Workload, ...] = ()
     services: tuple[Service, ...] = ()
     local_pods: Mapping[str, tuple[LocalPod, ...]] = field(default_factory=dict)
+    policies: tuple[AnyPolicy, ...] = ()

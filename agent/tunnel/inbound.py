@@ -2,7 +2,11 @@
 
 The application is dialed inside the pod with the client's own address as source, so it sees who
 connects. 200 is sent when that connection stands, 503 when it does not, 400 for a request that is
-not for this pod. To the peer goes a code, never a text.
+not for this pod, 401 for one that policy denies; plaintext that is denied is reset. To the peer
+goes a code, never a text.
+
+Every connection is registered at the gate before it is judged, and closed when a change of policy
+denies it, whether the application has been reached yet or not.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import socket
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
+from agent.errors import SidestepError
 from agent.model.capture import LISTENER_PORTS
+from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.relay import Relay
@@ -26,7 +32,9 @@ if TYPE_CHECKING:
     from agent.model.pod import Address
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
+    from agent.tunnel.gate import Admission, Gate
     from agent.tunnel.reactor import Reactor
+    from agent.tunnel.relay import Channel
     from agent.tunnel.served import ServedPod
     from agent.tunnel.sockets import PodSockets
     from agent.tunnel.trust import Trust
@@ -57,11 +65,13 @@ class Inbound:
         pod_sockets: PodSockets,
         trust: Trust,
         contexts: Contexts,
+        gate: Gate,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
         self._trust = trust
         self._contexts = contexts
+        self._gate = gate
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -78,22 +88,28 @@ class Inbound:
             sockets.abort(accepted)
             access.complete("the port is the agent's own")
             return
+        admission = self._gate.admit(served.pod.uid, Connection(source, None, address, port))
+
+        def refuse(reason: str) -> None:
+            sockets.abort(accepted)
+            _complete(admission, access, reason)
+
+        if not admission.verdict.is_allowed:
+            refuse(str(admission.verdict))
+            return
+        admission.on_revoked = lambda verdict: refuse(f"closed: {verdict}")
 
         def on_dialed(dialed: TcpChannel | None, reason: str) -> None:
-            if dialed is None:
-                sockets.abort(accepted)
-                access.complete(reason)
-                return
-            left = TcpChannel(self._reactor, accepted)
-            Relay(
-                left,
-                dialed,
-                lambda sent, received, aborted: access.complete(
-                    "reset" if aborted else "ok", sent, received
-                ),
-            )
-            left.start()
-            dialed.start()
+            if not admission.verdict.is_allowed:
+                if dialed is not None:
+                    dialed.abort()
+            elif dialed is None:
+                refuse(reason)
+            else:
+                left = TcpChannel(self._reactor, accepted)
+                _join(admission, access, left, dialed)
+                left.start()
+                dialed.start()
 
         self._dial(served, source, address, port, on_dialed)
 
@@ -154,6 +170,17 @@ class Inbound:
         if port in LISTENER_PORTS:
             refuse(503, f"port {port} is the agent's own")
             return
+        connection = Connection(source, session.peer, address, port)
+        admission = self._gate.admit(served.pod.uid, connection)
+
+        def end(status: int, reason: str) -> None:
+            session.respond(event.stream_id, status)
+            _complete(admission, access, f"{status}: {reason}")
+
+        if not admission.verdict.is_allowed:
+            end(401, str(admission.verdict))
+            return
+        admission.on_revoked = lambda verdict: end(401, f"closed: {verdict}")
         channel = session.channels[event.stream_id]
         channel.pause()
         early: list[bytes] = []
@@ -167,27 +194,21 @@ class Inbound:
         def on_early_abort() -> None:
             nonlocal is_gone
             is_gone = True
+            _complete(admission, access, "reset")
 
         channel.on_data = lambda data: early.append(bytes(data))
         channel.on_end = on_early_end
         channel.on_abort = on_early_abort
 
         def on_dialed(dialed: TcpChannel | None, reason: str) -> None:
-            if is_gone:
+            if is_gone or not admission.verdict.is_allowed:
                 if dialed is not None:
                     dialed.abort()
-                access.complete("reset")
             elif dialed is None:
-                refuse(503, reason)
+                end(503, reason)
             else:
                 session.respond(event.stream_id, 200)
-                Relay(
-                    channel,
-                    dialed,
-                    lambda sent, received, aborted: access.complete(
-                        "reset" if aborted else "ok", sent, received
-                    ),
-                )
+                _join(admission, access, channel, dialed)
                 for data in early:
                     channel.on_data(data)
                 channel.resume()
@@ -206,7 +227,11 @@ class Inbound:
         on_dialed: Callable[[TcpChannel | None, str], None],
     ) -> None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        own = self._sockets.open(served.netns_fd, family)
+        try:
+            own = self._sockets.open(served.netns_fd, family)
+        except (SidestepError, OSError) as error:
+            on_dialed(None, f"no socket for the application: {error}")
+            return
 
         def on_connected(error: OSError | None) -> None:
             if error is None:
@@ -223,3 +248,24 @@ class Inbound:
                 on_dialed(None, f"the client's address {source} cannot be used: {error}")
                 return
         tcp.connect(self._reactor, own, (str(address), port), on_connected)
+
+
+def _join(admission: Admission, access: Access, left: Channel, right: Channel) -> None:
+    """Relay until the connection ends, or policy ends it."""
+
+    def on_done(sent: int, received: int, was_aborted: bool) -> None:
+        result = "reset" if was_aborted else "ok"
+        if not admission.verdict.is_allowed:
+            result = f"closed: {admission.verdict}"
+        _complete(admission, access, result, sent, received)
+
+    relay = Relay(left, right, on_done)
+    admission.on_revoked = lambda _verdict: relay.abort()
+
+
+def _complete(
+    admission: Admission, access: Access, result: str, sent: int = 0, received: int = 0
+) -> None:
+    admission.end()
+    access.verdict = admission.verdict
+    access.complete(result, sent, received)

@@ -51,6 +51,10 @@ class Mesh:
             if self._by_address.get(address) is known:
                 del self._by_address[address]
 
+    def workload(self, uid: str) -> Workload | None:
+        """Return a workload, if it is known."""
+        return self._workloads.get(uid)
+
     def put_service(self, service: Service) -> None:
         """Add or replace a service."""
         self.remove_service(service.namespace, service.name)

@@ -4,6 +4,9 @@ One datagram on an AF_UNIX SOCK_SEQPACKET socket is one pickled message; descrip
 it (SCM_RIGHTS). Both ends are one installation and the socket is a private pair, which makes
 pickle right here, as it is for multiprocessing: the model's values pass as they are. State reaches
 a worker this way or through the maps, never as a shared object.
+
+A message that is too large for one datagram goes as several: a policy may list more addresses than
+a socket's buffer holds. The receiver puts them together; nobody else writes to the socket.
 """
 
 from __future__ import annotations
@@ -14,12 +17,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from agent.model.pod import LocalPod
+    from agent.model.policy import AnyPolicy, PolicyKey
     from agent.model.service import Service
     from agent.model.workload import Workload
 
 MAX_MESSAGE_BYTES = 180_000  # below the default send buffer of a unix socket
 MAX_FDS = 16
+FRAGMENT_BYTES = MAX_MESSAGE_BYTES - 1000  # leaves room for the Fragment around them
+POLICIES_AT_ONCE = 50  # in one message: enough to make its own cost small
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,33 @@ class RemoveService:
 
 
 @dataclass(frozen=True, slots=True)
+class PutPolicies:
+    """Policies are new or changed, once Enforce comes."""
+
+    policies: tuple[AnyPolicy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePolicies:
+    """Policies are gone, once Enforce comes."""
+
+    keys: tuple[PolicyKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Enforce:
+    """Bring the policies said before into force together, and judge open connections again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A part of a message, in order; `is_last` ends it."""
+
+    data: bytes
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Everything sent before `Ask` is in force."""
 
@@ -130,6 +165,9 @@ ToWorker = (
     | RemoveWorkload
     | PutService
     | RemoveService
+    | PutPolicies
+    | RemovePolicies
+    | Enforce
     | Ask
 )
 FromWorker = Ready | NeedCertificate
@@ -139,10 +177,33 @@ def send(
     channel: socket.socket, message: ToWorker | FromWorker, fds: list[int] | None = None
 ) -> None:
     """Send one message with its descriptors."""
-    socket.send_fds(channel, [pickle.dumps(message)], fds or [])
+    for datagram in _datagrams(pickle.dumps(message)):
+        socket.send_fds(channel, [datagram], fds or [])
+        fds = None  # they went with the first
+
+
+def _datagrams(data: bytes) -> Iterator[bytes]:
+    if len(data) <= MAX_MESSAGE_BYTES:
+        yield data
+        return
+    for offset in range(0, len(data), FRAGMENT_BYTES):
+        end = offset + FRAGMENT_BYTES
+        yield pickle.dumps(Fragment(data[offset:end], is_last=end >= len(data)))
 
 
 def receive(channel: socket.socket) -> tuple[ToWorker | FromWorker, list[int]] | None:
     """Receive one message and its descriptors, now the caller's; None at the end."""
-    data, fds, _flags, _address = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
-    return (pickle.loads(data), fds) if data else None
+    parts: list[bytes] = []
+    all_fds: list[int] = []
+    while True:
+        data, fds, _flags, _address = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
+        if not data:
+            return None
+        all_fds += fds
+        message = pickle.loads(data)
+        if isinstance(message, Fragment):
+            parts.append(message.data)
+            if not message.is_last:
+                continue
+            message = pickle.loads(b"".join(parts))
+        return message, all_fds

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from agent.tunnel.session import Session
     from agent.tunnel.sockets import PodSockets
 
+DENIED = "the peer answered 401: denied by a policy at the destination"
+
 
 class OriginalDestinations(Protocol):
     """Knows where captured connections wanted to go."""
@@ -153,7 +155,8 @@ class Outbound:
                 if status != 200:
                     channel.on_abort = lambda: None
                     channel.abort()
-                    refuse(f"the peer answered {status}")
+                    is_denied = status == 401
+                    refuse(DENIED if is_denied else f"the peer answered {status}")
                     return
                 if grant is not None:
                     grant()

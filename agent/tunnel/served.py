@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from agent.model.identity import SpiffeId
     from agent.model.pod import LocalPod
+    from agent.model.verdict import Verdict
 
 
 @dataclass
@@ -43,10 +44,13 @@ class Access:
     destination: str
     path: str = "tcp"
     peer_identity: str | None = None
+    verdict: Verdict | None = None  # of an inbound connection
     began: float = field(default_factory=time.monotonic)
 
     def complete(self, result: str, sent: int = 0, received: int = 0) -> None:
         """Write it; `sent` counts bytes away from the client."""
+        verdict = self.verdict
+        would_be = verdict.would_be if verdict else None
         log(
             "connection complete",
             direction=self.direction,
@@ -59,6 +63,9 @@ class Access:
             bytes_received=received,
             duration_ms=round((time.monotonic() - self.began) * 1000, 1),
             result=result,
+            verdict=None if verdict is None else "allow" if verdict.is_allowed else "deny",
+            policy=verdict.decided_by if verdict else None,
+            dry_run=str(would_be) if would_be else None,
         )
 
 

@@ -358,3 +358,21 @@ def test_second_object_of_a_name_or_uid_is_a_problem_and_the_first_counts() -> N
 def test_object_that_is_wrong_leaves_its_name_to_a_right_one() -> None:
     wrong = pod(status={"podIPs": [{"ip": "here"}]})
     assert translated(wrong, pod()).snapshot == translated(pod()).snapshot
+
+
+def test_policies_are_read_in_order_of_their_names_and_pods_have_labels() -> None:
+    def policy(kind: str, name: str) -> Body:
+        metadata = {"namespace": "shop", "name": name}
+        return {"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": metadata}
+
+    snapshot = translated(
+        policy("PeerAuthentication", "b"), policy("AuthorizationPolicy", "a"), pod()
+    ).snapshot
+    assert [str(found.key) for found in snapshot.policies] == [
+        "AuthorizationPolicy shop/a",
+        "PeerAuthentication shop/b",
+    ]
+    (workload,) = snapshot.workloads
+    assert workload.labels == frozenset(
+        (str(name), text) for name, text in (pod()["metadata"].get("labels") or {}).items()
+    )

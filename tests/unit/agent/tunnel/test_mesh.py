@@ -104,3 +104,8 @@ def test_address_that_was_taken_over_stays_with_its_new_owner(mesh: Mesh) -> Non
     mesh.put_service(service)
     mesh.remove_service(SERVICE.namespace, SERVICE.name)
     assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, heir)
+
+
+def test_workload_is_found_by_its_uid(mesh: Mesh) -> None:
+    assert mesh.workload("u-1") == WORKLOAD
+    assert mesh.workload("u-2") is None

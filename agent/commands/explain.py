@@ -1,0 +1,63 @@
+"""`sidestep explain`: why one connection goes where it goes, and may or may not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent import admin
+from agent.commands.policies import agent_options, chosen_sockets
+from agent.output import Output, emit, output_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+COLUMNS = ("source", "destination", "path", "verdict", "decided_by")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination", metavar="DESTINATION:PORT")
+@agent_options
+@output_option
+def explain(
+    source: str, destination: str, socket_path: Path | None, lab: str | None, output: Output
+) -> None:
+    """Explain a connection: its path, the verdict, who decides, and what would change it.
+
+    SOURCE is a pod ([NAMESPACE/]NAME) or an address; DESTINATION also a service. Where a pod and a
+    service share a name, service:NAME means the service.
+    """
+    name, separator, port = destination.rpartition(":")
+    if not separator or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise click.BadParameter(f"{destination!r} has no port", param_hint="DESTINATION:PORT")
+    rows = admin.ask(
+        chosen_sockets(socket_path, lab)[0],
+        "explain",
+        source=source,
+        destination=name.strip("[]"),
+        port=int(port),
+    )
+    emit(rows, COLUMNS, output)
+    if output == "table":
+        for row in rows:
+            click.echo()
+            for line in _details(row):
+                click.echo(line)
+
+
+def _details(row: dict[str, Any]) -> Sequence[str]:
+    lines = [f"{row['source']} -> {row['destination']}: {row['path']}"]
+    shown = (
+        ("why this path", [row["reason"]]),
+        ("verdict", [row["explained"]] if row["explained"] else ["nobody judges it"]),
+        ("source is", [row["source_identity"] or "without an identity"]),
+        ("destination is", [row["destination_identity"]] if row["destination_identity"] else []),
+        ("dry run", [row["dry_run"]] if row["dry_run"] else []),
+        ("to change it", row["to_change"]),
+        ("warning", row["warnings"]),
+    )
+    lines += [f"  {label + ':':16}{text}" for label, texts in shown for text in texts]
+    return lines

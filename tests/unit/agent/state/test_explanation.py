@@ -1,0 +1,201 @@
+"""Explanations as a table: who, to whom, which path, which verdict, and what would change it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.errors import NameUnknown
+from agent.model.pod import Exclusions, LocalPod
+from agent.model.policy import Policy
+from agent.model.service import Endpoint, Service, ServicePort
+from agent.model.workload import Workload
+from agent.state.explanation import Explainer, Explanation, describe_policy
+from agent.state.rulebook import Rulebook
+from agent.state.store import Snapshot
+from tests.support.policies import authentication, authorization, from_account
+
+if TYPE_CHECKING:
+    from agent.model.policy import AnyPolicy
+
+ADDRESSES = {"client": 1, "near": 2, "far": 3, "bare": 4, "open": 5}
+NODES = {"client": "east", "near": "east"}
+
+
+def workload(name: str) -> Workload:
+    number = ADDRESSES[name]
+    addresses = (ip_address(f"10.0.0.{number}"), ip_address(f"fd00::{number}"))
+    labels = frozenset({("app", name)})
+    node = NODES.get(name, "west")
+    return Workload(name, "default", name, node, name, addresses, name != "bare", labels)
+
+
+def local(name: str) -> LocalPod:
+    exclusions = Exclusions(inbound_ports=frozenset({9})) if name == "open" else Exclusions()
+    if name == "client":
+        exclusions = Exclusions(outbound_ports=frozenset({7}))
+    found = workload(name)
+    return LocalPod(name, "default", name, name, found.addresses, exclusions)
+
+
+SERVICES = (
+    Service(
+        "default", "web", (ip_address("10.1.0.1"),), (ServicePort("http", 80),),
+        (Endpoint(ip_address("10.0.0.3"), (("http", 8080),)),),
+    ),
+    Service("default", "far", (), (ServicePort("http", 80),), ()),
+)  # fmt: skip
+SNAPSHOT = Snapshot(
+    tuple(map(workload, ADDRESSES)),
+    SERVICES,
+    {"east": (local("client"), local("near")), "west": (local("far"), local("open"))},
+)
+STRICT = authentication("strict", "STRICT")
+NOT_CLIENT = authorization("not-client", "DENY", from_account("client"))
+ONLY_NEAR = authorization("only-near", "ALLOW", from_account("near", "80"))
+
+
+def explain(
+    source: str, destination: str, *policies: AnyPolicy, port: int = 80, has_direct: bool = True
+) -> list[Explanation]:
+    rulebook = Rulebook()
+    for policy in policies:
+        rulebook.put(policy)
+    explainer = Explainer(SNAPSHOT, rulebook, "cluster.local", Exclusions(), has_direct)
+    return explainer.explain(source, destination, port)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "port", "policies", "path", "decided_by"),
+    [
+        ("client", "far", 80, (), "tunnel", None),
+        ("client", "near", 80, (), "direct", None),
+        ("client", "near", 80, (STRICT,), "direct", None),
+        ("client", "fd00::3", 80, (), "tunnel", None),
+        ("bare", "far", 80, (), "plaintext", None),
+        ("bare", "far", 80, (STRICT,), "denied", "PeerAuthentication default/strict"),
+        ("192.0.2.1", "far", 80, (STRICT,), "denied", "PeerAuthentication default/strict"),
+        ("client", "far", 80, (STRICT,), "tunnel", None),
+        ("client", "bare", 80, (NOT_CLIENT,), "passthrough", None),
+        ("client", "192.0.2.1", 80, (NOT_CLIENT,), "passthrough", None),
+        ("client", "client", 80, (NOT_CLIENT,), "passthrough", None),
+        ("client", "far", 80, (NOT_CLIENT,), "denied",
+         "AuthorizationPolicy default/not-client rules[0]"),
+        ("near", "far", 80, (ONLY_NEAR,), "tunnel",
+         "AuthorizationPolicy default/only-near rules[0]"),
+        ("near", "far", 81, (ONLY_NEAR,), "denied", "AuthorizationPolicy default/only-near"),
+        ("client", "far", 15008, (), "denied", None),
+        ("client", "far", 7, (STRICT,), "denied", "PeerAuthentication default/strict"),
+        ("bare", "open", 9, (STRICT,), "passthrough", None),
+        ("client", "open", 9, (NOT_CLIENT,), "denied",
+         "AuthorizationPolicy default/not-client rules[0]"),
+        ("client", "web", 80, (), "tunnel", None),
+        ("client", "10.1.0.1", 80, (), "tunnel", None),
+        ("client", "web", 81, (), "denied", None),
+        ("client", "service:far", 80, (), "denied", None),
+        ("client", "web.default.svc.cluster.local", 80, (NOT_CLIENT,), "denied",
+         "AuthorizationPolicy default/not-client rules[0]"),
+    ],
+)  # fmt: skip
+def test_path_and_verdict(
+    source: str,
+    destination: str,
+    port: int,
+    policies: tuple[AnyPolicy, ...],
+    path: str,
+    decided_by: str | None,
+) -> None:
+    (found,) = explain(source, destination, *policies, port=port)
+    assert found.path == path
+    assert (found.verdict.decided_by if found.verdict else None) == decided_by
+
+
+def test_direct_path_may_be_off() -> None:
+    (found,) = explain("client", "near", has_direct=False)
+    assert found.path == "tunnel"
+
+
+def test_identities_are_those_of_the_tunnel() -> None:
+    (found,) = explain("client", "far")
+    assert str(found.source_identity) == "spiffe://cluster.local/ns/default/sa/client"
+    assert str(found.destination_identity) == "spiffe://cluster.local/ns/default/sa/far"
+    (found,) = explain("bare", "far")
+    assert found.source_identity is None
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "policy", "expected"),
+    [
+        ("bare", "far", STRICT, "enroll default/bare"),
+        ("client", "bare", STRICT, "enroll default/bare"),
+        ("client", "far", NOT_CLIENT, "without AuthorizationPolicy default/not-client rules[0]"),
+        ("client", "far", ONLY_NEAR, "only-near rules[0] would allow it, but for: from"),
+        ("client", "far", ONLY_NEAR, "principal cluster.local/ns/default/sa/client and port 80"),
+    ],
+)
+def test_advice_names_what_would_change_it(
+    source: str, destination: str, policy: AnyPolicy, expected: str
+) -> None:
+    (found,) = explain(source, destination, policy)
+    assert any(expected in line for line in found.to_change)
+
+
+@pytest.mark.parametrize("name", ["nobody", "service:nobody", "pod:web"])
+def test_unknown_name_is_an_error(name: str) -> None:
+    with pytest.raises(NameUnknown, match=name.rpartition(":")[2]):
+        explain("client", name)
+
+
+def test_several_pods_or_services_of_one_name_are_an_error() -> None:
+    twins = replace(SERVICES[0], namespace="other"), replace(workload("far"), namespace="other")
+    services, workloads = (*SERVICES, twins[0]), (*SNAPSHOT.workloads, twins[1])
+    snapshot = replace(SNAPSHOT, services=services, workloads=workloads)
+    explainer = Explainer(snapshot, Rulebook(), "cluster.local", Exclusions(), False)
+    with pytest.raises(NameUnknown, match="several services: default/web, other/web"):
+        explainer.explain("client", "web", 80)
+    with pytest.raises(NameUnknown, match="several pods: default/far, other/far"):
+        explainer.explain("client", "far", 80)
+
+
+def test_row_has_plain_values() -> None:
+    (found,) = explain("client", "far", NOT_CLIENT)
+    row = found.row()
+    assert row["verdict"] == "deny"
+    assert row["destination"] == "default/far 10.0.0.3:80"
+    assert row["source_identity"] == "spiffe://cluster.local/ns/default/sa/client"
+    assert explain("client", "bare")[0].row()["verdict"] is None
+    assert explain("client", "far")[0].row()["verdict"] == "allow"
+
+
+def test_dry_run_and_warnings_of_policies_are_told() -> None:
+    assert isinstance(NOT_CLIENT, Policy)
+    dry_run = replace(NOT_CLIENT, is_dry_run=True, warnings=("careful",))
+    (found,) = explain("client", "fd00::3", dry_run)
+    assert "default/not-client" in str(found.row()["dry_run"])
+    assert found.warnings == ("AuthorizationPolicy default/not-client: careful",)
+    assert found.row()["destination"] == "default/far [fd00::3]:80"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (NOT_CLIENT, ("DENY", "in force")),
+        (STRICT, ("STRICT", "in force")),
+        (authentication("u", "UNSET"), ("UNSET", "in force")),
+        (authentication("w", "STRICT", selector={"matchLabels": {"a": "b"}},
+                        portLevelMtls={"80": {"mode": "DISABLE"}}),
+         ("STRICT, 80=DISABLE", "in force")),
+        (authentication("r", "STRICT", "istio-system", selector={"matchLabels": {"a": "b"}}),
+         ("STRICT", "not enforced here")),
+    ],
+)  # fmt: skip
+def test_policies_are_described(policy: AnyPolicy, expected: tuple[str, str]) -> None:
+    assert describe_policy(policy) == expected
+
+
+def test_dry_run_is_described() -> None:
+    assert isinstance(NOT_CLIENT, Policy)
+    assert describe_policy(replace(NOT_CLIENT, is_dry_run=True)) == ("DENY", "dry run")

@@ -1,0 +1,34 @@
+"""Messages to workers, over a real socket pair."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+from agent.tunnel import messages
+from tests.support.policies import authorization
+
+
+def test_message_larger_than_a_datagram_arrives_whole_with_its_descriptors() -> None:
+    blocks = [f"10.{high}.{low}.0/24" for high in range(200) for low in range(200)]
+    large = authorization("large", "DENY", {"from": [{"source": {"ipBlocks": blocks}}]})
+    told = messages.PutPolicies((large,))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        own = os.open("/dev/null", os.O_RDONLY)
+        sender = threading.Thread(target=messages.send, args=(ours, told, [own]))
+        sender.start()
+        received = messages.receive(theirs)
+        sender.join()
+        assert received is not None
+        message, fds = received
+        assert message == told
+        assert len(fds) == 1
+        assert os.path.sameopenfile(fds[0], own)
+        for fd in (own, *fds):
+            os.close(fd)
+        messages.send(ours, messages.Ask(7))
+        assert messages.receive(theirs) == (messages.Ask(7), [])
+        ours.close()
+        assert messages.receive(theirs) is None
