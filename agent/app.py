@@ -2,9 +2,9 @@
 
     discovery -> diff -> enroll / unenroll -> tell the workers -> publish
 
-One pod's failure is that pod's: it is logged, shown by the admin socket, and tried again at the
-next change, or after a second while its sandbox is not there yet. Stopping unenrolls every pod, so
-that none is left captured with nobody listening.
+One pod's failure is that pod's: it is logged, shown by the admin socket, and tried again when the
+pod changes or some time has passed. Stopping unenrolls every pod, so that none is left captured
+with nobody listening; what an agent that was killed left is taken over, or taken away.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from agent.model.pod import Exclusions
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
+from agent.sweep import sweep
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 30.0
 
 
 @dataclass
@@ -57,6 +59,8 @@ class PodStatus:
     state: str  # pending, enrolled, failed
     reason: str = ""
     detail: str = ""
+    failures: int = 0
+    retry_at: float | None = None  # of the event loop's clock
 
 
 class Agent:
@@ -122,9 +126,9 @@ class Agent:
                 probers = Probers(self._pins.maps["ss_probers"], self._settings.kubelet_cgroup)
                 tasks.create_task(probers.follow(self._stop))
             while True:
-                is_waiting = any(status.state == "pending" for status in self._statuses.values())
+                due = [status.retry_at for status in self._statuses.values() if status.retry_at]
                 try:
-                    async with asyncio.timeout(RETRY_SECONDS if is_waiting else None):
+                    async with asyncio.timeout_at(min(due, default=None)):
                         snapshot = await snapshots.get()
                 except TimeoutError:
                     snapshot = self._snapshot
@@ -161,14 +165,18 @@ class Agent:
             match step:
                 case Unenroll():
                     self._unenroll(step.uid)
-                case Enroll():
+                case Enroll() if self._is_due(step.pod):
                     await self._enroll(step.pod)
+                case Enroll():
+                    pass
         for identity in self._wanted - wanted:
             self._keeper.forget(identity)
             for worker in self._workers:
                 worker.send(messages.RemoveCertificate(str(identity)))
         self._wanted = wanted
         if not self._is_ready:
+            for uid in sweep(self._pins, self._desired, self._settings.pod_cgroups):
+                log.info("what an agent before left of a pod is taken away", extra={"uid": uid})
             self._is_ready = True
             readiness.notify()
         await self._admin.changed()
@@ -235,6 +243,13 @@ class Agent:
                 "the guard does not know the pod's mode", extra=fields | {"error": str(error)}
             )
 
+    def _is_due(self, pod: LocalPod) -> bool:
+        """Whether to try a pod now: it is new or changed, or has waited after a failure."""
+        status = self._statuses.get(pod.uid)
+        if status is None or status.pod != pod or status.retry_at is None:
+            return True
+        return status.retry_at <= asyncio.get_running_loop().time()
+
     async def _enroll(self, pod: LocalPod) -> None:
         netns_fd = -1
         fields = {"pod": f"{pod.namespace}/{pod.name}"}
@@ -246,7 +261,14 @@ class Agent:
                 os.close(netns_fd)
             state = "pending" if isinstance(error, SandboxNotFound) else "failed"
             before = self._statuses.get(pod.uid)
-            self._statuses[pod.uid] = PodStatus(pod, state, error.reason, str(error))
+            failures = before.failures + 1 if before else 1
+            wait = min(RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS)
+            # A sandbox is on its way; of anything else each failure makes the next try later.
+            wait = RETRY_SECONDS if state == "pending" else wait
+            retry_at = asyncio.get_running_loop().time() + wait
+            self._statuses[pod.uid] = PodStatus(
+                pod, state, error.reason, str(error), failures, retry_at
+            )
             if before is None or before.detail != str(error):
                 log.warning("pod not enrolled", extra=fields | {"error": str(error)})
             return

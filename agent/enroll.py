@@ -32,7 +32,7 @@ from agent.errors import EnrollError, KernelError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from agent.datapath.btf import Value
     from agent.datapath.pins import Pins
@@ -46,6 +46,7 @@ REPLY_SYSCTLS = (
     Path("/proc/sys/net/ipv4/fwmark_reflect"),
     Path("/proc/sys/net/ipv6/fwmark_reflect"),
 )
+SYSCTL_DEFAULT = "0"
 
 
 @dataclass
@@ -93,20 +94,30 @@ def unenroll(enrollment: Enrollment) -> None:
 def _add_reply_route(enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     def add() -> None:
         families = [socket.AF_INET] + ([socket.AF_INET6] if netns.has_ipv6() else [])
-        before = {path: path.read_text() for path in REPLY_SYSCTLS if path.exists()}
-        undo.callback(netns.run_in, enrollment.netns_fd, lambda: take_away(before, families))
+        # A rule that is there is of an agent that was killed, and so are the sysctls' values.
+        is_ours = netlink.has_reply_route()
+        before = {
+            path: SYSCTL_DEFAULT if is_ours else path.read_text()
+            for path in REPLY_SYSCTLS
+            if path.exists()
+        }
+        undo.callback(netns.run_in, enrollment.netns_fd, lambda: take_reply_route(before))
         for path in before:
             path.write_text("1")
         for family in families:
             netlink.add_reply_route(family)
 
-    def take_away(before: dict[Path, str], families: list[socket.AddressFamily]) -> None:
-        for family in families:
-            netlink.delete_reply_route(family)
-        for path, text in before.items():
-            path.write_text(text)
-
     netns.run_in(enrollment.netns_fd, add)
+
+
+def take_reply_route(sysctls: Mapping[Path, str] | None = None) -> None:
+    """Undo the reply route of the current namespace; call it inside `agent.netns.run_in`."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        netlink.delete_reply_route(family)
+    if sysctls is None:
+        sysctls = {path: SYSCTL_DEFAULT for path in REPLY_SYSCTLS if path.exists()}
+    for path, text in sysctls.items():
+        path.write_text(text)
 
 
 def _open_listeners(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:

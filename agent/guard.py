@@ -53,3 +53,11 @@ def attach(
             undo.callback(netns.run_aside, partial(netlink.delete_filter, ifindex, parent))
         finally:
             os.close(program_fd)
+
+
+def detach(pins: Pins, netns_cookie: int, ifindex: int) -> None:
+    """Take off what an agent before us attached, in whichever way."""
+    links.detach_guard(pins, netns_cookie, ifindex)
+    for parent in PARENTS.values():
+        netns.run_aside(partial(netlink.delete_filter, ifindex, parent))
+    netns.run_aside(partial(netlink.delete_unused_clsact, ifindex))

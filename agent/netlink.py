@@ -148,6 +148,16 @@ def add_reply_route(family: int) -> None:
         )
 
 
+def has_reply_route() -> bool:
+    """Say whether `add_reply_route` has been here, for the rule of IPv4."""
+    with _session("rules cannot be listed") as ipr:
+        return any(
+            rule.get_attr("FRA_PRIORITY") == REPLY_RULE_PRIORITY
+            and rule.get_attr("FRA_FWMARK") == REPLY_MARK
+            for rule in ipr.get_rules(family=socket.AF_INET)
+        )
+
+
 def delete_reply_route(family: int) -> None:
     """Undo `add_reply_route`."""
     gone = (errno.ENOENT, errno.ESRCH, errno.EAFNOSUPPORT)

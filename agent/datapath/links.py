@@ -19,7 +19,7 @@ from agent.datapath.source import (
     MAPS,
     stamped_text,
 )
-from agent.errors import AttachError, FeatureMissing
+from agent.errors import AttachError, FeatureMissing, KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +67,21 @@ def lookup_link_name(netns_cookie: int) -> str:
     return f"lookup_{netns_cookie}"
 
 
+def _attach(program_fd: int, target_fd: int, attach_type: int, name: str, path: Path) -> None:
+    """Attach and pin; where an agent before us left the link, put the program behind it.
+
+    So nothing passes unseen between the two. A pin whose namespace or interface is gone is a husk
+    (ENOLINK) and is replaced.
+    """
+    if path.exists():
+        with contextlib.suppress(KernelError), _closing(libbpf.open_pin(path)) as link_fd:
+            libbpf.update_link(link_fd, program_fd, name)
+            return
+        path.unlink()
+    with _closing(libbpf.create_link(program_fd, target_fd, attach_type, name)) as link_fd:
+        libbpf.pin(link_fd, path)
+
+
 def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
     """Load the pod's own copy of the lookup program and attach it to its netns."""
     length = pins.meta["lookup_instructions"]
@@ -75,13 +90,8 @@ def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
     instructions = [int(entry["value"]) for entry in text if entry is not None]
     stamped = stamped_text(instructions, netns_cookie, [pins.maps[name].fd for name in MAPS])
     path = pins.link_path(lookup_link_name(netns_cookie))
-    with (
-        _closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd,
-        _closing(
-            libbpf.create_link(program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP, LOOKUP_PROGRAM)
-        ) as link_fd,
-    ):
-        libbpf.pin(link_fd, path)
+    with _closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd:
+        _attach(program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP, LOOKUP_PROGRAM, path)
 
 
 def detach_lookup(pins: Pins, netns_cookie: int) -> None:
@@ -100,15 +110,18 @@ def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """
     for name, (_program_type, attach_type) in GUARD_PROGRAMS.items():
         path = _guard_path(pins, name, netns_cookie, ifindex)
-        path.unlink(missing_ok=True)  # the husk of an interface with the same number
-        with (
-            _closing(pins.program(name)) as program_fd,
-            _closing(libbpf.create_link(program_fd, ifindex, attach_type, name)) as link_fd,
-        ):
-            libbpf.pin(link_fd, path)
+        with _closing(pins.program(name)) as program_fd:
+            _attach(program_fd, ifindex, attach_type, name, path)
 
 
 def detach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """Remove the guard's links, if they are there."""
     for name in GUARD_PROGRAMS:
         _guard_path(pins, name, netns_cookie, ifindex).unlink(missing_ok=True)
+
+
+def looked_up_cookies(pins: Pins) -> set[int]:
+    """Return the netns cookies of the pods that have a lookup link, or the husk of one."""
+    prefix = lookup_link_name(0).removesuffix("0")
+    names = [path.name.removeprefix(prefix) for path in pins.link_path("").glob(f"{prefix}*")]
+    return {int(name) for name in names if name.isdecimal()}

@@ -1,0 +1,107 @@
+"""An agent is killed: its pods stay closed, and the next one takes over or takes away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent import netlink, netns
+from agent.datapath import listing
+from agent.enroll import REPLY_SYSCTLS
+from agent.lab import machine
+from agent.lab.lab import DEFAULT_CLUSTER, Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.lab.cluster import LabNode, LabPod
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    built = Lab(f"t{os.getpid()}")
+    try:
+        built.up(DEFAULT_CLUSTER, print)
+        built.label_namespace("shop", "ambient")
+        yield built
+    finally:
+        built.down()
+
+
+def kill_agent(lab: Lab, node: LabNode) -> None:
+    """Kill control process and workers at once, as the kernel does when memory is out."""
+    pids = machine.processes_of(lab.cgroup / node.name / "agent")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        assert machine.wait_for_exit(pid, 5)
+
+
+def fetch(lab: Lab, server: str) -> int:
+    """Return curl's exit code."""
+    url = f"http://{lab.find_pod(server).address4}:8080/BSD"
+    curl = ["curl", "-s", "-m", "5", "-o", "/dev/null", url]
+    return subprocess.run(lab.command_in(lab.find_pod("client"), curl), check=False).returncode
+
+
+def traces(lab: Lab, pod: LabPod) -> tuple[bool, set[str]]:
+    """Return whether the pod's namespace has the reply route, and the values of its sysctls."""
+
+    def look() -> tuple[bool, set[str]]:
+        values = {path.read_text().strip() for path in REPLY_SYSCTLS}
+        return netlink.has_reply_route(), values
+
+    fd = netns.open_netns(lab.pod_netns(pod))
+    try:
+        return netns.run_in(fd, look)
+    finally:
+        os.close(fd)
+
+
+def wait_enrolled(lab: Lab, node: LabNode, count: int) -> None:
+    for state in lab.agent_states(node):
+        if [pod["state"] for pod in state["pods"]] == ["enrolled"] * count:
+            return
+
+
+def test_pods_of_a_killed_agent_are_closed_and_the_next_one_serves_them(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    programs = {pod.key: machine.processes_of(lab.pod_cgroup(pod)) for pod in lab.cluster().pods}
+    assert fetch(lab, "server") == 0
+    kill_agent(lab, east)
+    assert fetch(lab, "server") == 7  # refused: nothing goes out in plain text
+    lab.restart_agent(east)
+    wait_enrolled(lab, east, 2)
+    assert fetch(lab, "server") == 0
+    assert fetch(lab, "cache") == 0
+    now = {pod.key: machine.processes_of(lab.pod_cgroup(pod)) for pod in lab.cluster().pods}
+    assert now == programs
+    client = lab.find_pod("client")
+    lab.label_namespace("shop", None)
+    assert traces(lab, client) == (False, {"0"})  # as before the first agent
+
+
+def test_pod_that_left_while_no_agent_ran_is_let_go(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    client = lab.find_pod("client")
+    kill_agent(lab, east)
+    manifest = client.manifest()
+    labels = {"istio.io/dataplane-mode": "none"}
+    lab.write_object(manifest | {"metadata": manifest["metadata"] | {"labels": labels}})
+    lab.restart_agent(east)
+    wait_enrolled(lab, east, 1)
+    assert traces(lab, client) == (False, {"0"})
+    (directory,) = listing.find_directories((lab.pins / "east",))
+    for name in ("ss_pods", "ss_pod_names", "ss_listeners", "ss_bypass", "ss_local", "ss_guards"):
+        pods = {row.get("pod") or row.get("name") for row in listing.dump_map(directory, name)}
+        assert pods <= {"shop/cache", "cache"}, name
+    links = [path.name for path in (directory / "links").iterdir()]
+    assert sum(name.startswith("lookup_") for name in links) == 1
+    assert sum(name.startswith("guard_") for name in links) == 2
+    assert fetch(lab, "server") == 0  # as any client outside the mesh
