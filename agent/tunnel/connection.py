@@ -9,7 +9,8 @@ refilled when bytes arrive, a stream's when its application took them (`acknowle
 that stalls costs one stream window and stops its own stream, never the others (RFC 9113 §5.2.2).
 
 DATA payload is passed on as it arrives, also in the middle of a frame: how the bytes were chunked
-changes how DataReceived is split, and nothing else.
+changes how DataReceived is split, and nothing else. It is a view of the bytes that `receive` was
+given: who wants to keep it copies it.
 
 Floods are counted, not timed: what a peer can make us queue or do for nothing is bounded.
 """
@@ -24,21 +25,16 @@ import hpack
 
 from agent.errors import LocalProtocolError, RemoteProtocolError
 from agent.tunnel import events, frames
+from agent.tunnel.events import DataReceived
 from agent.tunnel.frames import ErrorCode, FrameType, Setting
-from agent.tunnel.streams import (
-    MAY_RECEIVE,
-    MAY_SEND,
-    TRANSITIONS,
-    Stream,
-    StreamInput,
-    StreamState,
-)
+from agent.tunnel.streams import Stream, StreamInput, StreamState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.tunnel.events import Event
 
+DATA = int(FrameType.DATA)  # compared for every frame, where an enum is slow
 # Frames that cost the peer nothing and us a reply, before any of the replies was written.
 MAX_UNSENT_REPLIES = 1000
 # Resets and empty frames beyond the work that the connection did (CVE-2023-44487).
@@ -181,9 +177,37 @@ class Connection:
     def sendable(self, stream_id: int) -> int:
         """Return how many bytes `send_data` takes now; 0 if the stream is gone."""
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state not in MAY_SEND:
+        if stream is None or not stream.may_send:
             return 0
         return max(0, min(stream.send_window, self._send_window))
+
+    def send_some(self, stream_id: int, data: bytes | memoryview, limit: int) -> int:
+        """Send as much of `data` as the windows and `limit` allow; return how much that is.
+
+        What was sent is in the output as a view of `data` until `take_output`.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.may_send:
+            return 0
+        size = len(data)
+        if size > limit:
+            size = limit
+        if size > stream.send_window:
+            size = stream.send_window
+        if size > self._send_window:
+            size = self._send_window
+        if size <= 0:
+            return 0
+        if size < len(data):
+            data = memoryview(data)[:size]
+        stream.send_window -= size
+        self._send_window -= size
+        if size <= self._peer_frame_bytes:
+            self._output.append(frames.build_data_head(size, 0, stream_id))
+            self._output.append(data)
+        else:
+            self._split(stream_id, data, 0)
+        return size
 
     def send_data(self, stream_id: int, data: bytes | memoryview, *, ends: bool = False) -> None:
         """Send at most `sendable` bytes; `ends` sends FIN after them."""
@@ -193,29 +217,28 @@ class Connection:
         size = len(data)
         # A FIN alone costs no window, so it may go even where the window is below zero.
         has_room = not size or size <= min(stream.send_window, self._send_window)
-        if stream.state not in MAY_SEND or not has_room:
+        if not stream.may_send or not has_room:
             raise LocalProtocolError("data was sent against the window or after the end")
         stream.send_window -= size
         self._send_window -= size
-        limit = self._peer_frame_bytes
-        output = self._output
-        if size <= limit:
-            output.append(frames.build_head(size, FrameType.DATA, int(ends), stream_id))
-            output.append(data)
-        else:
-            view = memoryview(data)
-            for start in range(0, size, limit):
-                part = view[start : start + limit]
-                last = int(ends and start + limit >= size)
-                output.append(frames.build_head(len(part), FrameType.DATA, last, stream_id))
-                output.append(part)
+        self._split(stream_id, data, int(ends))
         if ends:
             self._advance(stream_id, stream, StreamInput.SEND_END)
+
+    def _split(self, stream_id: int, data: bytes | memoryview, flags: int) -> None:
+        limit = self._peer_frame_bytes
+        view = memoryview(data)
+        size = len(view)
+        for start in range(0, size or 1, limit):
+            part = view[start : start + limit]
+            last = flags if start + limit >= size else 0
+            self._output.append(frames.build_data_head(len(part), last, stream_id))
+            self._output.append(part)
 
     def acknowledge(self, stream_id: int, size: int) -> None:
         """Say that the application took `size` bytes of a stream: the peer may send more."""
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state not in MAY_RECEIVE:
+        if stream is None or not stream.may_receive:
             return
         stream.consumed += size
         # Half a window at a time: a frame of 13 bytes for every read would cost more than it gives.
@@ -265,7 +288,7 @@ class Connection:
 
     def _advance(self, stream_id: int, stream: Stream, step: StreamInput) -> None:
         try:
-            stream.state = TRANSITIONS[stream.state, step]
+            stream.advance(step)
         except KeyError:
             raise LocalProtocolError(f"{step.name} on a stream in {stream.state.name}") from None
         if stream.state is StreamState.CLOSED:
@@ -273,7 +296,7 @@ class Connection:
 
     # -- what the peer does -------------------------------------------------------------------
 
-    def receive(self, data: bytes) -> list[Event]:
+    def receive(self, data: bytes | memoryview) -> list[Event]:
         """Take bytes from the peer, any chunking, and return what they mean."""
         found: list[Event] = []
         if self.is_terminated:
@@ -285,23 +308,33 @@ class Connection:
             found.append(events.ConnectionTerminated(error.code, str(error)))
         return found
 
-    def _receive(self, data: bytes, found: list[Event]) -> None:
+    def _receive(self, data: bytes | memoryview, found: list[Event]) -> None:
         if self._preface_left:
             data = self._receive_preface(data)
         if self._pending:
-            data = self._pending + data
+            data = b"".join((self._pending, data))
             self._pending = b""
         view = memoryview(data)
-        at, end = 0, len(data)
+        at, end = 0, len(view)
         while at < end:
             if self._data_left or self._data_padding:
                 at = self._receive_data(view, at, found)
                 continue
             if end - at < frames.HEADER_BYTES:
                 break
-            length, frame_type, flags, stream_id = frames.parse_head(view[at : at + 9])
+            length, frame_type, flags, stream_id = frames.parse_head(view, at)
+            if frame_type == DATA and not flags and self._may_take(length, stream_id):
+                at += frames.HEADER_BYTES
+                size = min(length, end - at)
+                if size:
+                    found.append(DataReceived(stream_id, view[at : at + size]))
+                    at += size
+                if size < length:
+                    self._data_stream_id = stream_id
+                    self._data_left = length - size
+                continue
             self._check_frame(length, frame_type, stream_id)
-            if frame_type == FrameType.DATA:
+            if frame_type == DATA:
                 # Its first byte may be the padding's length, so that one must be here as well.
                 needed = frames.HEADER_BYTES + (1 if flags & frames.PADDED else 0)
                 if end - at < needed:
@@ -319,7 +352,31 @@ class Connection:
         if at < end:
             self._pending = bytes(view[at:])
 
-    def _receive_preface(self, data: bytes) -> bytes:
+    def _may_take(self, length: int, stream_id: int) -> bool:
+        """Account for a DATA frame of the usual kind; False leaves every other to the long way."""
+        stream = self._streams.get(stream_id)
+        if (
+            stream is None
+            or not stream.may_receive
+            or not 0 < length <= self.limits.frame_bytes
+            or length > stream.receive_window
+            or length > self._receive_window
+            or self._block is not None
+            or not self.is_ready
+        ):
+            return False
+        stream.receive_window -= length
+        self._receive_window -= length
+        if self._receive_window * 2 <= self.limits.connection_window:
+            self._refill()
+        return True
+
+    def _refill(self) -> None:
+        missing = self.limits.connection_window - self._receive_window
+        self._output.append(frames.build_window_update(0, missing))
+        self._receive_window += missing
+
+    def _receive_preface(self, data: bytes | memoryview) -> bytes | memoryview:
         size = min(len(data), len(self._preface_left))
         if data[:size] != self._preface_left[:size]:
             raise RemoteProtocolError("the peer does not speak HTTP/2", ErrorCode.PROTOCOL_ERROR)
@@ -380,13 +437,11 @@ class Connection:
                 "the connection window is broken", ErrorCode.FLOW_CONTROL_ERROR
             )
         if self._receive_window * 2 <= self.limits.connection_window:
-            missing = self.limits.connection_window - self._receive_window
-            self._output.append(frames.build_window_update(0, missing))
-            self._receive_window += missing
+            self._refill()
 
         stream = self._streams.get(stream_id)
         if stream is not None:
-            if stream.state not in MAY_RECEIVE:
+            if not stream.may_receive:
                 self._fail_stream(stream_id, ErrorCode.STREAM_CLOSED, found)
             elif length > stream.receive_window:
                 self._fail_stream(stream_id, ErrorCode.FLOW_CONTROL_ERROR, found)
@@ -406,7 +461,7 @@ class Connection:
             size = min(self._data_left, len(view) - at)
             if self._data_stream_id in self._streams:
                 part = view[at : at + size]
-                found.append(events.DataReceived(self._data_stream_id, part))
+                found.append(DataReceived(self._data_stream_id, part))
             self._data_left -= size
         else:
             size = min(self._data_padding, len(view) - at)

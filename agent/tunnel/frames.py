@@ -90,9 +90,14 @@ def build_head(length: int, frame_type: int, flags: int, stream_id: int) -> byte
     return _HEAD.pack(length >> 8, length & 0xFF, frame_type, flags, stream_id)
 
 
-def parse_head(data: memoryview) -> tuple[int, int, int, int]:
-    """Return (length, type, flags, stream id) of the 9 bytes at the start of `data`."""
-    high, low, frame_type, flags, stream_id = _HEAD.unpack_from(data)
+def build_data_head(length: int, flags: int, stream_id: int) -> bytes:
+    """Return the head of a DATA frame."""
+    return _HEAD.pack(length >> 8, length & 0xFF, 0, flags, stream_id)
+
+
+def parse_head(data: memoryview, at: int) -> tuple[int, int, int, int]:
+    """Return (length, type, flags, stream id) of the 9 bytes of `data` from `at` on."""
+    high, low, frame_type, flags, stream_id = _HEAD.unpack_from(data, at)
     return high << 8 | low, frame_type, flags, stream_id & MAX_STREAM_ID
 
 

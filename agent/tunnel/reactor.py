@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+EVENTS_PER_ROUND = 256
 BROKEN = select.EPOLLERR | select.EPOLLHUP
 
 
@@ -71,24 +72,26 @@ class Reactor:
     def run(self) -> None:
         """Run until `stop`."""
         self._is_running = True
+        poll, callbacks, soon, timers = self._epoll.poll, self._callbacks, self._soon, self._timers
         while self._is_running:
-            for fd, ready in self._epoll.poll(self._patience()):
-                callback = self._callbacks.get(fd)  # another callback may have forgotten it
+            if soon:
+                patience = 0.0
+            elif timers:
+                patience = max(0.0, timers[0][0] - time.monotonic())
+            else:
+                patience = -1.0
+            for fd, ready in poll(patience, EVENTS_PER_ROUND):
+                callback = callbacks.get(fd)  # another callback may have forgotten it
                 if callback is not None:
                     callback(ready)
-            for _ in range(len(self._soon)):
-                self._soon.popleft()()
-            self._fire()
-
-    def _patience(self) -> float:
-        if self._soon:
-            return 0
-        if not self._timers:
-            return -1
-        return max(0.0, self._timers[0][0] - time.monotonic())
+            for _ in range(len(soon)):
+                soon.popleft()()
+            if timers and timers[0][0] <= time.monotonic():
+                self._fire()
 
     def _fire(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback()

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Bytes buffered for a slow side before the fast one pauses.
-HIGH_WATER = 256 * 1024
+# Bytes buffered for a slow side before the fast one pauses. What is buffered was copied, so a
+# bulk flow pauses after one read that did not go through.
+HIGH_WATER = 64 * 1024
 
 
 class Channel(Protocol):
     """One end of a byte stream, driven by callbacks that the relay sets."""
 
-    on_data: Callable[[bytes | memoryview], None]
+    on_data: Callable[[bytes | memoryview], None]  # a view is valid during the call only
     on_end: Callable[[], None]
     on_abort: Callable[[], None]
     on_drained: Callable[[], None]

@@ -3,6 +3,13 @@
 The shell around `connection`: it moves bytes between the socket and the core, and turns the core's
 events into calls on stream channels. It knows no pods and no policy; `outbound` and `inbound` do.
 
+TLS works on memory, not on the socket. OpenSSL would write each record of 16 KiB with a system call
+of its own, and read its header and its body apart; here one call takes or gives what the socket has
+room for, many records and the frames of many streams together (docs/performance.md).
+
+Small messages of one round of the reactor leave in one record at its end; large ones at once, since
+they are views of the reader's buffer, which the next reader needs.
+
 Writing is bounded: while more than a little waits for the socket, no stream gets to send, and when
 it has drained the waiting streams take turns.
 """
@@ -46,10 +53,13 @@ if TYPE_CHECKING:
 HANDSHAKE_SECONDS = 5.0
 PING_SECONDS = 10.0
 PONG_SECONDS = 20.0
-READ_BYTES = 64 * 1024
-RECORDS_PER_TURN = 32  # then others get their turn
-UNSENT_BYTES = 256 * 1024
-WRITE_BYTES = 64 * 1024
+READ_BYTES = 256 * 1024  # in one turn, then others get theirs
+RECORD_BYTES = 16 * 1024 + 256  # RFC 8446 §5.2: plaintext, padding and all
+UNSENT_BYTES = 512 * 1024
+
+# A worker has one thread, and nobody keeps a view of these beyond a callback.
+_raw = memoryview(bytearray(READ_BYTES))
+_plain = memoryview(bytearray(READ_BYTES + 2 * RECORD_BYTES))
 
 
 def _nothing() -> None:
@@ -79,34 +89,42 @@ class StreamChannel:
         """Before the stream is joined nothing is read of it."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send what the windows allow, keep the rest."""
+        """Send what the windows allow, keep a copy of the rest."""
         if self._is_closed:
             return
-        self._pending.append(memoryview(data))
+        if self._pending:
+            self._keep(data)
+            return
+        session = self._session
+        size = len(data)
+        sent = session.send(self._stream_id, data)
+        if sent < size:
+            self._keep(data[sent:])
+        if type(data) is memoryview:
+            session.write_now()
+        else:
+            session.wants_write()
+
+    def _keep(self, data: bytes | memoryview) -> None:
+        self._pending.append(memoryview(bytes(data)))
         self.buffered += len(data)
-        self.flush()
 
     def flush(self) -> None:
         """Send what is pending as far as it may go; called when a window opens."""
-        connection = self._session.connection
+        session = self._session
         had_pending = bool(self._pending)
         while self._pending:
-            allowed = self._session.sendable(self._stream_id)
-            if not allowed:
-                break
             data = self._pending[0]
-            part = data[:allowed]
-            connection.send_data(self._stream_id, part)
-            self._session.account(len(part))
-            self.buffered -= len(part)
-            if len(part) < len(data):
-                self._pending[0] = data[allowed:]
-            else:
-                self._pending.popleft()
+            sent = session.send(self._stream_id, data)
+            self.buffered -= sent
+            if sent < len(data):
+                self._pending[0] = data[sent:]
+                break
+            self._pending.popleft()
         if not self._pending and self._ends and not self._has_ended and not self._is_closed:
             self._has_ended = True
-            connection.send_data(self._stream_id, b"", ends=True)
-        self._session.wants_write()
+            session.connection.send_data(self._stream_id, b"", ends=True)
+        session.wants_write()
         if had_pending and not self._pending:
             self.on_drained()
 
@@ -123,6 +141,7 @@ class StreamChannel:
         """Acknowledge what was taken meanwhile."""
         self._is_paused = False
         self._acknowledge()
+        self._session.wants_write()
 
     def received(self, data: memoryview) -> None:
         """Take bytes off the stream (called by the session)."""
@@ -135,7 +154,6 @@ class StreamChannel:
         if self._unacknowledged and not self._is_closed:
             self._session.connection.acknowledge(self._stream_id, self._unacknowledged)
             self._unacknowledged = 0
-            self._session.wants_write()
 
     def abort(self, code: int = ErrorCode.CONNECT_ERROR) -> None:
         """Reset the stream; CONNECT_ERROR is what a TCP RST becomes (RFC 9113 §8.5)."""
@@ -182,14 +200,16 @@ class Session:
         self._trust = trust
         self._expected = expected
         self._role = role
-        self._tls = context.wrap_socket(
-            own, server_side=role is Role.SERVER, do_handshake_on_connect=False
+        self._socket = own
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=role is Role.SERVER
         )
-        self._fd = self._tls.fileno()
-        self._unsent = b""
-        self._queued = 0  # bytes of streams in the core's output
+        self._fd = own.fileno()
+        self._unsent: bytes | memoryview = b""
+        self._room = UNSENT_BYTES  # for bytes of streams, until the socket has drained
         self._is_established = self._is_ready = self.is_closed = False
-        self._watched = READ | WRITE
+        self._watched = WRITE if role is Role.CLIENT else READ
         self._is_write_due = False
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         self._deadline = reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
@@ -218,17 +238,17 @@ class Session:
             if not self.channels:
                 self.on_idle(self)
 
-    def sendable(self, stream_id: int) -> int:
-        """Return how much a stream may send now; 0 puts it in the line for the socket."""
-        room = UNSENT_BYTES - len(self._unsent) - self._queued
-        if room <= 0:
-            self._waiting.setdefault(stream_id)  # who waits already keeps its place
-            return 0
-        return min(room, self.connection.sendable(stream_id))
+    def send(self, stream_id: int, data: bytes | memoryview) -> int:
+        """Put what may go now of `data` into the output and return how much that is.
 
-    def account(self, size: int) -> None:
-        """Count bytes that a stream put into the output."""
-        self._queued += size
+        Less than all without a closed window puts the stream in the line for the socket. The output
+        refers to `data` until the next `write_now`, which has to follow for a view of a buffer.
+        """
+        sent = self.connection.send_some(stream_id, data, self._room)
+        self._room -= sent
+        if not self._room:
+            self._waiting.setdefault(stream_id)  # who waits already keeps its place
+        return sent
 
     # -- input and output ---------------------------------------------------------------------
 
@@ -240,8 +260,21 @@ class Session:
 
     def _write_due(self) -> None:
         self._is_write_due = False
+        self.write_now()
+
+    def write_now(self) -> None:
+        """Encrypt what is in the output, and write as much as the socket takes."""
         if self._is_established and not self.is_closed:
-            self._write()
+            self._encrypt()
+            if not self._unsent:
+                self._write()
+
+    def _encrypt(self) -> None:
+        if self._is_established and self.connection.has_output:
+            try:
+                self._tls.write(self.connection.take_output())
+            except ssl.SSLError as error:
+                self.fail(f"{type(error).__name__}: {error}")
 
     def _watch(self, events: int) -> None:
         if events != self._watched and not self.is_closed:
@@ -250,13 +283,12 @@ class Session:
 
     def _on_io(self, ready: int) -> None:
         try:
-            if not self._is_established:
+            if ready & ~WRITE:
+                self._read()
+            elif not self._is_established:
                 self._handshake()
-            else:
-                if ready & WRITE:
-                    self._write()
-                if ready & ~WRITE and not self.is_closed:
-                    self._read()
+            if ready & WRITE and not self.is_closed:
+                self._write()
         except UntrustedPeer as error:
             self.refuse(error)
         except ssl.SSLCertVerificationError as error:
@@ -264,15 +296,13 @@ class Session:
         except (ssl.SSLError, OSError) as error:
             self.fail(f"{type(error).__name__}: {error}")
 
-    def _handshake(self) -> None:
+    def _handshake(self) -> bool:
+        """Go on with the handshake; whether it is done and the tunnel in use."""
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
-            self._watch(READ)
-            return
-        except ssl.SSLWantWriteError:
-            self._watch(WRITE)
-            return
+            self._write()
+            return False
         except ssl.SSLError as error:
             if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
                 raise PeerCertificateMissing("the peer showed no certificate") from error
@@ -285,59 +315,77 @@ class Session:
         self._is_established = True
         self._deadline.cancel()
         self._deadline = self._reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
-        self._watch(READ)
         if self._role is Role.SERVER:
             self.on_ready(self)
-        self._write()
-        self._read()
+        self.write_now()
+        return not self.is_closed
 
     def _read(self) -> None:
-        for _ in range(RECORDS_PER_TURN):
-            try:
-                data = self._tls.recv(READ_BYTES)
-            except ssl.SSLWantReadError:
-                return
-            except ssl.SSLWantWriteError:
-                self._watch(READ | WRITE)
-                return
-            if not data:
-                self.fail("the peer closed the tunnel")
-                return
-            for event in self.connection.receive(data):
+        try:
+            size = self._socket.recv_into(_raw)
+        except BlockingIOError:
+            return
+        if not size:
+            self.fail("the peer closed the tunnel")
+            return
+        self._incoming.write(_raw[:size])
+        if not self._is_established and not self._handshake():
+            return
+        for event in self.connection.receive(self._decrypt()):
+            if type(event) is DataReceived:
+                target = self.channels.get(event.stream_id)
+                if target is not None:
+                    target.received(event.data)
+            else:
                 self._dispatch(event)
-                if self.is_closed:
-                    return
-            if self.connection.has_output:
-                self.wants_write()
-        # OpenSSL may hold decrypted records that epoll does not know of.
-        self._reactor.call_soon(lambda: None if self.is_closed else self._on_io(READ))
+            if self.is_closed:
+                return
+        if self.connection.has_output:
+            self.wants_write()
+
+    def _decrypt(self) -> memoryview:
+        """Return the plaintext of all whole records that are here."""
+        size = 0
+        try:
+            while self._incoming.pending:
+                before = size
+                size += self._tls.read(RECORD_BYTES, _plain[size:])  # type: ignore[operator]  # typeshed: with a buffer it is a count
+                if size == before:  # the peer said that it ends; the end of the socket follows
+                    break
+        except ssl.SSLWantReadError:
+            pass
+        return _plain[:size]
 
     def _write(self) -> None:
+        """Write until the socket is full or nothing is left; then the waiting take their turn."""
         while not self.is_closed:
             if not self._unsent:
-                if not self.connection.has_output:
+                self._encrypt()
+                if not self._outgoing.pending:
                     break
-                self._unsent = self.connection.take_output()
-                self._queued = 0
+                self._unsent = self._outgoing.read()
             try:
-                # Retried with the same bytes, as OpenSSL demands.
-                sent = self._tls.send(self._unsent[:WRITE_BYTES])
-            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                self._watch(READ | WRITE)
-                return
-            except (ssl.SSLError, OSError) as error:
+                sent = self._socket.send(self._unsent)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
                 self.fail(f"{type(error).__name__}: {error}")
                 return
-            self._unsent = self._unsent[sent:]
-            if not self._unsent:
+            if sent < len(self._unsent):
+                self._unsent = memoryview(self._unsent)[sent:]
+                self._watch(READ | WRITE)
+                return
+            self._unsent = b""
+            self._room = max(0, UNSENT_BYTES - self._outgoing.pending)
+            if self._waiting:
                 self._serve_waiting()
         self._watch(READ)
-        if self.connection.is_terminated and not self._unsent:
+        if self.connection.is_terminated and self._is_established:
             self.fail("the tunnel was ended")
 
     def _serve_waiting(self) -> None:
         for stream_id in list(self._waiting):
-            if self._queued >= UNSENT_BYTES:
+            if not self._room:
                 return  # the next turn begins with who is first now
             del self._waiting[stream_id]
             channel = self.channels.get(stream_id)
@@ -347,14 +395,11 @@ class Session:
     # -- events -------------------------------------------------------------------------------
 
     def _dispatch(self, event: Event) -> None:
+        """Act on anything but data, which `_read` passes on itself."""
         match event:
-            case DataReceived():
-                channel = self.channels.get(event.stream_id)
-                if channel is not None:
-                    channel.received(event.data)
             case WindowOpened(stream_id=0):
-                for channel in list(self.channels.values()):
-                    channel.flush()
+                for each in list(self.channels.values()):
+                    each.flush()
             case WindowOpened():
                 channel = self.channels.get(event.stream_id)
                 if channel is not None:
@@ -442,17 +487,18 @@ class Session:
             return
         self._trust.leave(self)
         self._deadline.cancel()
-        if self.connection.has_output and self._is_established:
-            # a GOAWAY with the reason's code, if the socket takes it at once
-            with contextlib.suppress(ssl.SSLError, OSError):
-                self._tls.send(self._unsent + self.connection.take_output())
+        # a GOAWAY or an alert with the reason's code, if the socket takes it at once
+        with contextlib.suppress(ssl.SSLError, OSError):
+            if self._is_established:
+                self._tls.write(self.connection.take_output())
+            self._socket.send(bytes(self._unsent) + self._outgoing.read())
         self.is_closed = True
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}
         for channel in channels.values():
             channel.on_abort()
         if self._is_established:
-            self._tls.close()
+            self._socket.close()
         else:
-            sockets.abort(self._tls)
+            sockets.abort(self._socket)
         self.on_closed(self, reason)

@@ -45,14 +45,30 @@ class Stream:
     """One stream and its windows, in bytes.
 
     `send_window` is what the peer lets us send. `receive_window` is what the peer may still send;
-    `consumed` is what the application took and the peer does not know of yet.
+    `consumed` is what the application took and the peer does not know of yet. `may_send` and
+    `may_receive` say of the state what every frame asks for.
     """
 
-    __slots__ = ("consumed", "has_response", "receive_window", "send_window", "state")
+    __slots__ = (
+        "consumed",
+        "has_response",
+        "may_receive",
+        "may_send",
+        "receive_window",
+        "send_window",
+        "state",
+    )
 
     def __init__(self, send_window: int, receive_window: int) -> None:
         self.state = StreamState.OPEN
+        self.may_send = self.may_receive = True
         self.send_window = send_window
         self.receive_window = receive_window
         self.consumed = 0
         self.has_response = False
+
+    def advance(self, step: StreamInput) -> None:
+        """Go to the next state (KeyError if the table has none)."""
+        self.state = TRANSITIONS[self.state, step]
+        self.may_send = self.state in MAY_SEND
+        self.may_receive = self.state in MAY_RECEIVE

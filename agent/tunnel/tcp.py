@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from agent.tunnel.reactor import Reactor
 
 READ_BYTES = 256 * 1024
+# A flow that fills this is read into the shared buffer next time. A small message is cheaper as
+# bytes of its own: nobody has to copy it to keep it.
+SMALL_BYTES = 2048
 CONNECT_SECONDS = 10.0
+
+# A worker has one thread, and `on_data` keeps no view of it.
+_scratch = memoryview(bytearray(READ_BYTES))
 
 
 def _nothing() -> None:
@@ -41,6 +47,7 @@ class TcpChannel:
         self.buffered = 0
         self._wants_read = False
         self._has_read_all = False
+        self._is_large = False
         self._ends = self._has_ended = False
         self._is_closed = self._is_detached = False
         self._watched = 0
@@ -82,13 +89,19 @@ class TcpChannel:
 
     def _read(self) -> None:
         try:
-            data = self._socket.recv(READ_BYTES)
+            if self._is_large:
+                size = self._socket.recv_into(_scratch)
+                data: bytes | memoryview = _scratch[:size]
+            else:
+                data = self._socket.recv(SMALL_BYTES)
+                size = len(data)
         except BlockingIOError:
             return
         except OSError:
             self._fail()
             return
-        if data:
+        if size:
+            self._is_large = size >= SMALL_BYTES
             self.on_data(data)
         else:
             self._has_read_all = True
@@ -96,7 +109,7 @@ class TcpChannel:
             self.on_end()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send now what the socket takes, keep the rest."""
+        """Send now what the socket takes, keep a copy of the rest."""
         if self._is_closed:
             return
         if not self._pending:
@@ -109,8 +122,8 @@ class TcpChannel:
                 return
             if sent == len(data):
                 return
-            data = memoryview(data)[sent:]
-        self._pending.append(data)
+            data = data[sent:]
+        self._pending.append(bytes(data))
         self.buffered += len(data)
         self._update()
 

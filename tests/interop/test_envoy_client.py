@@ -139,6 +139,7 @@ def test_client_of_another_trust_domain_is_refused(server: Neighbors) -> None:
     start(server, server.credentials(stranger, identity("server")))
     server.ours.namespace.listen(PEER4, APP_PORT)
     assert ends_without_data(dial(server))
+    server.ours.worker.settle()
     assert "is not of trust domain" in server.ours.worker.log.read_text()
 
 
