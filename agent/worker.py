@@ -10,9 +10,11 @@ Imports neither kubernetes nor grpc nor bcc nor cryptography.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
+import select
 import socket
 import sys
 from contextlib import suppress
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 ACCEPTS_PER_TURN = 64
 MANY_CHANGES = 1000  # of policies, at once
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = 4 << 20
 
 
 class Neighbors:
@@ -208,7 +212,8 @@ class Worker:
                     accepted.close()
                     log("connection failed", pod=served.pod.name, reason=str(error))
 
-        self._reactor.watch(listener.fileno(), READ, on_ready)
+        # Workers share the listener: one of them is enough for one connection.
+        self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
 
     def _remove_pod(self, uid: str) -> None:
         served = self._served.pop(uid, None)
@@ -229,6 +234,11 @@ def main() -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # two descriptors for each connection
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # glibc gives large blocks back to the kernel at once, and takes a page fault for every page of
+    # the next one. Ciphertext of a bulk flow is such a block, many times a millisecond.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     gc.freeze()  # what is loaded now lives as long as the process
     with suppress(KeyboardInterrupt):
         Worker(channel).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -49,7 +50,10 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--crl", type=_FILE, help="File with revoked certificates, read when it changes.")
 @click.option("--trust-domain", default="cluster.local", show_default=True)
 @click.option("--trust-domain-alias", multiple=True, help="Another one whose pods are let in.")
-@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=lambda: len(os.sched_getaffinity(0)),
+    show_default="one for each processor", help="Processes that move bytes.",
+)  # fmt: skip
 @click.option("--exclude-outbound-port", type=_PORT, multiple=True, help="Never captured.")
 @click.option("--exclude-outbound-network", multiple=True, metavar="CIDR", help="Never captured.")
 @click.option("--exclude-inbound-port", type=_PORT, multiple=True, help="Never captured.")

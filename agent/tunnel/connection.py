@@ -52,7 +52,7 @@ class Role(Enum):
 class Limits:
     """What we let a peer do, in bytes and counts."""
 
-    stream_window: int = 1 << 20
+    stream_window: int = 2 << 20
     connection_window: int = 16 << 20
     frame_bytes: int = 1 << 20
     concurrent_streams: int = 200
@@ -123,10 +123,13 @@ class Connection:
 
     def take_output(self) -> bytes:
         """Return and forget what is to be written."""
-        output = b"".join(self._output)
-        self._output.clear()
+        return b"".join(self.take_parts())
+
+    def take_parts(self) -> list[bytes | memoryview]:
+        """Like `take_output`, but not joined."""
+        parts, self._output = self._output, []
         self._unsent_replies = 0
-        return output
+        return parts
 
     @property
     def has_output(self) -> bool:

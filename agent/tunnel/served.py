@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from agent.model.verdict import Verdict
 
 
+_encode = json.JSONEncoder(default=str).encode  # json.dumps would make one for each line
+
+
 @dataclass
 class ServedPod:
     """Descriptors are the worker's own copies, closed by `close`."""
@@ -31,7 +34,7 @@ class ServedPod:
 def log(message: str, **fields: object) -> None:
     """Write one line of JSON to stderr: the worker's log."""
     entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message}
-    sys.stderr.write(json.dumps(entry | fields, default=str) + "\n")
+    sys.stderr.write(_encode(entry | fields) + "\n")
 
 
 @dataclass

@@ -53,9 +53,10 @@ if TYPE_CHECKING:
 HANDSHAKE_SECONDS = 5.0
 PING_SECONDS = 10.0
 PONG_SECONDS = 20.0
-READ_BYTES = 256 * 1024  # in one turn, then others get theirs
-RECORD_BYTES = 16 * 1024 + 256  # RFC 8446 §5.2: plaintext, padding and all
-UNSENT_BYTES = 512 * 1024
+READ_BYTES = 512 * 1024  # in one turn, then others get theirs
+PLAINTEXT_BYTES = 16 * 1024
+RECORD_BYTES = PLAINTEXT_BYTES + 256  # RFC 8446 §5.2: plaintext, padding and all
+UNSENT_BYTES = 1024 * 1024
 
 # A worker has one thread, and nobody keeps a view of these beyond a callback.
 _raw = memoryview(bytearray(READ_BYTES))
@@ -270,11 +271,21 @@ class Session:
                 self._write()
 
     def _encrypt(self) -> None:
-        if self._is_established and self.connection.has_output:
-            try:
-                self._tls.write(self.connection.take_output())
-            except ssl.SSLError as error:
-                self.fail(f"{type(error).__name__}: {error}")
+        if not self._is_established or not self.connection.has_output:
+            return
+        parts = self.connection.take_parts()
+        last = parts.pop()
+        try:
+            if len(last) < 2 * PLAINTEXT_BYTES:
+                self._tls.write(b"".join((*parts, last)))
+                return
+            # Copied is only what fills the record that the heads before it are in.
+            size = sum(map(len, parts))
+            fill = -size % PLAINTEXT_BYTES
+            self._tls.write(b"".join((*parts, last[:fill])))
+            self._tls.write(last[fill:])
+        except ssl.SSLError as error:
+            self.fail(f"{type(error).__name__}: {error}")
 
     def _watch(self, events: int) -> None:
         if events != self._watched and not self.is_closed:

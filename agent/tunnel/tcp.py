@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from agent.tunnel.reactor import Reactor
 
-READ_BYTES = 256 * 1024
+READ_BYTES = 512 * 1024
 # A flow that fills this is read into the shared buffer next time. A small message is cheaper as
 # bytes of its own: nobody has to copy it to keep it.
 SMALL_BYTES = 2048
@@ -49,9 +49,9 @@ class TcpChannel:
         self._has_read_all = False
         self._is_large = False
         self._ends = self._has_ended = False
-        self._is_closed = self._is_detached = False
+        self._is_closed = False
+        self._is_detached = True  # the reactor does not know the socket
         self._watched = 0
-        reactor.watch(self._fd, 0, self._on_ready)
 
     def start(self) -> None:
         """Read from now on: the callbacks are set."""
@@ -197,7 +197,21 @@ def connect(
     destination: tuple[str, int],
     on_done: Callable[[OSError | None], None],
 ) -> None:
-    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed)."""
+    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed).
+
+    Success may be reported before this returns.
+    """
+
+    try:
+        number = own.connect_ex(destination)
+        if number == errno.EINPROGRESS:
+            # To an application on this machine it stands by now, and asking again says so.
+            number = own.connect_ex(destination)
+    except OSError as error:
+        number = error.errno or errno.EINVAL
+    if number == 0:
+        on_done(None)
+        return
 
     def settle(error: OSError | None) -> None:
         timer.cancel()
@@ -213,12 +227,8 @@ def connect(
     def on_timeout() -> None:
         settle(TimeoutError(errno.ETIMEDOUT, f"no answer in {CONNECT_SECONDS:g} s"))
 
-    try:
-        number = own.connect_ex(destination)
-    except OSError as error:
-        number = error.errno or errno.EINVAL
     timer = reactor.call_later(CONNECT_SECONDS, on_timeout)
-    if number in (0, errno.EINPROGRESS):
+    if number in (errno.EINPROGRESS, errno.EALREADY):
         reactor.watch(own.fileno(), WRITE, on_ready)
     else:
         failed = OSError(number, os.strerror(number))
