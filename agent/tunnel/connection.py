@@ -534,7 +534,7 @@ class Connection:
             ) from error
         found: list[Event] = []
         stream = self._streams.get(self._block_stream_id)
-        if stream is not None and stream.state not in MAY_RECEIVE:
+        if stream is not None and not stream.may_receive:
             self._fail_stream(self._block_stream_id, ErrorCode.STREAM_CLOSED, found)
             return found
         if self.role is Role.SERVER:

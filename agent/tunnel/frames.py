@@ -95,7 +95,7 @@ def build_data_head(length: int, flags: int, stream_id: int) -> bytes:
     return _HEAD.pack(length >> 8, length & 0xFF, 0, flags, stream_id)
 
 
-def parse_head(data: memoryview, at: int) -> tuple[int, int, int, int]:
+def parse_head(data: memoryview, at: int = 0) -> tuple[int, int, int, int]:
     """Return (length, type, flags, stream id) of the 9 bytes of `data` from `at` on."""
     high, low, frame_type, flags, stream_id = _HEAD.unpack_from(data, at)
     return high << 8 | low, frame_type, flags, stream_id & MAX_STREAM_ID

@@ -337,7 +337,8 @@ class Session:
         except BlockingIOError:
             return
         if not size:
-            self.fail("the peer closed the tunnel")
+            is_open = self._is_established
+            self.fail("the peer closed the tunnel" if is_open else "EOF during the handshake")
             return
         self._incoming.write(_raw[:size])
         if not self._is_established and not self._handshake():

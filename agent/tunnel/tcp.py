@@ -197,10 +197,7 @@ def connect(
     destination: tuple[str, int],
     on_done: Callable[[OSError | None], None],
 ) -> None:
-    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed).
-
-    Success may be reported before this returns.
-    """
+    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed)."""
 
     try:
         number = own.connect_ex(destination)
@@ -210,7 +207,7 @@ def connect(
     except OSError as error:
         number = error.errno or errno.EINVAL
     if number == 0:
-        on_done(None)
+        reactor.call_soon(lambda: on_done(None))
         return
 
     def settle(error: OSError | None) -> None:

@@ -173,18 +173,19 @@ def test_stalled_stream_stalls_no_other(tunnel: Tunnel) -> None:
 
 
 def test_streams_share_the_socket_in_turns(tunnel: Tunnel) -> None:
+    size = 8 * session_module.UNSENT_BYTES  # many turns
     streams = [tunnel.open() for _ in range(4)]
     for near, _far in streams:
-        near.channel.write(b"x" * (1 << 20))
+        near.channel.write(b"x" * size)
     progress: list[list[int]] = []
 
     def one_has_arrived() -> bool:
         progress.append([len(far.received) for _near, far in streams])
-        return max(progress[-1]) == 1 << 20
+        return max(progress[-1]) == size
 
     tunnel.until(one_has_arrived)
     # None is far behind when the first is through.
-    assert min(progress[-1]) > (1 << 20) // 2
+    assert min(progress[-1]) > size // 2
 
 
 def test_bytes_before_the_stream_is_joined_are_dropped(tunnel: Tunnel) -> None:
