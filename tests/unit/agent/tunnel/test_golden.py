@@ -55,7 +55,7 @@ def test_our_answers() -> None:
     assert server.take_output().hex() == "00000101040000000188"
     server.respond(3, 503)
     # END_STREAM, and RST_STREAM(NO_ERROR): no more of the request is wanted (RFC 9113 §8.1).
-    expected = "0000050105000000034882682aff00000403000000000300000000"
+    expected = "00000501050000000348836c0cff00000403000000000300000000"
     assert server.take_output().hex() == expected
 
 
