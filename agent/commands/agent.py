@@ -24,6 +24,11 @@ _EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _PORT = click.IntRange(1, 65535)
 
 
+def default_workers() -> int:
+    """Return one worker for each two processors: the pods need the others, and memory counts."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 @click.command()
 @click.option("--node", required=True, help="Name of this node, as in spec.nodeName of its pods.")
 @click.option("--objects", type=_EXISTING, required=True, help="Directory of Kubernetes objects.")
@@ -51,8 +56,8 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--trust-domain", default="cluster.local", show_default=True)
 @click.option("--trust-domain-alias", multiple=True, help="Another one whose pods are let in.")
 @click.option(
-    "--workers", type=click.IntRange(1, 64), default=lambda: len(os.sched_getaffinity(0)),
-    show_default="one for each processor", help="Processes that move bytes.",
+    "--workers", type=click.IntRange(1, 64), default=default_workers,
+    show_default="one for each two processors", help="Processes that move bytes.",
 )  # fmt: skip
 @click.option("--exclude-outbound-port", type=_PORT, multiple=True, help="Never captured.")
 @click.option("--exclude-outbound-network", multiple=True, metavar="CIDR", help="Never captured.")
