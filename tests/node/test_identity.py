@@ -20,6 +20,7 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from agent.commands.agent import default_workers
 from agent.identity import keys
 from agent.lab import machine
 from agent.lab.lab import Lab
@@ -384,8 +385,7 @@ def test_no_key_is_in_anything_that_is_printed_or_written(tmp_path: Path) -> Non
         assert len(modes) == 6
         assert set(modes.values()) == {0o600}
         pids = [*lab.ca_pids(), *(pid for node in lab.cluster().nodes for pid in agents(lab, node))]
-        workers = len(os.sched_getaffinity(0))  # of each agent
-        assert len(pids) == 1 + 2 * (1 + workers)
+        assert len(pids) == 1 + 2 * (1 + default_workers())
         for pid in pids:
             limits = Path(f"/proc/{pid}/limits").read_text()
             assert "Max core file size        0                    0" in limits
