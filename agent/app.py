@@ -24,7 +24,7 @@ from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
 from agent.enforcement import Enforcement
-from agent.enroll import Enrollment, enroll, set_strict, unenroll
+from agent.enroll import Enrollment, enroll, hand_over, release, set_strict, unenroll
 from agent.errors import MapError, RequestRefused, SandboxNotFound, SidestepError
 from agent.identity.client import AuthorityClient
 from agent.identity.keeper import CertificateKeeper
@@ -63,6 +63,14 @@ class PodStatus:
     retry_at: float | None = None  # of the event loop's clock
 
 
+@dataclass
+class Draining:
+    """A pod that has left, and the workers that still have connections to it."""
+
+    enrollment: Enrollment
+    workers: set[WorkerProcess]
+
+
 class Agent:
     """One node's agent."""
 
@@ -76,6 +84,7 @@ class Agent:
         self._snapshot = Snapshot()
         self._desired: dict[str, LocalPod] = {}
         self._enrolled: dict[str, Enrollment] = {}
+        self._draining: dict[str, Draining] = {}
         self._statuses: dict[str, PodStatus] = {}
         self._wanted: set[SpiffeId] = set()
         self._workers: list[WorkerProcess] = []
@@ -160,6 +169,9 @@ class Agent:
             self._keeper.want(identity, is_waiting=False)
         for uid in self._statuses.keys() - self._desired.keys() - self._enrolled.keys():
             del self._statuses[uid]
+        alive = {workload.uid for workload in snapshot.workloads}
+        for uid in self._draining.keys() - alive:
+            self._let_go(self._draining.pop(uid).enrollment)
         observed = {uid: enrollment.pod for uid, enrollment in self._enrolled.items()}
         for step in diff(self._desired, observed):
             match step:
@@ -255,6 +267,7 @@ class Agent:
         fields = {"pod": f"{pod.namespace}/{pod.name}"}
         try:
             netns_fd = sandbox.open_netns(pod, self._settings.pod_cgroups)
+            await self._take_back(pod.uid)
             enrollment = enroll(self._pins, pod, netns_fd)
         except SidestepError as error:
             if netns_fd >= 0:
@@ -284,24 +297,60 @@ class Agent:
         log.info("pod enrolled", extra=fields)
 
     def _unenroll(self, uid: str) -> None:
+        """Take a pod out: at once if it is gone, else when its connections have ended."""
         enrollment = self._enrolled.pop(uid)
         pod = enrollment.pod
-        # First the peers stop dialing 15008, then it goes.
         self._source.publish(pod.namespace, pod.name, None)
+        self._direct.remove_pod(enrollment.netns_cookie)
+        self._statuses.pop(uid, None)
+        is_alive = any(workload.uid == uid for workload in self._snapshot.workloads)
+        if is_alive and not self._stop.is_set():
+            release(enrollment)
+            self._draining[uid] = Draining(enrollment, set(self._workers))
+            for worker in self._workers:
+                worker.send(messages.DrainPod(uid))
+        else:
+            self._let_go(enrollment)
+        log.info("pod unenrolled", extra={"pod": f"{pod.namespace}/{pod.name}"})
+
+    async def _take_back(self, uid: str) -> None:
+        """Free 15008 of a pod that comes back while it drains; its connections go on."""
+        draining = self._draining.pop(uid, None)
+        if draining is None:
+            return
+        for worker in self._workers:
+            worker.send(messages.RemovePod(uid))
+        for worker in list(self._workers):
+            await worker.wait_in_force()
+        hand_over(draining.enrollment)
+        os.close(draining.enrollment.netns_fd)
+
+    def _on_drained(self, worker: WorkerProcess, uid: str) -> None:
+        draining = self._draining.get(uid)
+        if draining is None:
+            return
+        draining.workers.discard(worker)
+        if not draining.workers:
+            del self._draining[uid]
+            self._let_go(draining.enrollment)
+
+    def _let_go(self, enrollment: Enrollment) -> None:
+        """Undo all that is left of an enrollment."""
+        fields = {"pod": f"{enrollment.pod.namespace}/{enrollment.pod.name}"}
+        for worker in self._workers:
+            worker.send(messages.RemovePod(enrollment.pod.uid))
         try:
             unenroll(enrollment)
+            log.info("pod has nothing of ours any more", extra=fields)
+        except SidestepError as error:
+            log.warning("pod not unenrolled cleanly", extra=fields | {"error": str(error)})
         finally:
-            self._direct.remove_pod(enrollment.netns_cookie)
             os.close(enrollment.netns_fd)
-            for worker in self._workers:
-                worker.send(messages.RemovePod(uid))
-            self._statuses.pop(uid, None)
-        log.info("pod unenrolled", extra={"pod": f"{pod.namespace}/{pod.name}"})
 
     # -- workers ------------------------------------------------------------------------------
 
     def _add_worker(self) -> None:
-        worker = WorkerProcess(self._on_worker_exit, self._on_needed)
+        worker = WorkerProcess(self._on_worker_exit, self._on_needed, self._on_drained)
         self._workers.append(worker)
         settings = self._settings
         worker.send(
@@ -331,6 +380,8 @@ class Agent:
     def _on_worker_exit(self, worker: WorkerProcess) -> None:
         worker.stop()
         self._workers.remove(worker)
+        for uid in list(self._draining):
+            self._on_drained(worker, uid)
         if not self._stop.is_set():
             log.error(
                 "worker died and is replaced",
@@ -433,10 +484,9 @@ class Agent:
     def _shut_down(self) -> None:
         self._stop.set()
         for uid in list(self._enrolled):
-            try:
-                self._unenroll(uid)
-            except SidestepError as error:
-                log.warning("pod not unenrolled cleanly", extra={"error": str(error)})
+            self._unenroll(uid)
+        for draining in self._draining.values():
+            self._let_go(draining.enrollment)
         for worker in self._workers:
             worker.stop()
         self._admin.stop()

@@ -10,8 +10,10 @@ The order keeps the pod closed or untouched, never half open:
     6 ss_pods       outbound is captured from here on    undo: delete
     7 guard         on the node's side of each link      undo: detach; counters
 
-Undo runs in reverse order. No process of the pod is touched, and its open connections go on. The
-caller holds the returned Enrollment; its listeners are what the workers accept on.
+Undo runs in reverse order, in two parts. `release` ends capture: all but the reply route and 15008,
+which open connections and peers that have not heard yet still need. `unenroll` takes those too. No
+process of the pod is touched. The caller holds the returned Enrollment; its listeners are what the
+workers accept on.
 
 Called by the reconciler, and by tests. Does not decide which pod takes part.
 """
@@ -59,7 +61,8 @@ class Enrollment:
     outbound: list[socket.socket] = field(default_factory=list)
     inbound: list[socket.socket] = field(default_factory=list)
     hbone: list[socket.socket] = field(default_factory=list)
-    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    capture: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    ground: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     plaintext_ports: frozenset[int] = frozenset()
 
 
@@ -70,10 +73,10 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
         EnrollError: a step failed; all steps before it are undone.
     """
     enrollment = Enrollment(pod, netns_fd, netns.netns_cookie(netns_fd))
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as ground, contextlib.ExitStack() as undo:
         try:
-            _add_reply_route(enrollment, undo)
-            _open_listeners(pins, enrollment, undo)
+            _add_reply_route(enrollment, ground)
+            _open_listeners(pins, enrollment, undo, ground)
             _fill_slot(pins, enrollment, undo)
             _write_addresses(pins, enrollment, undo)
             links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
@@ -82,16 +85,29 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
             _attach_guard(pins, enrollment, undo)
         except (KernelError, OSError) as error:
             raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
-        enrollment.undo = undo.pop_all()
+        enrollment.capture, enrollment.ground = undo.pop_all(), ground.pop_all()
     return enrollment
 
 
+def release(enrollment: Enrollment) -> None:
+    """End capture; what is open goes on, and 15008 still takes tunnels."""
+    enrollment.capture.close()
+
+
 def unenroll(enrollment: Enrollment) -> None:
-    """Undo every step, last first."""
-    enrollment.undo.close()
+    """Undo every step, last first; of a released pod what is left."""
+    with enrollment.ground:
+        enrollment.capture.close()
 
 
-def _add_reply_route(enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
+def hand_over(enrollment: Enrollment) -> None:
+    """Give 15008 of a released pod to the next enrollment, which finds the reply route there."""
+    enrollment.ground.pop_all()
+    for listener in enrollment.hbone:
+        listener.close()
+
+
+def _add_reply_route(enrollment: Enrollment, ground: contextlib.ExitStack) -> None:
     def add() -> None:
         families = [socket.AF_INET] + ([socket.AF_INET6] if netns.has_ipv6() else [])
         # A rule that is there is of an agent that was killed, and so are the sysctls' values.
@@ -101,7 +117,7 @@ def _add_reply_route(enrollment: Enrollment, undo: contextlib.ExitStack) -> None
             for path in REPLY_SYSCTLS
             if path.exists()
         }
-        undo.callback(netns.run_in, enrollment.netns_fd, lambda: take_reply_route(before))
+        ground.callback(netns.run_in, enrollment.netns_fd, lambda: take_reply_route(before))
         for path in before:
             path.write_text("1")
         for family in families:
@@ -120,8 +136,13 @@ def take_reply_route(sysctls: Mapping[Path, str] | None = None) -> None:
         path.write_text(text)
 
 
-def _open_listeners(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
-    def listen(host: str, port: int) -> socket.socket:
+def _open_listeners(
+    pins: Pins,
+    enrollment: Enrollment,
+    capture: contextlib.ExitStack,
+    ground: contextlib.ExitStack,
+) -> None:
+    def listen(host: str, port: int, undo: contextlib.ExitStack) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         undo.callback(listener.close)
@@ -136,12 +157,12 @@ def _open_listeners(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitSta
 
     def open_all() -> None:
         has_ipv6 = netns.has_ipv6()
-        enrollment.outbound += [listen("127.0.0.1", OUTBOUND_PORT)]
+        enrollment.outbound += [listen("127.0.0.1", OUTBOUND_PORT, capture)]
         if has_ipv6:
-            enrollment.outbound += [listen("::1", OUTBOUND_PORT)]
+            enrollment.outbound += [listen("::1", OUTBOUND_PORT, capture)]
         wildcard = "::" if has_ipv6 else "0.0.0.0"  # the pod's own namespace
-        enrollment.inbound += [listen(wildcard, INBOUND_PORT)]
-        enrollment.hbone += [listen(wildcard, HBONE_PORT)]
+        enrollment.inbound += [listen(wildcard, INBOUND_PORT, capture)]
+        enrollment.hbone += [listen(wildcard, HBONE_PORT, ground)]
 
     netns.run_in(enrollment.netns_fd, open_all)
 

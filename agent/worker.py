@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
+DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 4 << 20
@@ -87,6 +88,7 @@ class Worker:
         )
         self._mesh = Mesh()
         self._gate = Gate(self._mesh)
+        self._gate.on_ended = self._end_drain
         self._served: dict[str, ServedPod] = {}
         self._trust_domain = ""
         self._serve_by_port: dict[int, Serve] = {}
@@ -109,6 +111,8 @@ class Worker:
                 self._configure(message)
             case messages.AddPod():
                 self._add_pod(message, fds)
+            case messages.DrainPod():
+                self._drain_pod(message.uid)
             case messages.RemovePod():
                 self._remove_pod(message.uid)
             case messages.PutCertificate():
@@ -136,7 +140,7 @@ class Worker:
             case messages.Enforce():
                 self._enforce()
             case messages.Ask():
-                messages.send(self._channel, messages.Ready(message.number))
+                self._answer(messages.Ready(message.number))
 
     def _configure(self, message: messages.Configure) -> None:
         maps = Path(message.pin_directory) / "maps"
@@ -163,8 +167,11 @@ class Worker:
         }
 
     def _ask_for(self, identity: str) -> None:
+        self._answer(messages.NeedCertificate(identity))
+
+    def _answer(self, message: messages.FromWorker) -> None:
         with suppress(OSError):  # the control process is gone: the channel's end says so as well
-            messages.send(self._channel, messages.NeedCertificate(identity))
+            messages.send(self._channel, message)
 
     def _put_revoked(self, fd: int) -> None:
         # Read at a position: other workers share the file, and its offset with it.
@@ -187,9 +194,10 @@ class Worker:
         pod = message.pod
         identity = SpiffeId(self._trust_domain, pod.namespace, pod.service_account)
         listeners = [socket.socket(fileno=fd) for fd in fds[1:]]
-        served = ServedPod(pod, identity, fds[0], message.netns_cookie, listeners)
+        ported = list(zip(message.listener_ports, listeners, strict=True))
+        served = ServedPod(pod, identity, fds[0], message.netns_cookie, ported)
         self._served[pod.uid] = served
-        for port, listener in zip(message.listener_ports, listeners, strict=True):
+        for port, listener in ported:
             listener.setblocking(False)
             self._watch_listener(served, listener, self._serve_by_port[port])
 
@@ -215,11 +223,33 @@ class Worker:
         # Workers share the listener: one of them is enough for one connection.
         self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
 
+    def _drain_pod(self, uid: str) -> None:
+        served = self._served.get(uid)
+        if served is None:
+            return
+        for port, listener in served.listeners:
+            if port != HBONE_PORT:
+                self._reactor.forget(listener.fileno())
+                listener.close()
+        served.listeners = [found for found in served.listeners if found[0] == HBONE_PORT]
+
+        def leave() -> None:
+            served.is_leaving = True
+            self._end_drain(uid)
+
+        self._reactor.call_later(DRAIN_SECONDS, leave)
+
+    def _end_drain(self, uid: str) -> None:
+        served = self._served.get(uid)
+        if served is not None and served.is_leaving and not self._gate.open_connections(uid):
+            self._remove_pod(uid)
+            self._answer(messages.Drained(uid))
+
     def _remove_pod(self, uid: str) -> None:
         served = self._served.pop(uid, None)
         if served is None:
             return
-        for listener in served.listeners:
+        for _port, listener in served.listeners:
             self._reactor.forget(listener.fileno())
             listener.close()
         if self._pool is not None:

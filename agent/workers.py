@@ -30,10 +30,16 @@ class WorkerProcess:
         self,
         on_exit: Callable[[WorkerProcess], None],
         on_needed: Callable[[str], None],
+        on_drained: Callable[[WorkerProcess, str], None],
     ) -> None:
-        """Start it; `on_needed(identity)` when a connection waits for a certificate."""
+        """Start it.
+
+        `on_needed(identity)` when a connection waits for a certificate, `on_drained(worker, uid)`
+        when a pod that was to be drained is served no more.
+        """
         self._on_exit = on_exit
         self._on_needed = on_needed
+        self._on_drained = on_drained
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(SEND_SECONDS)
         with theirs:
@@ -82,6 +88,8 @@ class WorkerProcess:
                 self._answers.pop(number).set_result(None)
             case messages.NeedCertificate(identity=identity):
                 self._on_needed(identity)
+            case messages.Drained(uid=uid):
+                self._on_drained(self, uid)
 
     def _close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._channel)

@@ -10,6 +10,7 @@ moment at which a change could miss it.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from agent.model.verdict import Basis, Verdict
@@ -57,6 +58,8 @@ class Gate:
         self._rulebook = Rulebook()
         self._changes: list[AnyPolicy | PolicyKey] = []
         self._admissions: dict[int, Admission] = {}
+        self._open = Counter[str]()
+        self.on_ended: Callable[[str], None] = lambda _pod_uid: None
 
     def put(self, policies: Iterable[AnyPolicy]) -> None:
         """Add or replace policies, at the next `enforce`."""
@@ -82,12 +85,22 @@ class Gate:
         """Register and judge a connection to a pod; the caller ends it if it may not pass."""
         admission = Admission(self, pod_uid, connection)
         self._admissions[id(admission)] = admission
+        self._open[pod_uid] += 1
         admission.verdict = self._judge(admission)
         return admission
 
+    def open_connections(self, pod_uid: str) -> int:
+        """Count the connections to a pod that have not ended."""
+        return self._open[pod_uid]
+
     def forget(self, admission: Admission) -> None:
-        """Judge a connection no more; see Admission.end."""
-        self._admissions.pop(id(admission), None)
+        """Judge a connection no more; see Admission.end. `on_ended` gets the pod's uid."""
+        if self._admissions.pop(id(admission), None) is None:
+            return
+        self._open[admission.pod_uid] -= 1
+        if not self._open[admission.pod_uid]:
+            del self._open[admission.pod_uid]
+        self.on_ended(admission.pod_uid)
 
     def _judge(self, admission: Admission) -> Verdict:
         workload = self._mesh.workload(admission.pod_uid)

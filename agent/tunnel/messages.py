@@ -49,8 +49,25 @@ class AddPod:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainPod:
+    """Accept only tunnels for a pod, and say Drained when its last inbound connection has ended.
+
+    Peers dial 15008 until they have heard that the pod has left.
+    """
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A pod has no inbound connection any more, and the worker serves it no more."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemovePod:
-    """Accept nothing more for a pod; open connections go on."""
+    """Accept nothing more for a pod."""
 
     uid: str
 
@@ -157,6 +174,7 @@ class Ask:
 ToWorker = (
     Configure
     | AddPod
+    | DrainPod
     | RemovePod
     | PutCertificate
     | RemoveCertificate
@@ -170,7 +188,7 @@ ToWorker = (
     | Enforce
     | Ask
 )
-FromWorker = Ready | NeedCertificate
+FromWorker = Ready | NeedCertificate | Drained
 
 
 def send(

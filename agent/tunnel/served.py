@@ -28,7 +28,8 @@ class ServedPod:
     identity: SpiffeId
     netns_fd: int
     netns_cookie: int
-    listeners: list[socket.socket]
+    listeners: list[tuple[int, socket.socket]]  # with their ports
+    is_leaving: bool = False
 
 
 def log(message: str, **fields: object) -> None:

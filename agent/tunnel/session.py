@@ -21,7 +21,7 @@ import ssl
 from collections import deque
 from typing import TYPE_CHECKING
 
-from agent.errors import PeerCertificateMissing, UntrustedPeer
+from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPeer
 from agent.identity.verify import explain
 from agent.tunnel import sockets
 from agent.tunnel.connection import Connection, Role
@@ -304,6 +304,9 @@ class Session:
             self.refuse(error)
         except ssl.SSLCertVerificationError as error:
             self.refuse(explain(error.verify_code, error.verify_message))
+        except LocalProtocolError as error:
+            # A defect of ours costs this tunnel, and not every connection of the worker.
+            self.fail(f"a defect of Sidestep: {error}")
         except (ssl.SSLError, OSError) as error:
             self.fail(f"{type(error).__name__}: {error}")
 

@@ -1,0 +1,110 @@
+"""A pod that leaves the mesh, and one that comes back: its open connections go on."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent import netlink, netns
+from agent.enroll import REPLY_SYSCTLS
+from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.root
+PORT = 9000
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    built = Lab(f"t{os.getpid()}")
+    try:
+        built.up(DEFAULT_CLUSTER, print)
+        built.label_namespace("shop", "ambient")
+        yield built
+    finally:
+        built.down()
+
+
+def mode_of(lab: Lab, name: str, mode: str) -> None:
+    """Let one pod leave or come back, and wait until its agent has followed."""
+    pod = lab.find_pod(name)
+    manifest = pod.manifest()
+    watch = lab.agent_states(pod.node)
+    next(watch)
+    labels = {"istio.io/dataplane-mode": mode}
+    lab.write_object(manifest | {"metadata": manifest["metadata"] | {"labels": labels}})
+    for state in watch:
+        if any(found["uid"] == pod.uid for found in state["pods"]) == (mode == "ambient"):
+            return
+
+
+def has_reply_route(lab: Lab, name: str) -> bool:
+    def look() -> bool:
+        values = {path.read_text().strip() for path in REPLY_SYSCTLS}
+        assert values == ({"1"} if netlink.has_reply_route() else {"0"})
+        return values == {"1"}
+
+    fd = netns.open_netns(lab.pod_netns(lab.find_pod(name)))
+    try:
+        return netns.run_in(fd, look)
+    finally:
+        os.close(fd)
+
+
+def tunneled(lab: Lab, stack: ExitStack) -> tuple[PodEnd, PodEnd]:
+    """Return client and server once the client's node reaches the server by tunnel."""
+    client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+    server.echo(PORT)
+    node = client.pod.node
+    for count in range(1, 200):
+        with client.connect(server.address, PORT) as probe:
+            assert is_alive(probe)
+        found = entries(lab, node, "connection complete")
+        if len(found) >= count and found[-1]["path"] == "hbone":
+            return client, server
+    raise AssertionError("the server is not reached by tunnel")
+
+
+@pytest.mark.parametrize("leaver", ["server", "client"])
+def test_open_connections_outlive_the_pods_leave(lab: Lab, leaver: str) -> None:
+    with ExitStack() as stack:
+        client, server = tunneled(lab, stack)
+        kept = client.connect(server.address, PORT)
+        assert is_alive(kept)
+        mode_of(lab, leaver, "none")
+        assert is_alive(kept, b"x" * 100_000)
+        with client.connect(server.address, PORT) as fresh:  # whatever its peer has heard yet
+            assert is_alive(fresh)
+        kept.close()
+        wait_for_entry(
+            lab, client.pod.node, "connection complete", lambda entry: entry["bytes_sent"] > 100_000
+        )
+    wait_until_gone(lab, leaver)
+
+
+def wait_until_gone(lab: Lab, name: str) -> None:
+    """The agent takes the last of a pod away when its workers have nothing left to do for it."""
+    node = lab.find_pod(name).node
+    wait_for_entry(lab, node, "pod has nothing of ours any more", lambda _entry: True)
+    assert not has_reply_route(lab, name)
+
+
+def test_pod_that_comes_back_at_once_keeps_its_connections(lab: Lab) -> None:
+    with ExitStack() as stack:
+        client, server = tunneled(lab, stack)
+        kept = client.connect(server.address, PORT)
+        assert is_alive(kept)
+        for _ in range(3):
+            mode_of(lab, "server", "none")
+            assert is_alive(kept, b"x" * 10_000)
+            mode_of(lab, "server", "ambient")
+            assert is_alive(kept, b"x" * 10_000)
+            with client.connect(server.address, PORT) as fresh:
+                assert is_alive(fresh)
+    assert has_reply_route(lab, "server")
