@@ -14,6 +14,7 @@ from agent.datapath import listing
 from agent.enroll import REPLY_SYSCTLS
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from tests.support.labs import wait_for_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +85,9 @@ def test_pods_of_a_killed_agent_are_closed_and_the_next_one_serves_them(lab: Lab
     assert now == programs
     client = lab.find_pod("client")
     lab.label_namespace("shop", None)
+    wait_for_entry(
+        lab, east, "pod has nothing of ours any more", lambda entry: entry["pod"] == client.key
+    )
     assert traces(lab, client) == (False, {"0"})  # as before the first agent
 
 
