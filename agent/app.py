@@ -14,12 +14,13 @@ import logging
 import os
 import random
 import signal
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from agent import readiness, sandbox
 from agent.admin import Admin
-from agent.datapath import links, pins, records
+from agent.datapath import links, listing, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.discovery.directory import DirectorySource
@@ -29,6 +30,7 @@ from agent.errors import MapError, RequestRefused, SandboxNotFound, SidestepErro
 from agent.identity.client import AuthorityClient
 from agent.identity.keeper import CertificateKeeper
 from agent.kubelet import Probers
+from agent.metrics import Metrics, families
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId, parse_spiffe_id
 from agent.model.pod import Exclusions
@@ -40,11 +42,14 @@ from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from prometheus_client import Metric
 
     from agent.identity.issuer import Certificate
     from agent.model.pod import LocalPod
     from agent.settings import Settings
+    from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
@@ -79,7 +84,7 @@ class Agent:
         self._source = DirectorySource(settings.objects, settings.root_namespace)
         self._pins = pins.load(settings.pin_root)
         self._services = ServiceMaps(self._pins)
-        self._direct = DirectPath(self._pins, settings.trust_domain)
+        self._direct = DirectPath(self._pins, settings.trust_domain, self._add_counts)
         self._enforcement = Enforcement(settings.node, settings.trust_domain)
         self._snapshot = Snapshot()
         self._desired: dict[str, LocalPod] = {}
@@ -99,6 +104,7 @@ class Agent:
         self._keeper.on_revoked = self._on_revoked
         self._keeper.on_change = lambda: self._tell_watchers()
         self._tell_watchers: Callable[[], None] = lambda: None
+        self._metrics = Metrics(self._read_metrics)
         self._admin = Admin(
             settings.run_directory / "agent.sock",
             self._describe,
@@ -115,6 +121,8 @@ class Agent:
         for _ in range(self._settings.worker_count):
             self._add_worker()
         await self._admin.start()
+        if self._settings.metrics_port:
+            await self._metrics.start(self._settings.metrics_port)
         try:
             await self._follow()
         finally:
@@ -350,7 +358,9 @@ class Agent:
     # -- workers ------------------------------------------------------------------------------
 
     def _add_worker(self) -> None:
-        worker = WorkerProcess(self._on_worker_exit, self._on_needed, self._on_drained)
+        worker = WorkerProcess(
+            self._on_worker_exit, self._on_needed, self._on_drained, self._add_counts
+        )
         self._workers.append(worker)
         settings = self._settings
         worker.send(
@@ -481,6 +491,16 @@ class Agent:
             "identity": self._keeper.describe(),
         }
 
+    def _add_counts(self, counts: Counted) -> None:
+        self._metrics.add(counts)
+
+    def _read_metrics(self) -> Iterable[Metric]:
+        counters = self._keeper.counters
+        requests = {"issued": counters.issued, **counters.failed}
+        states = Counter(status.state for status in self._statuses.values())
+        pods = listing.list_pods(self._pins.directory)
+        return families(self._keeper.expiries(), requests, states, pods)
+
     def _shut_down(self) -> None:
         self._stop.set()
         for uid in list(self._enrolled):
@@ -490,6 +510,7 @@ class Agent:
         for worker in self._workers:
             worker.stop()
         self._admin.stop()
+        self._metrics.stop()
         self._direct.stop()
         self._pins.close()
 

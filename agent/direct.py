@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from agent.datapath.direct import DirectFlow, FlowEnd
     from agent.datapath.pins import Pins
     from agent.model.pod import LocalPod
+    from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
 # Ends are read together: one wake-up for many, so that the kernel's speed is not ours.
@@ -36,8 +37,9 @@ LINES_AT_ONCE = 100  # of the access log for each reading; what is beyond is cou
 class DirectPath:
     """The direct connections of this node."""
 
-    def __init__(self, pins: Pins, trust_domain: str) -> None:
+    def __init__(self, pins: Pins, trust_domain: str, on_counts: Callable[[Counted], None]) -> None:
         self._pins = pins
+        self._on_counts = on_counts
         self._trust_domain = trust_domain
         self._verdicts = Verdicts(pins.maps["ss_verdicts"], pins.maps["ss_generation"])
         self._ends = FlowEnds(pins)
@@ -135,7 +137,20 @@ class DirectPath:
             count = len(samples) - LINES_AT_ONCE
             log.info("direct connections not logged, too many at once", extra={"count": count})
         if samples:
+            self._count(samples)
             self._forget_gone()
+
+    def _count(self, samples: list[bytes]) -> None:
+        sent, received, resets = self._ends.totals(samples)
+        labels = (("direction", "outbound"), ("path", "direct"))
+        ended = {"ok": len(samples) - resets, "reset": resets}
+        self._on_counts(
+            (
+                *(("connections", (*labels, ("outcome", name)), ended[name]) for name in ended),
+                ("sent_bytes", labels, sent),
+                ("received_bytes", labels, received),
+            )
+        )
 
     def _forget_gone(self) -> None:
         unused = self._gone.copy()

@@ -42,3 +42,4 @@ class Settings:
     has_direct_path: bool = True
     kubelet_cgroup: Path | None = None
     root_namespace: str = "istio-system"
+    metrics_port: int = 15020  # 0: none

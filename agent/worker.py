@@ -33,6 +33,7 @@ from agent.model.identity import SpiffeId
 from agent.secrecy import keep_memory_private
 from agent.tunnel import messages
 from agent.tunnel.contexts import Contexts
+from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
 from agent.tunnel.inbound import Inbound
 from agent.tunnel.mesh import Mesh
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
+COUNT_SECONDS = 1.0  # between two messages with counts
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -97,6 +99,11 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the control process goes away."""
+
+        def on_first() -> None:
+            self._reactor.call_later(COUNT_SECONDS, self._tell_counts)
+
+        COUNTS.on_first = on_first
         self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
         self._reactor.run()
 
@@ -172,6 +179,9 @@ class Worker:
     def _answer(self, message: messages.FromWorker) -> None:
         with suppress(OSError):  # the control process is gone: the channel's end says so as well
             messages.send(self._channel, message)
+
+    def _tell_counts(self) -> None:
+        self._answer(messages.PutCounts(COUNTS.take()))
 
     def _put_revoked(self, fd: int) -> None:
         # Read at a position: other workers share the file, and its offset with it.

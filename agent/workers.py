@@ -18,6 +18,8 @@ from agent.tunnel import messages
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from agent.tunnel.counts import Counted
+
 log = logging.getLogger(__name__)
 STOP_SECONDS = 5.0
 SEND_SECONDS = 5.0  # a worker that takes nothing for so long is stuck
@@ -31,15 +33,17 @@ class WorkerProcess:
         on_exit: Callable[[WorkerProcess], None],
         on_needed: Callable[[str], None],
         on_drained: Callable[[WorkerProcess, str], None],
+        on_counts: Callable[[Counted], None],
     ) -> None:
         """Start it.
 
         `on_needed(identity)` when a connection waits for a certificate, `on_drained(worker, uid)`
-        when a pod that was to be drained is served no more.
+        when a pod that was to be drained is served no more, `on_counts(counts)` now and then.
         """
         self._on_exit = on_exit
         self._on_needed = on_needed
         self._on_drained = on_drained
+        self._on_counts = on_counts
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(SEND_SECONDS)
         with theirs:
@@ -90,6 +94,8 @@ class WorkerProcess:
                 self._on_needed(identity)
             case messages.Drained(uid=uid):
                 self._on_drained(self, uid)
+            case messages.PutCounts(counts=counts):
+                self._on_counts(counts)
 
     def _close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._channel)

@@ -74,6 +74,10 @@ def default_workers() -> int:
     "--root-namespace", default="istio-system", show_default=True,
     help="Policies in it are about the whole mesh.",
 )  # fmt: skip
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), default=15020, show_default=True,
+    help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
+)  # fmt: skip
 def agent(
     node: str,
     objects: Path,
@@ -95,6 +99,7 @@ def agent(
     direct_path: bool,
     kubelet_cgroup: Path | None,
     root_namespace: str,
+    metrics_port: int,
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
     features.require()
@@ -122,6 +127,7 @@ def agent(
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
         root_namespace=root_namespace,
+        metrics_port=metrics_port,
     )
     logs.set_up()
 

@@ -225,6 +225,15 @@ class CertificateKeeper:
 
     # -- shown --------------------------------------------------------------------------------
 
+    def expiries(self) -> list[dict[str, float | str | None]]:
+        """Return when the certificate of each identity ends, for metrics."""
+        return [
+            {"identity": str(identity), "expires": found.expires if found else None}
+            for identity, found in (
+                (identity, self._certificates.get(identity)) for identity in self._rotation.entries
+            )
+        ]
+
     def describe(self) -> dict[str, object]:
         """Return what is known, for the admin socket: never a key."""
         now = time.time()

@@ -20,6 +20,7 @@ from agent.model.capture import LISTENER_PORTS
 from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
+from agent.tunnel.counts import COUNTS
 from agent.tunnel.relay import Relay
 from agent.tunnel.served import Access, endpoint, log
 from agent.tunnel.session import Session
@@ -136,6 +137,8 @@ class Inbound:
 
     @staticmethod
     def _on_closed(served: ServedPod, session: Session, source: Address, reason: str) -> None:
+        if session.refusal:
+            COUNTS.add("peers_refused", direction="inbound", reason=session.refusal)
         log(
             "tunnel closed",
             pod=f"{served.pod.namespace}/{served.pod.name}",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from agent.model.policy import AnyPolicy, PolicyKey
     from agent.model.service import Service
     from agent.model.workload import Workload
+    from agent.tunnel.counts import Counted
 
 MAX_MESSAGE_BYTES = 180_000  # below the default send buffer of a unix socket
 MAX_FDS = 16
@@ -165,6 +166,13 @@ class NeedCertificate:
 
 
 @dataclass(frozen=True, slots=True)
+class PutCounts:
+    """What a worker has counted since it told last."""
+
+    counts: Counted
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """Asks for Ready with the same number."""
 
@@ -188,7 +196,7 @@ ToWorker = (
     | Enforce
     | Ask
 )
-FromWorker = Ready | NeedCertificate | Drained
+FromWorker = Ready | NeedCertificate | Drained | PutCounts
 
 
 def send(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from agent.model.capture import HBONE_PORT
 from agent.tunnel import tcp
 from agent.tunnel.connection import Role
+from agent.tunnel.counts import COUNTS
 from agent.tunnel.served import log
 from agent.tunnel.session import Session
 
@@ -106,6 +107,7 @@ class Pool:
 
         def on_closed(session: Session, reason: str) -> None:
             if session.refusal:
+                COUNTS.add("peers_refused", direction="outbound", reason=session.refusal)
                 log(
                     "tunnel refused",
                     pod=f"{served.pod.namespace}/{served.pod.name}",

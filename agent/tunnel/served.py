@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from agent.tunnel.counts import COUNTS
+
 if TYPE_CHECKING:
     import socket
 
@@ -52,8 +54,15 @@ class Access:
     began: float = field(default_factory=time.monotonic)
 
     def complete(self, result: str, sent: int = 0, received: int = 0) -> None:
-        """Write it; `sent` counts bytes away from the client."""
+        """Write it, and count it; `sent` counts bytes away from the client."""
         verdict = self.verdict
+        is_denied = verdict is not None and not verdict.is_allowed
+        outcome = "denied" if is_denied else result if result in ("ok", "reset") else "failed"
+        COUNTS.add("connections", direction=self.direction, path=self.path, outcome=outcome)
+        COUNTS.add("sent_bytes", sent, direction=self.direction, path=self.path)
+        COUNTS.add("received_bytes", received, direction=self.direction, path=self.path)
+        if verdict is not None and is_denied:
+            COUNTS.add("connections_denied", policy=verdict.decided_by or "")
         would_be = verdict.would_be if verdict else None
         log(
             "connection complete",

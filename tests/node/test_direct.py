@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from agent import netns
 from agent.demo.evidence import AccessLog
 from agent.lab.lab import Lab
 
@@ -105,3 +109,54 @@ def test_direct_connections_survive_the_agent_and_are_logged_by_the_next(lab: La
         assert "Redistribution" in client.communicate("\n", timeout=10)[0]
     entry = log.wait_for(lambda entry: entry["path"] == "direct")
     assert json.loads(json.dumps(entry))["result"] == "ok"
+
+
+def scrape(lab: Lab) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return the agent's metrics, asked for on the node's own loopback."""
+    (node,) = lab.cluster().nodes
+    fd = netns.open_netns(lab.node_netns(node))
+    try:
+        connection = netns.run_in(fd, lambda: socket.create_connection(("127.0.0.1", 15020)))
+    finally:
+        os.close(fd)
+    with connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            text = answer.read().partition(b"\r\n\r\n")[2].decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_connections_of_both_paths_are_counted(lab: Lab) -> None:
+    entries = visit(lab, "server")
+    wanted = {
+        ("sidestep_connections_total", path, outcome): 1
+        for path, outcome in (("hbone", "ok"), ("direct", "ok"))
+    }
+    deadline = time.monotonic() + 5
+    while True:  # workers tell once a second
+        found = scrape(lab)
+        counted = {
+            (name, path, outcome): found.get(
+                (
+                    name,
+                    frozenset({"direction": "outbound", "path": path, "outcome": outcome}.items()),
+                ),
+                0,
+            )
+            for name, path, outcome in wanted
+        }
+        if counted == wanted:
+            break
+        assert time.monotonic() < deadline, counted
+    direct = frozenset({("direction", "outbound"), ("path", "direct")})
+    assert found["sidestep_received_bytes_total", direct] == entries[1]["bytes_received"]
+    assert found["sidestep_pods", frozenset({("state", "enrolled")})] == 3
+    client = frozenset({("pod", "shop/client"), ("direction", "outbound")})
+    assert found["sidestep_pod_packets_total", client] > 0
+    expiry = frozenset({("identity", "spiffe://cluster.local/ns/shop/sa/client")})
+    left = found["sidestep_certificate_expiry_timestamp_seconds", expiry] - time.time()
+    assert 3600 < left < 2 * 86400
