@@ -108,7 +108,10 @@ class Worker:
         self._reactor.run()
 
     def _on_message(self) -> None:
-        received = messages.receive(self._channel)
+        try:
+            received = messages.receive(self._channel)
+        except ConnectionError:  # it went without reading what we had told it
+            received = None
         if received is None:
             self._reactor.stop()
             return
