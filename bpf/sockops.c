@@ -44,16 +44,27 @@ static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops
 	return flow;
 }
 
+/*
+ * The verdict is looked at again, after the flow can be seen: between connect() and the SYN there
+ * may be any time (TCP_FASTOPEN_CONNECT waits for the first data). Either the agent, which starts a
+ * generation and then lists the flows, finds this one, or this finds the generation. Closed: a flow
+ * that is not published is captured at its destination.
+ */
 static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
 {
 	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
 	struct direct_flow value = {};
+	u64 *generation;
+	u32 zero = 0;
 
 	value.source_netns_cookie = bpf_get_netns_cookie(ops);
 	value.socket_cookie = bpf_get_socket_cookie(ops);
 	value.destination = direct->destination;
 	value.began_ns = bpf_ktime_get_ns();
 	ss_direct_flows.update(&flow, &value);
+	generation = ss_generation.lookup(&zero);
+	if (!generation || *generation != direct->generation)
+		ss_direct_flows.delete(&flow);
 }
 
 /*
@@ -106,7 +117,7 @@ int ss_sockops(struct bpf_sock_ops *ops)
 	struct bpf_sock *sk = ops->sk;
 	struct origin *origin;
 	struct direct *direct;
-	u32 one = 1;
+	u32 kind;
 
 	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && !is_end))
 		return 1;
@@ -124,10 +135,11 @@ int ss_sockops(struct bpf_sock_ops *ops)
 			is_probe ? direct->destination_netns_cookie : bpf_get_netns_cookie(ops);
 		struct inbound_flow flow = sockops_flow(ops, netns_cookie);
 
+		kind = is_probe ? AGENT_FLOW_PROBE : AGENT_FLOW_DIALED;
 		if (is_end)
 			ss_agent_flows.delete(&flow);
 		else
-			ss_agent_flows.update(&flow, &one);
+			ss_agent_flows.update(&flow, &kind);
 	} else if (direct) {
 		if (is_end)
 			end_direct(ops, direct);

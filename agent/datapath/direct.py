@@ -62,9 +62,12 @@ class Verdicts:
         """The current generation; read it before asking for a verdict, and pass it to `allow`."""
         return _number(self._generation.get(GENERATION_KEY) or {"value": 0}, "value")
 
-    def allow(self, source: int, destination: int, port: int, generation: int) -> None:
+    def allow(
+        self, source: int, destination: int, port: int, generation: int, *, is_v6: bool = False
+    ) -> None:
         """Let later connections between two namespaces pass, while `generation` lasts."""
-        self._verdicts.put(records.verdict_key(source, destination, port), {"value": generation})
+        key = records.verdict_key(source, destination, port, is_v6=is_v6)
+        self._verdicts.put(key, {"value": generation})
 
     def renew(self) -> None:
         """Start a new generation: every verdict before it is void. For the control process."""
@@ -115,6 +118,38 @@ class FlowEnds:
         """Give the descriptors back."""
         self._buffer.close()
         os.close(self._map_fd)
+
+
+class Flows:
+    """What the kernel remembers of open connections, beside the sockets themselves."""
+
+    def __init__(self, pins: Pins) -> None:
+        self._direct = pins.maps["ss_direct_flows"]
+        self._guard = pins.maps["ss_guard_flows"]
+
+    def forget(self, flow: DirectFlow) -> None:
+        """Let nothing of a connection pass lookup or guard any more."""
+        source, destination = map(records.pack_address, (flow.source, flow.destination))
+        self._direct.delete(
+            {
+                "netns_cookie": flow.destination_cookie,
+                "source": source,
+                "source_port_be": flow.source_port,
+                "destination_port_be": flow.destination_port,
+            }
+        )
+        client = (flow.source_cookie, source, flow.source_port)
+        server = (flow.destination_cookie, destination, flow.destination_port)
+        for own, other in ((client, server), (server, client)):
+            self._guard.delete(
+                {
+                    "netns_cookie": own[0],
+                    "local": own[1],
+                    "remote": other[1],
+                    "local_port_be": own[2],
+                    "remote_port_be": other[2],
+                }
+            )
 
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:
