@@ -27,6 +27,7 @@ from agent.identity.local import LocalAuthority
 from agent.lab.lab import Lab
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, REPLY_MARK
 from agent.model.identity import SpiffeId
+from agent.tunnel.sockets import LINGER_RESET
 from tests.node.test_identity import wait_revoked, write_revoked
 
 if TYPE_CHECKING:
@@ -423,7 +424,7 @@ def test_agents_socket_is_closed_to_others_and_stands_garbage(ground: Ground) ->
     (east, _west) = ground.lab.cluster().nodes
     path = str(ground.lab.admin_socket(east))
     code = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
-    command = ["setpriv", "--reuid=65534", "--clear-groups", "python3", "-c", code, path]
+    command = ["setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", "-c", code, path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "PermissionError" in done.stderr
     before = next(ground.lab.agent_states(east, "state"))
@@ -448,11 +449,11 @@ def test_direct_flow_that_ended_is_no_way_in(ground: Ground, vaults: dict[str, V
     first = ground.open_socket("client")
     assert ask(first, target) == SECRET
     name = first.getsockname()
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)  # no TIME_WAIT
     first.close()
     with other_policy(ground, "intruder"):
         vaults["vault"].heard.clear()
         again = ground.open_socket("client")
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(name)
         assert ask(again, target) == b""
         assert ask(ground.open_socket("client"), target) == b""
