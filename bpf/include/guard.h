@@ -191,10 +191,14 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		parse_ipv6(skb, segment);
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;
-	if (is_outbound && !is_own_address(flow->netns_cookie, &segment->source))
+	pod = ss_pods.lookup(&flow->netns_cookie);
+	/* Its first address is at hand, which saves a look into the map for nearly every packet. */
+	if (is_outbound &&
+	    !(pod && (address_is_equal(&pod->address4, &segment->source) ||
+		      address_is_equal(&pod->address6, &segment->source))) &&
+	    !is_own_address(flow->netns_cookie, &segment->source))
 		return OUTCOME_SPOOFED;
 
-	pod = ss_pods.lookup(&flow->netns_cookie);
 	/* open: a pod that is guarded and not in ss_pods is leaving the mesh */
 	if (!pod)
 		return OUTCOME_PASSED;
