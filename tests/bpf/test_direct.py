@@ -277,7 +277,7 @@ class Shop:
     """The control side with both pods, which judges as a test says."""
 
     def __init__(self, neighbors: Neighbors) -> None:
-        self.control = DirectPath(neighbors.pins, "cluster.local")
+        self.control = DirectPath(neighbors.pins, "cluster.local", lambda _counts: None)
         for made in (neighbors.client, neighbors.server):
             self.control.add_pod(made.netns_cookie, made.pod, made.netns_fd)
 
