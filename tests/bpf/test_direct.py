@@ -68,7 +68,11 @@ class Neighbors:
     def next_end(self) -> direct.FlowEnd:
         assert select.select([self.ends.fd], [], [], 5)[0]
         (sample,) = self.ends.read()
-        return self.ends.parse(sample)
+        end = self.ends.parse(sample)
+        assert self.ends.totals([]) == (0, 0, 0)
+        totals = (2 * end.sent, 2 * end.received, 2 * end.was_reset)
+        assert self.ends.totals([sample, sample]) == totals
+        return end
 
     def is_captured(self, host: str = PEER4, port: int = PORT) -> bool:
         """Connect, and say whether the agent's listener got it."""
