@@ -101,7 +101,6 @@ class Agent:
         )
         self._keeper = CertificateKeeper(self._client, asked.roots, settings.revoked, random.random)
         self._keeper.on_certificate = self._on_certificate
-        self._keeper.on_revoked = self._on_revoked
         self._keeper.on_change = lambda: self._tell_watchers()
         self._tell_watchers: Callable[[], None] = lambda: None
         self._metrics = Metrics(self._read_metrics)
@@ -208,7 +207,11 @@ class Agent:
         def tell_watchers() -> None:
             tasks.create_task(self._admin.changed())
 
+        def on_revoked(_fingerprints: frozenset[bytes]) -> None:
+            tasks.create_task(self._enforce_revoked())
+
         self._tell_watchers = tell_watchers
+        self._keeper.on_revoked = on_revoked
         try:
             await self._keeper.run(self._stop)
         finally:
@@ -220,9 +223,21 @@ class Agent:
         for worker in self._workers:
             worker.send(message)
 
-    def _on_revoked(self, _fingerprints: frozenset[bytes]) -> None:
+    async def _enforce_revoked(self) -> None:
+        """Bring a changed list of revoked certificates into force, as policies are."""
         for worker in self._workers:
             self._tell_revoked(worker)
+        for worker in list(self._workers):
+            await worker.wait_in_force()
+        # The direct path shows no certificate: each next connection shows one again, and what an
+        # identity without a good one has open is closed.
+        self._direct.renew()
+        revoked = self._keeper.revoked_identities()
+        self._direct.close_unless(
+            lambda _flow, source, destination: revoked.isdisjoint(
+                (self._identity(source), self._identity(destination))
+            )
+        )
 
     def _tell_revoked(self, worker: WorkerProcess) -> None:
         fd = os.memfd_create("revoked", os.MFD_CLOEXEC)

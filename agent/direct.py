@@ -12,20 +12,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from agent import netns, sock_diag
-from agent.datapath.direct import FlowEnds, Verdicts, live_flows
+from agent.datapath.direct import FlowEnds, Flows, Verdicts, live_flows
 from agent.errors import NetlinkError
 from agent.model.identity import SpiffeId
 from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from agent.datapath.direct import DirectFlow, FlowEnd
     from agent.datapath.pins import Pins
-    from agent.model.pod import LocalPod
+    from agent.model.pod import Address, LocalPod
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class DirectPath:
         self._trust_domain = trust_domain
         self._verdicts = Verdicts(pins.maps["ss_verdicts"], pins.maps["ss_generation"])
         self._ends = FlowEnds(pins)
+        self._flows = Flows(pins)
         self._pods: dict[int, LocalPod] = {}
         self._netns_fds: dict[int, int] = {}
         self._gone: set[int] = set()
@@ -72,6 +75,10 @@ class DirectPath:
         if self._reading is not None:
             self._reading.cancel()
         self._on_ends()
+        self.close()
+
+    def close(self) -> None:
+        """Give the descriptors back; open connections go on."""
         self._ends.close()
         for cookie in list(self._pods):
             self._drop(cookie)
@@ -86,7 +93,11 @@ class DirectPath:
             self.renew()  # it may have gone direct until now
 
     def remove_pod(self, netns_cookie: int) -> None:
-        """Let a pod go; its open connections go on."""
+        """Let a pod go; its open connections go on.
+
+        Its verdicts do not: the namespace may come back as somebody else's.
+        """
+        self.renew()
         self._gone.add(netns_cookie)
         self._forget_gone()
 
@@ -100,32 +111,43 @@ class DirectPath:
         `passes` gets a connection, the pod that opened it and the one that serves it. A connection
         whose pods are not both known any more is closed: nobody can say that it passes.
         """
-        closed = 0
+        refused = []
         for flow in list(live_flows(self._pins)):
             source = self._pods.get(flow.source_cookie)
             destination = self._pods.get(flow.destination_cookie)
-            if source and destination and passes(flow, source, destination):
-                continue
-            closed += self._close(flow)
+            if not (source and destination and passes(flow, source, destination)):
+                refused.append(flow)
+        return len(self._close(refused)) if refused else 0
+
+    def _close(self, refused: list[DirectFlow]) -> set[DirectFlow]:
+        """Close both ends, and let nothing of these connections pass the guard any more.
+
+        The client's pod may hold back the RST of its end, or speak on by a raw socket: so the
+        server's end is closed by itself, and what the guard remembers is forgotten.
+        """
+        closed: set[DirectFlow] = set()
+        for cookie, flows in _grouped(refused, lambda flow: flow.source_cookie):
+            closed |= self._destroy(cookie, _close_clients, flows)
+        for cookie, flows in _grouped(refused, lambda flow: flow.destination_cookie):
+            closed |= self._destroy(cookie, _close_servers, flows)
+        for flow in closed:
+            self._flows.forget(flow)
         return closed
 
-    def _close(self, flow: DirectFlow) -> bool:
-        netns_fd = self._netns_fds.get(flow.source_cookie)
+    def _destroy(
+        self,
+        cookie: int,
+        destroy: Callable[[list[DirectFlow]], set[DirectFlow]],
+        flows: list[DirectFlow],
+    ) -> set[DirectFlow]:
+        netns_fd = self._netns_fds.get(cookie)
         if netns_fd is None:
-            return False  # of an agent before us, and the pod is not ours any more
-
-        def destroy() -> bool:
-            return sock_diag.destroy_tcp(
-                (flow.source, flow.source_port),
-                (flow.destination, flow.destination_port),
-                flow.socket_cookie,
-            )
-
+            return set()  # of another agent, or of one before us whose pod is not ours any more
         try:
-            return netns.run_in(netns_fd, destroy)
+            return netns.run_in(netns_fd, partial(destroy, flows))
         except NetlinkError as error:
-            log.error("a direct connection was not closed", extra={"error": str(error)})
-            return False
+            log.error("direct connections were not closed", extra={"error": str(error)})
+            return set()
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -187,3 +209,33 @@ class DirectPath:
 
     def _identity(self, pod: LocalPod) -> str:
         return str(SpiffeId(self._trust_domain, pod.namespace, pod.service_account))
+
+
+def _grouped(
+    flows: list[DirectFlow], key: Callable[[DirectFlow], int]
+) -> Iterator[tuple[int, list[DirectFlow]]]:
+    for cookie, found in groupby(sorted(flows, key=key), key):
+        yield cookie, list(found)
+
+
+def _ends(flow: DirectFlow) -> tuple[tuple[Address, int], tuple[Address, int]]:
+    return (flow.source, flow.source_port), (flow.destination, flow.destination_port)
+
+
+def _close_clients(flows: list[DirectFlow]) -> set[DirectFlow]:
+    closed = {flow for flow in flows if sock_diag.destroy_tcp(*_ends(flow), flow.socket_cookie)}
+    # Rarely any is left: one that has just ended, or is bound to an interface, whoever bound it.
+    left = {flow.socket_cookie: flow for flow in flows if flow not in closed}
+    for found in list(sock_diag.list_tcp()) if left else ():
+        if (flow := left.get(found.cookie)) and sock_diag.destroy_found(found):
+            closed.add(flow)
+    return closed
+
+
+def _close_servers(flows: list[DirectFlow]) -> set[DirectFlow]:
+    wanted = {_ends(flow): flow for flow in flows}
+    closed = set()
+    for found in list(sock_diag.list_tcp()):
+        if (flow := wanted.get((found.remote, found.local))) and sock_diag.destroy_found(found):
+            closed.add(flow)
+    return closed

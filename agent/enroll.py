@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -198,11 +199,19 @@ def _exclusion_entries(
 
 
 def _write_addresses(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
-    for name, key in _exclusion_entries(enrollment):
-        _put(pins, undo, name, key, {"value": 1})
+    for name, entry in _exclusion_entries(enrollment):
+        _put(pins, undo, name, entry, {"value": 1})
+    local = pins.maps["ss_local"]
+    value: dict[str, Value] = {"value": enrollment.netns_cookie}
+
+    def delete_own(key: dict[str, Value]) -> None:
+        if local.get(key) == value:  # else the address has a new pod already
+            local.delete(key)
+
     for address in enrollment.pod.addresses:
-        key = {"address": records.pack_address(address)}
-        _put(pins, undo, "ss_local", key, {"value": enrollment.netns_cookie})
+        key: dict[str, Value] = {"address": records.pack_address(address)}
+        local.put(key, value)
+        undo.callback(partial(delete_own, key))
 
 
 def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:

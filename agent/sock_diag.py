@@ -5,6 +5,9 @@
                      be16 source port | be16 destination port | 16 source | 16 destination |
                      u32 interface | u64 cookie
 
+    inet_diag_msg:   u8 family | u8 state | u8 timer | u8 retransmits | then as from `be16 source
+                     port` on to the cookie | ...
+
 Spoken by hand, since pyroute2's DiagSocket cannot tell an error from an answer. Works on the
 namespace of the calling thread: use it inside `agent.netns.run_in`.
 """
@@ -15,27 +18,92 @@ import errno
 import os
 import socket
 import struct
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from agent.errors import NetlinkError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from agent.model.pod import Address
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
-SOCK_DESTROY = 21  # linux/sock_diag.h
-NLM_F_REQUEST, NLM_F_ACK = 1, 4
+SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21  # linux/sock_diag.h
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
 ANY_STATE = 0xFFFFFFFF
+CONNECTED_STATES = ANY_STATE & ~(1 << 10 | 1 << 7 | 1 << 6)  # not LISTEN, CLOSE, TIME_WAIT
+ANSWER_BYTES = 1 << 16
 _HEAD = struct.Struct("=IHHII")
 _ADDRESSES = struct.Struct(">HH16s16s")
+_REST = struct.Struct("=IQ")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpSocket:
+    """One connected socket, in whatever way it was made."""
+
+    local: tuple[Address, int]
+    remote: tuple[Address, int]
+    cookie: int
+    interface: int  # that it is bound to; 0: none
+    family: int
+
+
+def list_tcp() -> Iterator[TcpSocket]:
+    """Yield the connected TCP sockets of the current namespace (NetlinkError)."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, CONNECTED_STATES)
+        request += bytes(_ADDRESSES.size + _REST.size)
+        flags = NLM_F_REQUEST | NLM_F_DUMP
+        head = _HEAD.pack(_HEAD.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 1, 0)
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as channel:
+            channel.send(head + request)
+            is_done = False
+            while not is_done:
+                answer = channel.recv(ANSWER_BYTES)
+                while answer:
+                    length, kind, *_rest = _HEAD.unpack_from(answer)
+                    body, answer = answer[_HEAD.size : length], answer[(length + 3) & ~3 :]
+                    if kind == NLMSG_ERROR:
+                        number = -struct.unpack_from("=i", body)[0]
+                        raise NetlinkError(f"sockets cannot be listed: {os.strerror(number)}")
+                    if kind == NLMSG_DONE:
+                        is_done = True
+                    else:
+                        yield _parse(family, body)
+
+
+def _parse(family: int, body: bytes) -> TcpSocket:
+    local_port, remote_port, local, remote = _ADDRESSES.unpack_from(body, 4)
+    interface, cookie = _REST.unpack_from(body, 4 + _ADDRESSES.size)
+    size = 4 if family == socket.AF_INET else 16
+    ends = ((_plain(local[:size]), local_port), (_plain(remote[:size]), remote_port))
+    return TcpSocket(*ends, cookie, interface, family)
+
+
+def _plain(packed: bytes) -> Address:
+    address = ip_address(packed)
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def destroy_found(found: TcpSocket) -> bool:
+    """Abort a socket of `list_tcp`; False if it is not there any more (NetlinkError)."""
+    return destroy_tcp(found.local, found.remote, found.cookie, found.interface)
 
 
 def destroy_tcp(
-    source: tuple[Address, int], destination: tuple[Address, int], socket_cookie: int
+    source: tuple[Address, int],
+    destination: tuple[Address, int],
+    socket_cookie: int,
+    interface: int = 0,
 ) -> bool:
     """Abort the socket with that cookie, connected from `source` to `destination`.
 
-    Its program gets ECONNABORTED, its peer a RST. False if the socket is not there any more.
+    Its program gets ECONNABORTED, its peer a RST. False if the socket is not there any more, or is
+    bound to another interface: one that is (SO_BINDTODEVICE) is found by that one only.
 
     The cookie is needed: the kernel looks a connection up as it does for a packet, through
     sk_lookup, and would else find, and abort, the listener that captures the pod's traffic.
@@ -47,7 +115,7 @@ def destroy_tcp(
     request = (
         struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, ANY_STATE)
         + _ADDRESSES.pack(source[1], destination[1], source[0].packed, destination[0].packed)
-        + struct.pack("=IQ", 0, socket_cookie)
+        + _REST.pack(interface, socket_cookie)
     )
     head = _HEAD.pack(_HEAD.size + len(request), SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as channel:

@@ -47,6 +47,8 @@ from agent.tunnel.trust import Trust
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from agent.model.pod import Address
+
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
@@ -65,7 +67,7 @@ class Neighbors:
         self._served = served
 
     def candidate(
-        self, source: ServedPod, destination_uid: str, port: int
+        self, source: ServedPod, destination_uid: str, address: Address, port: int
     ) -> Callable[[], None] | None:
         destination = self._served.get(destination_uid)
         if destination is None or destination is source:
@@ -74,7 +76,11 @@ class Neighbors:
             return None
         generation = self._verdicts.generation
         return lambda: self._verdicts.allow(
-            source.netns_cookie, destination.netns_cookie, port, generation
+            source.netns_cookie,
+            destination.netns_cookie,
+            port,
+            generation,
+            is_v6=address.version == 6,
         )
 
 

@@ -5,143 +5,39 @@
  * value cannot refuse a connection; a flow that could not be written is one that its reader does
  * not find, and both readers are closed then (a worker resets, lookup captures).
  */
-#include "capture.h"
-
-static __always_inline struct address sockops_local(struct bpf_sock_ops *ops)
-{
-	struct address address;
-
-	if (ops->family == AF_INET)
-		return address_from_v4(CONTEXT_WORD(ops->local_ip4));
-	address.words_be[0] = CONTEXT_WORD(ops->local_ip6[0]);
-	address.words_be[1] = CONTEXT_WORD(ops->local_ip6[1]);
-	address.words_be[2] = CONTEXT_WORD(ops->local_ip6[2]);
-	address.words_be[3] = CONTEXT_WORD(ops->local_ip6[3]);
-	return address;
-}
-
-static __always_inline struct source sockops_source(struct bpf_sock_ops *ops)
-{
-	struct source source = {};
-
-	source.netns_cookie = bpf_get_netns_cookie(ops);
-	source.address = sockops_local(ops);
-	source.port_be = bpf_htons(ops->local_port);
-	return source;
-}
-
-/* The connection as the pod behind `netns_cookie` sees it. */
-static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops, u64 netns_cookie)
-{
-	struct inbound_flow flow = {};
-	u32 remote_port_be = ops->remote_port;
-
-	flow.netns_cookie = netns_cookie;
-	flow.source = sockops_local(ops);
-	flow.source_port_be = bpf_htons(ops->local_port);
-	/* remote_port is in network order, in the upper half: shift in host order */
-	flow.destination_port_be = bpf_htons((u16)bpf_ntohl(remote_port_be));
-	return flow;
-}
-
-static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
-{
-	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
-	struct direct_flow value = {};
-
-	value.source_netns_cookie = bpf_get_netns_cookie(ops);
-	value.socket_cookie = bpf_get_socket_cookie(ops);
-	value.destination = direct->destination;
-	value.began_ns = bpf_ktime_get_ns();
-	ss_direct_flows.update(&flow, &value);
-}
-
-/*
- * The kernel counts sequence numbers: in bytes_acked our SYN and FIN are one byte each, in
- * bytes_received the peer's FIN. Whether a FIN was counted follows from the last state. From
- * FIN_WAIT2 the peer's FIN leads to the end, but so does close() when nobody waits for that FIN:
- * then nothing was received meanwhile. (Data without a FIN, and then close() or a reset, is one
- * byte short.)
- */
-static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct direct *direct,
-					struct flow_end *end)
-{
-	u32 state = ops->args[0];
-	bool is_both = state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING;
-	bool has_fin = is_both || state == BPF_TCP_CLOSE_WAIT ||
-		       (state == BPF_TCP_FIN_WAIT2 &&
-			ops->bytes_received != direct->received_at_fin_wait2);
-
-	end->bytes_sent = ops->bytes_acked - 1 - (is_both || state == BPF_TCP_FIN_WAIT2);
-	end->bytes_received = ops->bytes_received - has_fin;
-	end->was_reset = !is_both && state != BPF_TCP_FIN_WAIT2;
-}
-
-static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)
-{
-	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
-	struct direct_flow *value = ss_direct_flows.lookup(&flow);
-	struct flow_end *end;
-	u32 zero = 0;
-	u64 *lost;
-
-	end = ss_flow_end.lookup(&zero);
-	if (value && end && ops->args[0] != BPF_TCP_SYN_SENT) {
-		end->flow = flow;
-		end->direct = *value;
-		end->ended_ns = bpf_ktime_get_ns();
-		count_bytes(ops, direct, end);
-		if (ss_flow_ends.ringbuf_output(end, sizeof(*end), 0)) {
-			lost = ss_lost.lookup(&zero);
-			if (lost)
-				__sync_fetch_and_add(lost, 1);
-		}
-	}
-	ss_direct_flows.delete(&flow);
-}
+#include "flow.h"
 
 int ss_sockops(struct bpf_sock_ops *ops)
 {
-	bool is_end = ops->op == BPF_SOCK_OPS_STATE_CB, is_probe;
+	bool is_end = ops->op == BPF_SOCK_OPS_STATE_CB;
 	struct bpf_sock *sk = ops->sk;
 	struct origin *origin;
 	struct direct *direct;
-	u32 one = 1;
 
 	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && !is_end))
 		return 1;
 	direct = ss_direct.sk_storage_get(sk, 0, 0);
-	is_probe = direct && direct->is_probe;
 	if (is_end && ops->args[1] != BPF_TCP_CLOSE) {
 		if (direct && ops->args[1] == BPF_TCP_FIN_WAIT2)
 			direct->received_at_fin_wait2 = ops->bytes_received;
 		return 1;
 	}
 
-	origin = ss_origin.sk_storage_get(sk, 0, 0);
-	if (is_probe || ss_exempt.sk_storage_get(sk, 0, 0)) {
-		u64 netns_cookie =
-			is_probe ? direct->destination_netns_cookie : bpf_get_netns_cookie(ops);
-		struct inbound_flow flow = sockops_flow(ops, netns_cookie);
-
-		if (is_end)
-			ss_agent_flows.delete(&flow);
-		else
-			ss_agent_flows.update(&flow, &one);
+	/* Connect leaves the agent's sockets alone, so what is direct is not the agent's. */
+	if (direct && direct->is_probe) {
+		note_agent_flow(ops, direct->destination_netns_cookie, AGENT_FLOW_PROBE, is_end);
 	} else if (direct) {
 		if (is_end)
 			end_direct(ops, direct);
 		else
 			publish_direct(ops, direct);
-	} else if (origin) {
-		struct source source = sockops_source(ops);
-
-		if (is_end)
-			ss_origin_flow.delete(&source);
-		else
-			ss_origin_flow.update(&source, origin);
+	} else if (ss_exempt.sk_storage_get(sk, 0, 0)) {
+		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, is_end);
 	} else {
-		return 1;
+		origin = ss_origin.sk_storage_get(sk, 0, 0);
+		if (!origin)
+			return 1;
+		note_origin(ops, origin, is_end);
 	}
 	if (!is_end)
 		bpf_sock_ops_cb_flags_set(ops,

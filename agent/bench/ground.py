@@ -26,6 +26,7 @@ from agent.lab import machine
 from agent.model.identity import SpiffeId
 
 if TYPE_CHECKING:
+    from agent.bench.measures import Plan
     from agent.bench.tools import Tools
     from agent.lab.cluster import LabPod
     from agent.lab.lab import Lab
@@ -95,8 +96,9 @@ def describe() -> str:
 class Ground:
     """The lab while it is up; `ways` lists what can be measured."""
 
-    def __init__(self, lab: Lab, tools: Tools, directory: Path) -> None:
+    def __init__(self, lab: Lab, tools: Tools, directory: Path, plan: Plan) -> None:
         self.tools = tools
+        self._plan = plan
         self._lab = lab
         self._directory = directory
         self._stack = ExitStack()
@@ -129,7 +131,8 @@ class Ground:
                     "-redirect-port", "disabled",
                 ]  # fmt: skip
                 self._start(pod, "servers", command, "server listening on tcp")
-        self._start_envoys(pods["envoy-client"], pods["envoy-far"])
+        if self.tools.envoy is not None and "envoy" in self._plan.paths:
+            self._start_envoys(self.tools.envoy, pods["envoy-client"], pods["envoy-far"])
         self._wait_enrolled({pod.uid for pod in cluster.pods if pod.namespace == "mesh"})
 
         agents = tuple(lab.cgroup / node.name / "agent" for node in cluster.nodes)
@@ -148,7 +151,8 @@ class Ground:
             # An Envoy has no capture: the client speaks to its listener.
             address = "127.0.0.1" if path == "envoy" else str(pods[server].address4)
             place = Place(path, pods[client].node == pods[server].node)
-            self.ways.append(Way(place, pods[client], address, meshes))
+            if self._plan.has_place(place):
+                self.ways.append(Way(place, pods[client], address, meshes))
 
     def command_in(self, pod: LabPod, *command: str) -> list[str]:
         """Return the command line that runs a load generator in a pod."""
@@ -162,7 +166,7 @@ class Ground:
         server = Server([*launcher, str(cgroup), *command], sign)
         self._stack.callback(server.stop)
 
-    def _start_envoys(self, client: LabPod, server: LabPod) -> None:
+    def _start_envoys(self, program: Path, client: LabPod, server: LabPod) -> None:
         authority = LocalAuthority.create(self._directory / "ca", TRUST_DOMAIN)
         client_id, server_id = (
             SpiffeId(TRUST_DOMAIN, pod.namespace, pod.name) for pod in (client, server)
@@ -193,7 +197,7 @@ class Ground:
         for pod, config in configs:
             path = self._directory / f"{pod.name}.yaml"
             path.write_text(yaml.safe_dump(config))
-            self._start(pod, "envoy", envoy_command(self.tools.envoy, path), ENVOY_SIGN)
+            self._start(pod, "envoy", envoy_command(program, path), ENVOY_SIGN)
 
     def _wait_enrolled(self, wanted: set[str]) -> None:
         for node in self._lab.cluster().nodes:

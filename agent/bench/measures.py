@@ -12,9 +12,10 @@ from agent.bench.results import Sample
 from agent.errors import LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from agent.bench.ground import Ground, Way
+    from agent.bench.results import PathName, Place
 
 CONNECT_CLIENTS = 16
 CONNECTIONS = 64
@@ -23,13 +24,28 @@ BODY_BYTES = 1024
 CELL_SECONDS = 60.0  # more than any cell takes
 
 
+PATHS: tuple[PathName, ...] = ("no-mesh", "same-node", "cross-node", "envoy")
+MEASURES = ("memory", "round-trip", "requests", "bulk", "connects")
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how often."""
+    """How long and how often, and what of it."""
 
     rounds: int = 5
     seconds: float = 2.0
     idle_connections: int = 10_000
+    paths: tuple[str, ...] = PATHS
+    measures: tuple[str, ...] = MEASURES
+
+    def has_place(self, place: Place) -> bool:
+        """Whether a path is measured; without the mesh, what the others are compared with."""
+        if place.path != "no-mesh":
+            return place.path in self.paths
+        others = ("same-node",) if place.is_local else ("cross-node", "envoy")
+        return "no-mesh" in self.paths and (
+            self.paths == ("no-mesh",) or any(path in self.paths for path in others)
+        )
 
 
 QUICK = Plan(rounds=5, seconds=0.2, idle_connections=2000)
@@ -59,15 +75,16 @@ class Cells:
     def __init__(self, ground: Ground, plan: Plan) -> None:
         self._ground = ground
         self._seconds = plan.seconds
-        self.all = (
-            lambda way: self._round_trips(way, 128),
-            lambda way: self._round_trips(way, 16 << 10),
-            lambda way: self._requests(way, None),
-            lambda way: self._requests(way, RATE),
-            lambda way: self._bulk(way, 1),
-            lambda way: self._bulk(way, 8),
-            self._connects,
+        cells: tuple[tuple[str, Callable[[Way], Iterator[Sample]]], ...] = (
+            ("round-trip", lambda way: self._round_trips(way, 128)),
+            ("round-trip", lambda way: self._round_trips(way, 16 << 10)),
+            ("requests", lambda way: self._requests(way, None)),
+            ("requests", lambda way: self._requests(way, RATE)),
+            ("bulk", lambda way: self._bulk(way, 1)),
+            ("bulk", lambda way: self._bulk(way, 8)),
+            ("connects", self._connects),
         )
+        self.all = tuple(cell for measure, cell in cells if measure in plan.measures)
 
     def _round_trips(self, way: Way, size: int) -> Iterator[Sample]:
         found = _wire(self._ground, way, "rtt", self._seconds, size)

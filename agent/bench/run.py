@@ -23,12 +23,12 @@ def run(lab: Lab, tools: Tools, plan: Plan, say: Callable[[str], None]) -> list[
     samples: list[Sample] = []
     with (
         tempfile.TemporaryDirectory(prefix="sidestep-bench-") as directory,
-        Ground(lab, tools, Path(directory)) as ground,
+        Ground(lab, tools, Path(directory), plan) as ground,
     ):
         say(f"lab {lab.name} is up")
         for way in ground.ways:
             # Before the rounds: memory that load has left behind would hide what idle ones take.
-            if way.place.path in ("cross-node", "envoy"):
+            if "memory" in plan.measures and way.place.path in ("cross-node", "envoy"):
                 samples += measure_memory(ground, way, plan.idle_connections)
         cells = Cells(ground, plan)
         for number in range(plan.rounds):

@@ -30,12 +30,13 @@ class Tools:
     """Paths of the programs; `fortio` is None where there is none."""
 
     wire: Path
-    envoy: Path
+    envoy: Path | None
     fortio: Path | None
 
     def versions(self) -> dict[str, str]:
         """Return what a reader needs to know of a run."""
-        envoy = _first_line(str(self.envoy), "--version").rpartition("version:")[2].strip()
+        found = _first_line(str(self.envoy), "--version") if self.envoy else "none"
+        envoy = found.rpartition("version:")[2].strip()
         fortio = _first_line(str(self.fortio), "version") if self.fortio else "none"
         return {
             "python": platform.python_version(),
@@ -88,6 +89,6 @@ def find_fortio() -> Path | None:
     return program if program.exists() else None
 
 
-def find_tools() -> Tools:
+def find_tools(*, has_envoy: bool = True) -> Tools:
     """Find or build everything (LabError if something that cannot be replaced is missing)."""
-    return Tools(build_wire(), find_envoy(), find_fortio())
+    return Tools(build_wire(), find_envoy() if has_envoy else None, find_fortio())

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from agent.bench import tools
-from agent.bench.measures import QUICK, Plan
+from agent.bench.measures import MEASURES, PATHS, QUICK, Plan
 from agent.bench.plot import draw
 from agent.bench.run import run
 from agent.lab.lab import Lab
@@ -24,6 +24,16 @@ COLUMNS = (
 @click.option("--rounds", type=click.IntRange(1, 100), help="Interleaved rounds.")
 @click.option("--seconds", type=click.FloatRange(0.05, 60), help="Length of one cell.")
 @click.option("--idle", type=click.IntRange(100, 20_000), help="Idle connections to hold.")
+@click.option(
+    "--path", "paths", type=click.Choice(PATHS), multiple=True, help="Only these paths (repeat)."
+)
+@click.option(
+    "--measure",
+    "measures",
+    type=click.Choice(MEASURES),
+    multiple=True,
+    help="Only these measures (repeat).",
+)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG here.")
 @click.option("--name", default="bench", show_default=True, help="Name of the lab that is used.")
 @output_option
@@ -32,6 +42,8 @@ def bench(
     rounds: int | None,
     seconds: float | None,
     idle: int | None,
+    paths: tuple[str, ...],
+    measures: tuple[str, ...],
     plot: Path | None,
     name: str,
     output: Output,
@@ -47,8 +59,10 @@ def bench(
         rounds=rounds or base.rounds,
         seconds=seconds or base.seconds,
         idle_connections=idle or base.idle_connections,
+        paths=paths or base.paths,
+        measures=measures or base.measures,
     )
-    found = tools.find_tools()
+    found = tools.find_tools(has_envoy="envoy" in plan.paths)
     versions = ", ".join(f"{key} {value}" for key, value in found.versions().items())
     click.echo(versions, err=True)
     rows = run(Lab(name), found, plan, lambda line: click.echo(f"  {line}", err=True))

@@ -23,7 +23,7 @@ def pods(root: Path | None, output: Output) -> None:
     """List the enrolled pods, and packets, bytes and drops on their links, from the pins alone.
 
     Dropped is TCP that did not pass the agent (plaintext, from STRICT pods only), that came from an
-    address which is not the pod's (spoofed), or that was in fragments (of STRICT pods).
+    address which is not the pod's (spoofed), or that hid in fragments or headers (of STRICT pods).
     """
     directories = find_pins(root)
     rows = [row for directory in directories for row in listing.list_pods(directory)]

@@ -8,7 +8,7 @@ destination has answered, the control process starts a new generation when anyth
 from __future__ import annotations
 
 import os
-import sys
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from agent.datapath import libbpf, records
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from agent.datapath.btf import Value
+    from agent.datapath.btf import Layout, Value
     from agent.datapath.maps import Map, Record
     from agent.datapath.pins import Pins
     from agent.model.pod import Address
@@ -62,9 +62,12 @@ class Verdicts:
         """The current generation; read it before asking for a verdict, and pass it to `allow`."""
         return _number(self._generation.get(GENERATION_KEY) or {"value": 0}, "value")
 
-    def allow(self, source: int, destination: int, port: int, generation: int) -> None:
+    def allow(
+        self, source: int, destination: int, port: int, generation: int, *, is_v6: bool = False
+    ) -> None:
         """Let later connections between two namespaces pass, while `generation` lasts."""
-        self._verdicts.put(records.verdict_key(source, destination, port), {"value": generation})
+        key = records.verdict_key(source, destination, port, is_v6=is_v6)
+        self._verdicts.put(key, {"value": generation})
 
     def renew(self) -> None:
         """Start a new generation: every verdict before it is void. For the control process."""
@@ -76,6 +79,7 @@ class FlowEnds:
 
     def __init__(self, pins: Pins) -> None:
         self._layout = pins.maps["ss_flow_end"].value
+        self._totals = _totals_layout(self._layout)
         self._flow_layout = pins.maps["ss_direct_flows"].key
         self._direct_layout = pins.maps["ss_direct_flows"].value
         self._map_fd = libbpf.open_pin(pins.directory / "maps" / "ss_flow_ends")
@@ -88,13 +92,9 @@ class FlowEnds:
 
     def totals(self, samples: Iterable[bytes]) -> tuple[int, int, int]:
         """Return (bytes sent, bytes received, resets) of many samples, cheaply."""
-        offsets = {field.name: field.offset for field in self._layout.fields}
-        at = (offsets["bytes_sent"], offsets["bytes_received"], offsets["was_reset"])
-        sums = [0, 0, 0]
-        for sample in samples:
-            for index, (offset, size) in enumerate(zip(at, (8, 8, 4), strict=True)):
-                sums[index] += int.from_bytes(sample[offset : offset + size], sys.byteorder)
-        return sums[0], sums[1], sums[2]
+        rows = self._totals.iter_unpack(b"".join(samples))
+        sent, received, resets = map(sum, zip((0, 0, 0), *rows, strict=True))
+        return sent, received, resets
 
     def parse(self, sample: bytes) -> FlowEnd:
         """Return what one sample of `read` says."""
@@ -115,6 +115,48 @@ class FlowEnds:
         """Give the descriptors back."""
         self._buffer.close()
         os.close(self._map_fd)
+
+
+class Flows:
+    """What the kernel remembers of open connections, beside the sockets themselves."""
+
+    def __init__(self, pins: Pins) -> None:
+        self._direct = pins.maps["ss_direct_flows"]
+        self._guard = pins.maps["ss_guard_flows"]
+
+    def forget(self, flow: DirectFlow) -> None:
+        """Let nothing of a connection pass lookup or guard any more."""
+        source, destination = map(records.pack_address, (flow.source, flow.destination))
+        self._direct.delete(
+            {
+                "netns_cookie": flow.destination_cookie,
+                "source": source,
+                "source_port_be": flow.source_port,
+                "destination_port_be": flow.destination_port,
+            }
+        )
+        client = (flow.source_cookie, source, flow.source_port)
+        server = (flow.destination_cookie, destination, flow.destination_port)
+        for own, other in ((client, server), (server, client)):
+            self._guard.delete(
+                {
+                    "netns_cookie": own[0],
+                    "local": own[1],
+                    "remote": other[1],
+                    "local_port_be": own[2],
+                    "remote_port_be": other[2],
+                }
+            )
+
+
+def _totals_layout(layout: Layout) -> struct.Struct:
+    """Return how to read the three sums out of a flow end, at the speed of the kernel's."""
+    offsets = {field.name: field.offset for field in layout.fields}
+    text, position = "=", 0
+    for name, code in (("bytes_sent", "Q"), ("bytes_received", "Q"), ("was_reset", "I")):
+        text += f"{offsets[name] - position}x{code}"
+        position = offsets[name] + struct.calcsize(f"={code}")
+    return struct.Struct(f"{text}{layout.size - position}x")
 
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:

@@ -198,6 +198,7 @@ def _verdict(key: Record, value: Record, names: PodNames) -> Row:
         "source": names.get(_number(key["source_netns_cookie"])),
         "destination": names.get(_number(key["destination_netns_cookie"])),
         "port": key["port_be"],
+        "family": "ipv6" if key["is_v6"] else "ipv4",
         "generation": value["value"],
     }
 
@@ -314,7 +315,7 @@ COLUMNS = {
     "ss_services": ("address", "port", "endpoints"),
     "ss_endpoints": ("service", "port", "index", "endpoint", "endpoint_port"),
     "ss_generation": ("generation",),
-    "ss_verdicts": ("source", "destination", "port", "generation"),
+    "ss_verdicts": ("source", "destination", "port", "family", "generation"),
     "ss_direct_flows": (
         "source_pod",
         "source",

@@ -66,12 +66,15 @@ def source_key(netns_cookie: int, address: Address, port: int) -> dict[str, Valu
     return {"netns_cookie": netns_cookie, "address": pack_address(address), "port_be": port}
 
 
-def verdict_key(source_cookie: int, destination_cookie: int, port: int) -> dict[str, Value]:
+def verdict_key(
+    source_cookie: int, destination_cookie: int, port: int, *, is_v6: bool
+) -> dict[str, Value]:
     """Return a key of ss_verdicts."""
     return {
         "source_netns_cookie": source_cookie,
         "destination_netns_cookie": destination_cookie,
         "port_be": port,
+        "is_v6": int(is_v6),
     }
 
 

@@ -75,19 +75,25 @@ class AccessLog:
     def __post_init__(self) -> None:
         self._offset = self.path.stat().st_size
 
-    def wait_for(self, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Return the first connection from now on that `matches` (LabError if none comes)."""
+    def wait_for(
+        self, matches: Callable[[dict[str, Any]], bool], message: str = "connection complete"
+    ) -> dict[str, Any]:
+        """Return the first entry from now on that `matches`, a connection if nothing else is said.
+
+        Raises:
+            LabError: none comes.
+        """
         deadline = time.monotonic() + LOG_SECONDS
         changes = watchfiles.watch(
             self.path, yield_on_timeout=True, rust_timeout=POLL_MILLISECONDS, step=10, debounce=20
         )
         for _change in changes:
             for entry in self._read():
-                if entry.get("message") == "connection complete" and matches(entry):
+                if entry.get("message") == message and matches(entry):
                     return entry
             if time.monotonic() > deadline:
                 break
-        raise LabError(f"{self.path} does not tell of the connection")
+        raise LabError(f"{self.path} does not tell of the connection, or not that {message!r}")
 
     def _read(self) -> list[dict[str, Any]]:
         with self.path.open("rb") as file:

@@ -1,7 +1,7 @@
 """What the demo does and proves, stage by stage.
 
-    lab up -> plain request -> one label -> the same request -> look into the kernel
-           -> one label less -> plain request -> lab down
+    lab up -> plain request -> one label -> the same request -> one policy, and one less
+           -> look into the kernel -> one label less -> plain request -> lab down
 
 Each claim is decided here, from what was measured in this run; a claim that is false does not stop
 the story. The screen shows it; nothing here knows how.
@@ -41,6 +41,17 @@ LATE_REQUEST = (
     "exec 3<>/dev/tcp/{host}/{port}; echo open; read; "
     f"printf 'GET /{DOCUMENT} HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
 )
+# A connection that nobody uses: it ends when somebody closes it.
+IDLE_CONNECTION = "exec 3<>/dev/tcp/{host}/{port}; echo open; cat <&3"
+POLICY: dict[str, Any] = {
+    "apiVersion": "security.istio.io/v1",
+    "kind": "AuthorizationPolicy",
+    "metadata": {"name": "no-client", "namespace": NAMESPACE},
+    "spec": {
+        "action": "DENY",
+        "rules": [{"from": [{"source": {"serviceAccounts": [CLIENT]}}]}],
+    },
+}
 
 Row = dict[str, object]
 
@@ -124,6 +135,7 @@ class Story:
                 self._enroll()
                 self._after()
                 self._visit_the_neighbor()
+                self._deny(stack)
                 self._look_into_the_kernel()
                 self._unenroll()
             self._screen.stage("Down again")
@@ -177,7 +189,7 @@ class Story:
         self._starts = evidence.process_starts(pids)
         self._filters = evidence.read_filters(self._namespaces)
         visit = self._plain = self._visit(self._server)
-        self._late = self._open_early(stack)
+        self._late = self._open(stack, LATE_REQUEST, self._server)
         self._recorder.take()
         direction, stream = visit.answer()
         self._screen.note(self._summary(visit))
@@ -304,6 +316,54 @@ class Story:
             and {row["server's identity"] for row in rows} == {_identity(self._neighbor)},
         )
 
+    def _deny(self, stack: ExitStack) -> None:
+        name = f"{POLICY['metadata']['namespace']}/{POLICY['metadata']['name']}"
+        self._screen.stage(f"One policy: {POLICY['spec']['action']} {name}, and one less")
+        log = self._lab.agent_log(self._neighbor.node)
+        held = self._open(stack, IDLE_CONNECTION, self._neighbor)
+        closings, verdicts = evidence.AccessLog(log), evidence.AccessLog(log)
+        began = time.monotonic()
+        self._lab.write_object(POLICY)
+        held.communicate(timeout=10)
+        seconds = time.monotonic() - began
+        closing = closings.wait_for(lambda entry: entry["path"] == "direct")
+        refused = self._curl(self._neighbor)
+        verdict = verdicts.wait_for(lambda entry: entry.get("verdict") == "deny")
+        self._screen.note(
+            f"the open connection was closed after {seconds * 1000:.0f} ms; "
+            f"curl: {refused.stderr.decode().splitlines()[0]}"
+        )
+        changes = evidence.AccessLog(log)
+        self._lab.remove_object(POLICY)
+        changes.wait_for(lambda _entry: True, "policies in force")
+        visit = self._visit(self._neighbor)
+        self._screen.note(f"without the policy: {self._summary(visit)}")
+        columns = ("connection", "path", "result", "policy")
+        self._screen.table(
+            columns,
+            [
+                dict(zip(columns, (what, *(entry.get(key) for key in columns[1:])), strict=True))
+                for what, entry in (("open", closing), ("new", verdict))
+            ],
+        )
+        self._report.evidence["policy"] = {"closed": closing, "denied": verdict}
+        self._report.evidence["policy_seconds"] = round(seconds, 3)
+        self._claim(
+            "policy_closes_open_connections",
+            "a policy closed an open connection of the direct path within a second",
+            seconds < 1 and closing["result"] == "reset",
+        )
+        self._claim(
+            "policy_denies",
+            "the policy denied the next connection, and the access log names it",
+            refused.returncode != 0 and not refused.stdout and name in str(verdict.get("policy")),
+        )
+        self._claim(
+            "policy_taken_back_allows",
+            "without the policy the client got its answer again",
+            visit.body == self._plain.body,
+        )
+
     def _look_into_the_kernel(self) -> None:
         self._screen.stage("In the kernel: maps instead of rules")
         directories = listing.find_directories((self._lab.pins,))
@@ -360,11 +420,7 @@ class Story:
     def _visit(self, server: LabPod) -> Visit:
         """Let the client's curl fetch the document, and record the link meanwhile."""
         self._recorder.take()
-        url = f"http://{server.address4}:{PORT}/{DOCUMENT}"
-        command = ["curl", "-sSf", "-m", "5", "-w", CURL_REPORT, url]
-        done = subprocess.run(
-            self._lab.command_in(self._client, command), capture_output=True, check=False
-        )
+        done = self._curl(server)
         if done.returncode != 0:
             raise LabError(f"curl in {CLIENT} failed: {done.stderr.decode().strip()}")
         host, port, _status, seconds = done.stderr.decode().split()
@@ -372,21 +428,29 @@ class Story:
         spoken = {direction: stream for direction, stream in streams.items() if stream}
         return Visit(done.stdout, f"{host}:{port}", float(seconds) * 1000, spoken)
 
-    def _open_early(self, stack: ExitStack) -> subprocess.Popen[str]:
-        """Open a connection now whose request is sent when a line is written."""
-        script = LATE_REQUEST.format(host=self._server.address4, port=PORT)
-        late = subprocess.Popen(
-            self._lab.command_in(self._client, ["bash", "-c", script]),
+    def _curl(self, server: LabPod) -> subprocess.CompletedProcess[bytes]:
+        url = f"http://{server.address4}:{PORT}/{DOCUMENT}"
+        command = ["curl", "-sSf", "-m", "5", "-w", CURL_REPORT, url]
+        return subprocess.run(
+            self._lab.command_in(self._client, command), capture_output=True, check=False
+        )
+
+    def _open(self, stack: ExitStack, script: str, server: LabPod) -> subprocess.Popen[str]:
+        """Open a connection of the client now, by a shell that does the rest of `script` later."""
+        command = ["bash", "-c", script.format(host=server.address4, port=PORT)]
+        opened = subprocess.Popen(
+            self._lab.command_in(self._client, command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
-        stack.enter_context(late)
-        stack.callback(late.kill)
-        assert late.stdout is not None
-        if late.stdout.readline() != "open\n":
-            raise LabError(f"a shell in {CLIENT} cannot connect to {SERVER}")
-        return late
+        stack.enter_context(opened)
+        stack.callback(opened.kill)
+        assert opened.stdout is not None
+        if opened.stdout.readline() != "open\n":
+            raise LabError(f"a shell in {CLIENT} cannot connect to {server.key}")
+        return opened
 
     def _server_saw(self) -> str:
         """Return the client of the last request in the server's own log."""

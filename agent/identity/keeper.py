@@ -20,6 +20,7 @@ from cryptography import x509
 from agent.errors import IdentityError, RevocationInvalid
 from agent.identity import der, files, revocation
 from agent.identity.rotation import Rotation, Urgency
+from agent.identity.verify import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -99,6 +100,14 @@ class CertificateKeeper:
     def revoked(self) -> frozenset[bytes]:
         """The fingerprints of revoked certificates."""
         return self._revoked
+
+    def revoked_identities(self) -> frozenset[SpiffeId]:
+        """The identities whose present certificate is a revoked one."""
+        return frozenset(
+            identity
+            for identity, found in self._certificates.items()
+            if _leaf_fingerprint(found) in self._revoked
+        )
 
     # -- work ---------------------------------------------------------------------------------
 
@@ -267,6 +276,11 @@ class CertificateKeeper:
                 "revocation_failed": self.counters.revocation_failed,
             },
         }
+
+
+def _leaf_fingerprint(certificate: Certificate) -> bytes:
+    facts = der.read_certificate(der.decode_pem(certificate.chain)[0])
+    return fingerprint(facts.issuer, facts.serial)
 
 
 def _text(moment: float | None) -> str | None:

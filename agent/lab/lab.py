@@ -159,12 +159,19 @@ class Lab:
 
     def write_object(self, body: dict[str, Any]) -> None:
         """Write one object where the agents read it, whole or not at all."""
-        metadata = body["metadata"]
-        parts = (body["kind"].lower(), metadata.get("namespace", "-"), metadata["name"])
-        path = self.objects / f"{'.'.join(parts)}.yaml"
+        path = self._object_path(body)
         draft = path.with_suffix(".draft")
         draft.write_text(yaml.safe_dump(body, sort_keys=False))
         draft.replace(path)
+
+    def remove_object(self, body: dict[str, Any]) -> None:
+        """Take one object away again."""
+        self._object_path(body).unlink(missing_ok=True)
+
+    def _object_path(self, body: dict[str, Any]) -> Path:
+        metadata = body["metadata"]
+        parts = (body["kind"].lower(), metadata.get("namespace", "-"), metadata["name"])
+        return self.objects / f"{'.'.join(parts)}.yaml"
 
     def _launch(
         self, netns: Path, cgroup: Path, command: list[str], log: Path, **extra: Any

@@ -53,7 +53,7 @@ class DirectPath(Protocol):
     """Lets later connections between two pods of this node go without the agent."""
 
     def candidate(
-        self, source: ServedPod, destination_uid: str, port: int
+        self, source: ServedPod, destination_uid: str, address: Address, port: int
     ) -> Callable[[], None] | None:
         """Return what to call once the destination has allowed the connection; None if it may not.
 
@@ -146,7 +146,7 @@ class Outbound:
                 refuse(reason)
                 return
             access.peer_identity = str(session.peer)
-            grant = self._direct_path.candidate(served, workload.uid, route.port)
+            grant = self._direct_path.candidate(served, workload.uid, route.address, route.port)
             stream_id = session.open_stream(authority, headers)
             channel = session.channels[stream_id]
             channel.on_abort = lambda: refuse("the peer reset the stream before it answered")

@@ -46,6 +46,7 @@ static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_
 	key.source_netns_cookie = source_netns_cookie;
 	key.destination_netns_cookie = *destination_netns_cookie;
 	key.port_be = endpoint->port_be;
+	key.is_v6 = !address_is_v4(&endpoint->address);
 	allowed = ss_verdicts.lookup(&key);
 	generation = ss_generation.lookup(&zero);
 	if (!allowed || !generation || *allowed != *generation)
@@ -55,6 +56,7 @@ static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_
 		return false;
 	direct->destination_netns_cookie = *destination_netns_cookie;
 	direct->destination = endpoint->address;
+	direct->generation = *allowed;
 	direct->is_probe = false;
 	return true;
 }

@@ -53,9 +53,9 @@ struct tcp_head {
 struct segment {
 	struct address source;
 	struct address destination;
-	u32 tcp_offset; /* in the packet; 0: not TCP */
-	u32 end;	/* of the packet, without padding */
-	bool is_fragment;
+	u32 tcp_offset;	  /* in the packet; 0: not TCP */
+	u32 end;	  /* of the packet, without padding */
+	bool is_fragment; /* or what it carries cannot be seen for other reasons */
 };
 
 static __always_inline void parse_ipv4(struct __sk_buff *skb, struct segment *segment)
@@ -93,14 +93,19 @@ static __always_inline void parse_ipv6(struct __sk_buff *skb, struct segment *se
 		    next != IPPROTO_FRAGMENT)
 			break;
 		if (bpf_skb_load_bytes(skb, offset, extension, sizeof(extension)))
-			return;
+			break; /* cut off: whatever follows is in another fragment */
 		segment->is_fragment |= next == IPPROTO_FRAGMENT;
 		/* RFC 8200 4.5: the second byte of a fragment header is reserved, not a length */
 		offset += next == IPPROTO_FRAGMENT ? 8 : (extension[1] + 1) * 8;
 		next = extension[0];
 	}
-	if (next == IPPROTO_TCP)
-		segment->tcp_offset = offset;
+	if (next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_DSTOPTS ||
+	    next == IPPROTO_FRAGMENT)
+		segment->is_fragment =
+			true; /* more headers than anybody needs: what do they hide? */
+	else if (next != IPPROTO_TCP)
+		return;
+	segment->tcp_offset = offset;
 }
 
 /* An open connection of the pod that the agent dialed or accepted, or one of the direct path. */
@@ -109,6 +114,7 @@ static __always_inline bool is_open_flow(const struct pod_flow *flow)
 	struct inbound_flow known = {};
 	struct local remote = {.address = flow->remote};
 	u64 *remote_netns_cookie;
+	u32 *kind;
 
 	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
 		return true; /* a pod cannot bind it: bind.c */
@@ -128,7 +134,26 @@ static __always_inline bool is_open_flow(const struct pod_flow *flow)
 	known.source = flow->remote;
 	known.source_port_be = flow->remote_port_be;
 	known.destination_port_be = flow->local_port_be;
-	return ss_direct_flows.lookup(&known) || ss_agent_flows.lookup(&known);
+	if (ss_direct_flows.lookup(&known))
+		return true;
+	kind = ss_agent_flows.lookup(&known);
+	return kind && *kind == AGENT_FLOW_PROBE;
+}
+
+/*
+ * The application's end of a connection that the agent carries. It stays on the pod's loopback: on
+ * the link it would be what the tunnel protects, in plain text, or somebody's words slipped into
+ * it.
+ */
+static __always_inline bool is_carried_flow(const struct pod_flow *flow)
+{
+	struct inbound_flow known = {};
+
+	known.netns_cookie = flow->netns_cookie;
+	known.source = flow->remote;
+	known.source_port_be = flow->remote_port_be;
+	known.destination_port_be = flow->local_port_be;
+	return ss_agent_flows.lookup(&known);
 }
 
 static __always_inline bool is_excluded_flow(const struct pod_flow *flow)
@@ -166,10 +191,14 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		parse_ipv6(skb, segment);
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;
-	if (is_outbound && !is_own_address(flow->netns_cookie, &segment->source))
+	pod = ss_pods.lookup(&flow->netns_cookie);
+	/* Its first address is at hand, which saves a look into the map for nearly every packet. */
+	if (is_outbound &&
+	    !(pod && (address_is_equal(&pod->address4, &segment->source) ||
+		      address_is_equal(&pod->address6, &segment->source))) &&
+	    !is_own_address(flow->netns_cookie, &segment->source))
 		return OUTCOME_SPOOFED;
 
-	pod = ss_pods.lookup(&flow->netns_cookie);
 	/* open: a pod that is guarded and not in ss_pods is leaving the mesh */
 	if (!pod)
 		return OUTCOME_PASSED;
@@ -190,7 +219,14 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	} else {
 		known = ss_guard_flows.lookup(flow) || is_open_flow(flow);
 	}
-	if (known || !pod->is_strict || is_excluded_flow(flow))
+	if (known)
+		return OUTCOME_PASSED;
+	/* Lookup takes a connection from the pod to itself for granted. */
+	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
+		return OUTCOME_SPOOFED;
+	if (is_carried_flow(flow))
+		return OUTCOME_PLAINTEXT;
+	if (!pod->is_strict || is_excluded_flow(flow))
 		return OUTCOME_PASSED;
 	has_payload = segment->tcp_offset + (tcp.offset >> 4) * 4 < segment->end;
 	return has_payload || (is_syn && is_outbound) ? OUTCOME_PLAINTEXT : OUTCOME_PASSED;

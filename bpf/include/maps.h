@@ -43,8 +43,8 @@ BPF_TABLE_PINNED("hash", struct source, struct origin, ss_origin_flow, MAX_FLOWS
  * connect. */
 BPF_TABLE_PINNED("hash", u64, u32, ss_probers, 16, SS_PINS "/ss_probers");
 
-/* connection into a pod from the agent, or from the kubelet -> 1: lookup lets it through to the
- * application, and guard passes it.
+/* connection into a pod from the agent, or from the kubelet -> which (enum agent_flow): lookup lets
+ * it through to the application, and guard passes it where it belongs on the link.
  * Written by sockops before the SYN leaves, deleted by it at the close. */
 BPF_TABLE_PINNED("hash", struct inbound_flow, u32, ss_agent_flows, MAX_FLOWS,
 		 SS_PINS "/ss_agent_flows");

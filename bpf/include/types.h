@@ -70,18 +70,23 @@ struct local {
 	struct address address;
 };
 
-/* What a verdict is about: both pods by their netns cookies, and the destination's port. */
+/*
+ * What a verdict is about: both pods by their netns cookies, and the destination's port. And the
+ * family: policies may speak of addresses, and each pod has one of each family.
+ */
 struct verdict_key {
 	u64 source_netns_cookie;
 	u64 destination_netns_cookie;
 	__be16 port_be;
-	u16 pad[3];
+	u16 is_v6;
+	u32 pad;
 };
 
 /* Where a socket on the direct path goes, or one of the kubelet that probes a pod. */
 struct direct {
 	u64 destination_netns_cookie;
 	struct address destination;
+	u64 generation;		   /* of the verdict */
 	u64 received_at_fin_wait2; /* bytes, until our FIN was acknowledged */
 	u32 is_probe;
 	u32 pad;
@@ -93,6 +98,12 @@ struct direct_flow {
 	u64 socket_cookie; /* of the client */
 	struct address destination;
 	u64 began_ns; /* CLOCK_MONOTONIC */
+};
+
+/* Value of ss_agent_flows. */
+enum agent_flow {
+	AGENT_FLOW_DIALED = 1, /* by the agent, inside the pod */
+	AGENT_FLOW_PROBE = 2,  /* by the kubelet, from the node */
 };
 
 /* A connection on the direct path has ended. */
@@ -127,7 +138,7 @@ enum outcome {
 	OUTCOME_PASSED = 0,
 	OUTCOME_PLAINTEXT = 1, /* dropped: TCP that did not pass the agent */
 	OUTCOME_SPOOFED = 2,   /* dropped: from an address that is not the pod's */
-	OUTCOME_FRAGMENT = 3,  /* dropped: TCP in fragments, which hide what they carry */
+	OUTCOME_FRAGMENT = 3,  /* dropped: fragments or headers that hide the TCP they carry */
 };
 
 struct counter_key {

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import select
 import socket
+import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from agent import enroll, netns, sock_diag
-from agent.datapath import direct
+from agent.datapath import direct, records
 from agent.datapath.origins import OriginFlows
 from agent.datapath.services import ServiceMaps
+from agent.direct import DirectPath
 from agent.model.pod import LocalPod
 from agent.tunnel.sockets import LINGER_RESET
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 PORT = 9000
+SILENCE = ["ip", "route", "replace", "blackhole", f"{PEER4}/32"]
+TCP_FASTOPEN_CONNECT = 30  # linux/tcp.h
+FASTOPEN_SYSCTL = Path("/proc/sys/net/ipv4/tcp_fastopen")
+FASTOPEN_NO_COOKIE = "5"  # clients, and data in the SYN without a cookie
 
 
 @dataclass
@@ -41,9 +49,12 @@ class Neighbors:
     ends: direct.FlowEnds
     pins: Pins
 
-    def allow(self, port: int = PORT) -> None:
+    def allow(self, port: int = PORT, *families: int) -> None:
         source, destination = self.client.netns_cookie, self.server.netns_cookie
-        self.verdicts.allow(source, destination, port, self.verdicts.generation)
+        for family in families or (4, 6):
+            self.verdicts.allow(
+                source, destination, port, self.verdicts.generation, is_v6=family == 6
+            )
 
     def join(self, host: str) -> tuple[socket.socket, socket.socket]:
         """Connect on the direct path; return the client's and the server's end."""
@@ -57,7 +68,11 @@ class Neighbors:
     def next_end(self) -> direct.FlowEnd:
         assert select.select([self.ends.fd], [], [], 5)[0]
         (sample,) = self.ends.read()
-        return self.ends.parse(sample)
+        end = self.ends.parse(sample)
+        assert self.ends.totals([]) == (0, 0, 0)
+        totals = (2 * end.sent, 2 * end.received, 2 * end.was_reset)
+        assert self.ends.totals([sample, sample]) == totals
+        return end
 
     def is_captured(self, host: str = PEER4, port: int = PORT) -> bool:
         """Connect, and say whether the agent's listener got it."""
@@ -132,6 +147,34 @@ def test_verdict_is_for_one_port_and_one_direction(neighbors: Neighbors) -> None
     back.connect_ex((POD4, PORT))
     (listener,) = select.select(neighbors.server.outbound, [], [], 5)[0]
     listener.accept()[0].close()
+
+
+@pytest.mark.parametrize(("family", "other"), [(4, PEER6), (6, PEER4)])
+def test_verdict_is_for_one_family(neighbors: Neighbors, family: int, other: str) -> None:
+    """A policy that names addresses may let the pod in by one of its own and not by the other."""
+    neighbors.allow(PORT, family)
+    assert neighbors.is_captured(other)
+
+
+def test_connect_that_waits_for_its_data_does_not_outlive_the_verdict(neighbors: Neighbors) -> None:
+    """TCP_FASTOPEN_CONNECT: connect() was allowed, and the SYN leaves after the change."""
+    neighbors.allow()
+    listener = neighbors.network.peer.listen(PEER4, PORT)
+    netns.run_in(neighbors.network.pod.fd, lambda: FASTOPEN_SYSCTL.write_text(FASTOPEN_NO_COOKIE))
+    for is_void in (False, True):
+        client = neighbors.network.pod.open_socket()
+        client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+        client.connect((PEER4, PORT))
+        assert list(direct.live_flows(neighbors.pins)) == []  # no SYN yet
+        if is_void:
+            neighbors.verdicts.renew()
+        client.sendall(b"a secret")
+        (found,) = select.select([listener, *neighbors.server.inbound], [], [], 5)[0]
+        assert (found is listener) != is_void
+        with found.accept()[0]:
+            client.close()
+        if not is_void:
+            neighbors.next_end()
 
 
 def test_new_generation_voids_the_verdict(neighbors: Neighbors) -> None:
@@ -232,6 +275,94 @@ def test_flow_that_no_longer_passes_is_closed_on_both_ends(neighbors: Neighbors)
     assert neighbors.next_end().was_reset
     assert not netns.run_in(neighbors.network.pod.fd, destroy)
     assert neighbors.client.inbound[0].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+class Shop:
+    """The control side with both pods, which judges as a test says."""
+
+    def __init__(self, neighbors: Neighbors) -> None:
+        self.control = DirectPath(neighbors.pins, "cluster.local", lambda _counts: None)
+        for made in (neighbors.client, neighbors.server):
+            self.control.add_pod(made.netns_cookie, made.pod, made.netns_fd)
+
+    def close_all(self) -> int:
+        return self.control.close_unless(lambda *_flow: False)
+
+
+@pytest.fixture
+def shop(neighbors: Neighbors) -> Iterator[Shop]:
+    made = Shop(neighbors)
+    yield made
+    made.control.close()
+
+
+@pytest.mark.parametrize("host", [PEER4, PEER6, f"::ffff:{PEER4}"])
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_policy_closes_a_flow_however_its_socket_was_made(
+    neighbors: Neighbors, shop: Shop, host: str, is_bound: bool
+) -> None:
+    """A socket that is bound to an interface is not found by its addresses alone."""
+    neighbors.allow()
+    listener = neighbors.network.peer.listen("::", PORT)
+    client = neighbors.network.pod.open_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if is_bound:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    client.connect((host, PORT))
+    served, _address = listener.accept()
+    with served:
+        served.settimeout(5)
+        assert shop.close_all() == 1
+        with pytest.raises((ConnectionAbortedError, ConnectionResetError)):
+            client.recv(1)
+        with pytest.raises((ConnectionAbortedError, ConnectionResetError)):
+            served.recv(1)
+    assert list(direct.live_flows(neighbors.pins)) == []
+    neighbors.ends.read()
+
+
+def test_pod_that_holds_back_its_reset_is_closed_at_the_server(
+    neighbors: Neighbors, shop: Shop
+) -> None:
+    """Without a way back from the client's pod, its RST does not arrive."""
+    neighbors.allow()
+    client, served = neighbors.join(PEER4)
+    client.sendall(b"x")
+    assert served.recv(1) == b"x"
+    netns.run_in(neighbors.network.pod.fd, partial(subprocess.run, SILENCE, check=True))
+    assert shop.close_all() == 1
+    with pytest.raises(ConnectionAbortedError):
+        served.recv(1)
+    remembered = [key for key, _value in neighbors.pins.maps["ss_guard_flows"].items()]
+    assert [key for key in remembered if key["local_port_be"] == PORT] == []
+    neighbors.ends.read()
+
+
+def test_other_connections_of_the_pods_stay_open(neighbors: Neighbors, shop: Shop) -> None:
+    neighbors.allow()
+    client, served = neighbors.join(PEER4)
+    assert shop.control.close_unless(lambda *_flow: True) == 0
+    client.sendall(b"x")
+    assert served.recv(1) == b"x"
+    client.close()
+
+
+def test_pod_that_leaves_takes_its_verdicts_along(neighbors: Neighbors, shop: Shop) -> None:
+    """Its namespace may come back as another account's."""
+    neighbors.allow()
+    shop.control.remove_pod(neighbors.client.netns_cookie)
+    assert neighbors.is_captured()
+
+
+def test_address_that_has_a_new_pod_stays_the_new_pods(neighbors: Neighbors) -> None:
+    """Its old pod is taken out of the mesh only afterwards."""
+    neighbors.allow()
+    key: dict[str, int | bytes] = {"address": records.pack_address(ip_address(PEER4))}
+    local = neighbors.pins.maps["ss_local"]
+    local.put(key, {"value": 12345})
+    assert neighbors.is_captured()  # a verdict about a namespace is none about an address
+    enroll.unenroll(neighbors.server)
+    assert local.get(key) == {"value": 12345}
+    local.delete(key)
 
 
 def test_finished_flow_lets_nobody_in(neighbors: Neighbors) -> None:

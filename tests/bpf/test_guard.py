@@ -28,6 +28,7 @@ from agent.kubelet import Probers
 from agent.lab.machine import allow_forwarding
 from agent.model.capture import HBONE_PORT
 from agent.model.pod import Exclusions, LocalPod
+from agent.tunnel.sockets import borrow_source
 from tests.support.namespaces import Namespace
 
 if TYPE_CHECKING:
@@ -198,6 +199,88 @@ def test_fragments_do_not_hide_plaintext(node: Node, tap: socket.socket) -> None
         send_raw(node.pods["a"], packet)
     assert not hears(tap)
     assert node.counted(made) == {("outbound", "fragment"): 2}
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8])
+def test_extension_headers_do_not_hide_plaintext(node: Node, count: int) -> None:
+    tap = node.node.open_socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    raw = node.pods["a"].open_socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    packet = hidden_packet(PODS["a"][1], NODE6, count)
+    raw.sendto(packet, (NODE6, 0))
+    assert hears(tap)  # the kernel itself follows that many
+    tap.recv(100)
+    made = node.enroll()
+    raw.sendto(packet, (NODE6, 0))
+    assert not hears(tap)
+    outcome = "plaintext" if count <= 4 else "fragment"
+    assert node.counted(made) == {("outbound", outcome): 1}
+
+
+def hidden_packet(source: str, destination: str, count: int) -> bytes:
+    """Return an IPv6 packet with TCP behind a number of destination options."""
+    segment = struct.pack(">HHIIBBHHH", 40000, PORT, 1, 1, 5 << 4, ACK | PUSH, 1024, 0, 0)
+    padding = b"\1\4\0\0\0\0"  # PadN of six bytes
+    following = [socket.IPPROTO_DSTOPTS] * (count - 1) + [socket.IPPROTO_TCP]
+    body = b"".join(bytes([after, 0]) + padding for after in following) + segment + b"a secret"
+    head = struct.pack(">IHBB", 6 << 28, len(body), socket.IPPROTO_DSTOPTS, 64)
+    return head + ip_address(source).packed + ip_address(destination).packed + body
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_what_the_agent_carries_stays_off_the_link(
+    node: Node, tap: socket.socket, is_strict: bool
+) -> None:
+    """A pod, or a clumsy program in it, deletes the rule that brings answers to the agent."""
+    made = node.enroll(is_strict=is_strict)
+    dialed, accepted = carried(node, made)
+    accepted.sendall(b"answer")
+    assert dialed.recv(100) == b"answer"
+    netns.run_in(node.pods["a"].fd, lambda: netlink.delete_reply_route(socket.AF_INET))
+    accepted.sendall(b"a secret")
+    assert not hears(dialed)
+    assert not hears(tap)
+    assert node.counted(made)["outbound", "plaintext"] >= 1
+
+
+def test_nobody_slips_words_into_what_the_agent_carries(node: Node) -> None:
+    made = node.enroll()
+    dialed, accepted = carried(node, made)
+    host, port = dialed.getsockname()
+    segment = struct.pack(">HHIIBBHHH", port, PORT, 1, 1, 5 << 4, ACK | PUSH, 1024, 0, 0)
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment) + 4, 1, 0, 64, 6, 0)
+    packet = head + socket.inet_aton(host) + socket.inet_aton(PODS["a"][0]) + segment + b"evil"
+    raw = node.node.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    raw.sendto(packet, (PODS["a"][0], 0))
+    assert not hears(accepted)
+    assert node.counted(made) == {("inbound", "plaintext"): 1}
+
+
+def carried(node: Node, made: Enrollment) -> tuple[socket.socket, socket.socket]:
+    """Connect to an application of pod a as its agent does, from a client's address."""
+    listener = node.pods["a"].listen(PODS["a"][0], PORT)
+    dialed = node.pods["a"].open_socket()
+    exempt(node.pins.maps["ss_exempt"], dialed)
+    borrow_source(dialed, ip_address(NODE4))
+    dialed.connect((PODS["a"][0], PORT))
+    accepted, _address = listener.accept()
+    accepted.settimeout(5)
+    node.pods["a"].cleanup.enter_context(accepted)
+    assert node.counted(made) == {}
+    return dialed, accepted
+
+
+@pytest.mark.parametrize("flags", [SYN, ACK | PUSH])
+def test_nobody_outside_speaks_as_the_pod_itself(node: Node, flags: int) -> None:
+    """Over IPv6, whose kernel takes a packet from the own address; lookup passes such a flow."""
+    made = node.enroll()
+    own = PODS["a"][1]
+    segment = struct.pack(">HHIIBBHHH", 40000, PORT, 1, 1, 5 << 4, flags, 1024, 0, 0)
+    head = struct.pack(">IHBB", 6 << 28, len(segment), socket.IPPROTO_TCP, 64)
+    packet = head + ip_address(own).packed * 2 + segment
+    node.node.connect(own, HBONE_PORT)  # they know each other's link address from here on
+    raw = node.node.open_socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    raw.sendto(packet, (own, 0))
+    assert node.counted(made) == {("inbound", "spoofed"): 1}
 
 
 @pytest.mark.parametrize("is_strict", [True, False])

@@ -68,18 +68,20 @@ def test_keys_carry_the_cookie_of_the_namespace() -> None:
         "address": MAPPED,
         "port_be": 1234,
     }
-    assert records.verdict_key(7, 8, 80) == {
+    assert records.verdict_key(7, 8, 80, is_v6=False) == {
         "source_netns_cookie": 7,
         "destination_netns_cookie": 8,
         "port_be": 80,
+        "is_v6": 0,
     }
 
 
-def test_verdict_is_about_two_namespaces_and_a_port() -> None:
-    assert records.verdict_key(1, 2, 80) == {
+def test_verdict_is_about_two_namespaces_a_port_and_a_family() -> None:
+    assert records.verdict_key(1, 2, 80, is_v6=True) == {
         "source_netns_cookie": 1,
         "destination_netns_cookie": 2,
         "port_be": 80,
+        "is_v6": 1,
     }
 
 

@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What sockops knows of a connection, and what it leaves in the maps for others. */
+#ifndef SIDESTEP_FLOW_H
+#define SIDESTEP_FLOW_H
+
+#include "address.h"
+#include "maps.h"
+
+static __always_inline struct address sockops_local(struct bpf_sock_ops *ops)
+{
+	struct address address;
+
+	if (ops->family == AF_INET)
+		return address_from_v4(CONTEXT_WORD(ops->local_ip4));
+	address.words_be[0] = CONTEXT_WORD(ops->local_ip6[0]);
+	address.words_be[1] = CONTEXT_WORD(ops->local_ip6[1]);
+	address.words_be[2] = CONTEXT_WORD(ops->local_ip6[2]);
+	address.words_be[3] = CONTEXT_WORD(ops->local_ip6[3]);
+	return address;
+}
+
+static __always_inline struct source sockops_source(struct bpf_sock_ops *ops)
+{
+	struct source source = {};
+
+	source.netns_cookie = bpf_get_netns_cookie(ops);
+	source.address = sockops_local(ops);
+	source.port_be = bpf_htons(ops->local_port);
+	return source;
+}
+
+/* The connection as the pod behind `netns_cookie` sees it. */
+static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops, u64 netns_cookie)
+{
+	struct inbound_flow flow = {};
+	u32 remote_port_be = ops->remote_port;
+
+	flow.netns_cookie = netns_cookie;
+	flow.source = sockops_local(ops);
+	flow.source_port_be = bpf_htons(ops->local_port);
+	/* remote_port is in network order, in the upper half: shift in host order */
+	flow.destination_port_be = bpf_htons((u16)bpf_ntohl(remote_port_be));
+	return flow;
+}
+
+/*
+ * The verdict is looked at again, after the flow can be seen: between connect() and the SYN there
+ * may be any time (TCP_FASTOPEN_CONNECT waits for the first data). Either the agent, which starts a
+ * generation and then lists the flows, finds this one, or this finds the generation. Closed: a flow
+ * that is not published is captured at its destination.
+ */
+static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
+{
+	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
+	struct direct_flow value = {};
+	u64 *generation;
+	u32 zero = 0;
+
+	value.source_netns_cookie = bpf_get_netns_cookie(ops);
+	value.socket_cookie = bpf_get_socket_cookie(ops);
+	value.destination = direct->destination;
+	value.began_ns = bpf_ktime_get_ns();
+	ss_direct_flows.update(&flow, &value);
+	generation = ss_generation.lookup(&zero);
+	if (!generation || *generation != direct->generation)
+		ss_direct_flows.delete(&flow);
+}
+
+/*
+ * The kernel counts sequence numbers: in bytes_acked our SYN and FIN are one byte each, in
+ * bytes_received the peer's FIN. Whether a FIN was counted follows from the last state. From
+ * FIN_WAIT2 the peer's FIN leads to the end, but so does close() when nobody waits for that FIN:
+ * then nothing was received meanwhile. (Data without a FIN, and then close() or a reset, is one
+ * byte short.)
+ */
+static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct direct *direct,
+					struct flow_end *end)
+{
+	u32 state = ops->args[0];
+	bool is_both = state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING;
+	bool has_fin = is_both || state == BPF_TCP_CLOSE_WAIT ||
+		       (state == BPF_TCP_FIN_WAIT2 &&
+			ops->bytes_received != direct->received_at_fin_wait2);
+
+	end->bytes_sent = ops->bytes_acked - 1 - (is_both || state == BPF_TCP_FIN_WAIT2);
+	end->bytes_received = ops->bytes_received - has_fin;
+	end->was_reset = !is_both && state != BPF_TCP_FIN_WAIT2;
+}
+
+static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)
+{
+	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
+	struct direct_flow *value = ss_direct_flows.lookup(&flow);
+	struct flow_end *end;
+	u32 zero = 0;
+	u64 *lost;
+
+	end = ss_flow_end.lookup(&zero);
+	if (value && end && ops->args[0] != BPF_TCP_SYN_SENT) {
+		end->flow = flow;
+		end->direct = *value;
+		end->ended_ns = bpf_ktime_get_ns();
+		count_bytes(ops, direct, end);
+		if (ss_flow_ends.ringbuf_output(end, sizeof(*end), 0)) {
+			lost = ss_lost.lookup(&zero);
+			if (lost)
+				__sync_fetch_and_add(lost, 1);
+		}
+	}
+	ss_direct_flows.delete(&flow);
+}
+
+static __always_inline void note_agent_flow(struct bpf_sock_ops *ops, u64 netns_cookie, u32 kind,
+					    bool is_end)
+{
+	struct inbound_flow flow = sockops_flow(ops, netns_cookie);
+
+	if (is_end)
+		ss_agent_flows.delete(&flow);
+	else
+		ss_agent_flows.update(&flow, &kind);
+}
+
+static __always_inline void note_origin(struct bpf_sock_ops *ops, struct origin *origin,
+					bool is_end)
+{
+	struct source source = sockops_source(ops);
+
+	if (is_end)
+		ss_origin_flow.delete(&source);
+	else
+		ss_origin_flow.update(&source, origin);
+}
+
+#endif
