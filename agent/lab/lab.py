@@ -109,7 +109,7 @@ class Lab:
         """Read a description (ManifestError names file, object and field)."""
         try:
             documents = list(yaml.safe_load_all(path.read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ManifestError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         return parse_cluster(documents, str(path), self.name)
 
