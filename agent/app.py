@@ -83,6 +83,7 @@ class Agent:
         self._settings = settings
         self._source = DirectorySource(settings.objects, settings.root_namespace)
         self._pins = pins.load(settings.pin_root)
+        self._pins.hold()
         self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain, self._add_counts)
         self._enforcement = Enforcement(settings.node, settings.trust_domain)
