@@ -37,7 +37,7 @@ from agent.model.pod import Exclusions
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
-from agent.sweep import sweep
+from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
@@ -83,6 +83,8 @@ class Agent:
         self._settings = settings
         self._source = DirectorySource(settings.objects, settings.root_namespace)
         self._pins = pins.load(settings.pin_root)
+        self._pins.hold()
+        forget_exceptions(self._pins)
         self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain, self._add_counts)
         self._enforcement = Enforcement(settings.node, settings.trust_domain)
@@ -194,8 +196,7 @@ class Agent:
                 worker.send(messages.RemoveCertificate(str(identity)))
         self._wanted = wanted
         if not self._is_ready:
-            for uid in sweep(self._pins, self._desired, self._settings.pod_cgroups):
-                log.info("what an agent before left of a pod is taken away", extra={"uid": uid})
+            self._sweep()
             self._is_ready = True
             readiness.notify()
         await self._admin.changed()
@@ -278,6 +279,19 @@ class Agent:
                 "the guard does not know the pod's mode", extra=fields | {"error": str(error)}
             )
 
+    def _sweep(self) -> None:
+        try:
+            for uid in sweep(self._pins, self._desired, self._settings.pod_cgroups):
+                log.info("what an agent before left of a pod is taken away", extra={"uid": uid})
+        except (SidestepError, OSError) as error:
+            log.error(
+                "not all that an agent before left is taken away", extra={"error": str(error)}
+            )
+        for workload in self._snapshot.workloads:
+            # Peers dial 15008 of what it published.
+            if workload.node == self._settings.node and workload.uid not in self._enrolled:
+                self._source.publish(workload.namespace, workload.name, None)
+
     def _is_due(self, pod: LocalPod) -> bool:
         """Whether to try a pod now: it is new or changed, or has waited after a failure."""
         status = self._statuses.get(pod.uid)
@@ -328,7 +342,12 @@ class Agent:
         self._statuses.pop(uid, None)
         is_alive = any(workload.uid == uid for workload in self._snapshot.workloads)
         if is_alive and not self._stop.is_set():
-            release(enrollment)
+            try:
+                release(enrollment)
+            except (SidestepError, OSError) as error:
+                # Its other steps are done, and the other pods are not affected.
+                fields = {"pod": f"{pod.namespace}/{pod.name}", "error": str(error)}
+                log.error("pod not unenrolled cleanly", extra=fields)
             self._draining[uid] = Draining(enrollment, set(self._workers))
             for worker in self._workers:
                 worker.send(messages.DrainPod(uid))
@@ -365,8 +384,8 @@ class Agent:
         try:
             unenroll(enrollment)
             log.info("pod has nothing of ours any more", extra=fields)
-        except SidestepError as error:
-            log.warning("pod not unenrolled cleanly", extra=fields | {"error": str(error)})
+        except (SidestepError, OSError) as error:
+            log.error("pod not unenrolled cleanly", extra=fields | {"error": str(error)})
         finally:
             os.close(enrollment.netns_fd)
 

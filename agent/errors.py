@@ -81,6 +81,12 @@ class AbiMismatch(KernelError):
     reason = "pins_foreign"
 
 
+class PinsInUse(KernelError):
+    """Another agent runs on these pins; one must stop first."""
+
+    reason = "pins_in_use"
+
+
 class NetlinkError(KernelError):
     """A link, address, rule or route could not be changed."""
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
     """Return a descriptor of the pod's namespace, the caller's (SandboxNotFound)."""
     spellings = (f"pod{pod.uid}", f"pod{pod.uid.replace('-', '_')}")
-    for directory in pod_cgroups.rglob("*pod*"):
-        if not any(spelling in directory.name for spelling in spellings):
-            continue
-        for processes in directory.rglob("cgroup.procs"):
-            for pid in processes.read_text().split():
+    # Cgroups come and go while we look: os.walk() passes over what is gone, rglob() does not.
+    for parent, names, _files in os.walk(pod_cgroups):
+        for name in names:
+            if not any(spelling in name for spelling in spellings):
+                continue
+            for pid in _processes_below(Path(parent, name)):
                 try:
                     return netns.open_netns(Path(f"/proc/{pid}/ns/net"))
                 except OSError:
@@ -39,16 +40,23 @@ def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
 def all_netns(pod_cgroups: Path) -> Iterator[int]:
     """Yield a descriptor of each network namespace of a pod here, open until the next one."""
     seen = set()
-    for processes in pod_cgroups.rglob("*pod*/**/cgroup.procs"):
-        for pid in processes.read_text().split():
-            try:
-                fd = netns.open_netns(Path(f"/proc/{pid}/ns/net"))
-            except OSError:
-                continue
-            try:
-                found = os.fstat(fd)
-                if (found.st_dev, found.st_ino) not in seen:
-                    seen.add((found.st_dev, found.st_ino))
-                    yield fd
-            finally:
-                os.close(fd)
+    for pid in _processes_below(pod_cgroups):
+        try:
+            fd = netns.open_netns(Path(f"/proc/{pid}/ns/net"))
+        except OSError:
+            continue
+        try:
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) not in seen:
+                seen.add((found.st_dev, found.st_ino))
+                yield fd
+        finally:
+            os.close(fd)
+
+
+def _processes_below(cgroup: Path) -> Iterator[str]:
+    for directory, _names, _files in os.walk(cgroup):
+        try:
+            yield from Path(directory, "cgroup.procs").read_text().split()
+        except OSError:
+            continue  # gone, or a cgroup of threads (EOPNOTSUPP)

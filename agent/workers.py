@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STOP_SECONDS = 5.0
 SEND_SECONDS = 5.0  # a worker that takes nothing for so long is stuck
+ANSWER_SECONDS = 15.0  # and one that says nothing: 100,000 policies at once take it a few
 
 
 class WorkerProcess:
@@ -71,12 +72,21 @@ class WorkerProcess:
             log.warning("worker takes no messages", extra={"pid": self.pid, "error": str(error)})
 
     async def wait_in_force(self) -> None:
-        """Wait until everything that was sent is in force (or the worker is gone)."""
-        self._number += 1
+        """Wait until everything that was sent is in force (or the worker is gone).
+
+        One that does not answer is ended: nobody could be enrolled, and the agent not be stopped.
+        """
+        self._number = number = self._number + 1
         answer = asyncio.get_running_loop().create_future()
-        self._answers[self._number] = answer
-        self.send(messages.Ask(self._number))
-        await answer
+        self._answers[number] = answer
+        self.send(messages.Ask(number))
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await answer
+        except TimeoutError:
+            self._answers.pop(number, None)
+            log.error("worker does not answer and is ended", extra={"pid": self.pid})
+            self.process.kill()
 
     def _on_answer(self) -> None:
         try:

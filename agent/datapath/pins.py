@@ -30,7 +30,7 @@ from agent.datapath.source import (
     program_hash,
     schema_hash,
 )
-from agent.errors import AbiMismatch, FeatureMissing, LoadError, MapError
+from agent.errors import AbiMismatch, FeatureMissing, LoadError, MapError, PinsInUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +47,7 @@ class Pins:
     def __init__(self, directory: Path) -> None:
         """Open `directory` and verify every part of it (AbiMismatch names what is wrong)."""
         self.directory = directory
+        self._held = -1
         self.maps: dict[str, Map] = {}
         try:
             self._verify_names("maps", {*MAPS, *RING_BUFFERS})
@@ -95,8 +96,26 @@ class Pins:
         """Return where the link `name` is, or would be, pinned."""
         return self.directory / "links" / name
 
+    def hold(self) -> None:
+        """Keep other agents off the directory until `close`, or the end of the process.
+
+        Raises:
+            PinsInUse: another one holds it.
+        """
+        self._held = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PinsInUse(
+                f"another agent runs on {self.directory}: stop it first, or give this one its own "
+                "place with --pins"
+            ) from error
+
     def close(self) -> None:
         """Give the descriptors back; pins stay."""
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
         for opened in self.maps.values():
             opened.close()
         self.maps.clear()

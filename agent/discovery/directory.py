@@ -42,7 +42,8 @@ def read_objects(path: Path) -> list[SourcedObject]:
     name = str(path)
     try:
         documents = list(yaml.load_all(path.read_text(), Loader=_Loader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # A ValueError is also what PyYAML says to the date 2001-13-01 and to very long numbers.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
         raise ObjectProblem(name, "file", "content", f"cannot be read: {detail}") from error
     objects = []
@@ -118,6 +119,8 @@ class DirectorySource:
     def _read_status(self, problems: list[ObjectProblem]) -> dict[tuple[str, str], str]:
         status = {}
         for path in sorted(self._status.glob("*.yaml")):
+            if not path.is_file():  # reading a FIFO would wait for somebody who writes
+                continue
             namespace, _, pod = path.stem.partition(".")
             try:
                 for source in read_objects(path):
@@ -159,9 +162,12 @@ def _with_status(source: SourcedObject, status: dict[tuple[str, str], str]) -> S
     metadata = source.body.get("metadata")
     if source.body.get("kind") != "Pod" or not isinstance(metadata, dict):
         return source
-    published = status.get((metadata.get("namespace", "default"), metadata.get("name", "")))
-    annotations = dict(metadata.get("annotations") or {})
-    annotations.pop(REDIRECTION, None)
+    namespace, name = metadata.get("namespace", "default"), metadata.get("name")
+    annotations = metadata.get("annotations") or {}
+    if not (isinstance(namespace, str) and isinstance(name, str) and isinstance(annotations, dict)):
+        return source  # the translator says what is wrong with it
+    published = status.get((namespace, name))
+    annotations = {key: value for key, value in annotations.items() if key != REDIRECTION}
     if published is not None:
         annotations[REDIRECTION] = published
     body = source.body | {"metadata": metadata | {"annotations": annotations}}

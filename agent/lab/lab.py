@@ -109,7 +109,7 @@ class Lab:
         """Read a description (ManifestError names file, object and field)."""
         try:
             documents = list(yaml.safe_load_all(path.read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ManifestError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         return parse_cluster(documents, str(path), self.name)
 
@@ -125,7 +125,10 @@ class Lab:
         cluster = self.load(description)
         for directory in (self.objects, self.logs):
             directory.mkdir(parents=True, exist_ok=True)
-        (self.run / "cluster.yaml").write_text(description.read_text())
+        # Objects of a lab that is up are its user's by now: a label that was set stays set.
+        text, known = description.read_text(), self.run / "cluster.yaml"
+        is_new = not known.exists() or known.read_text() != text
+        known.write_text(text)
         for node in cluster.nodes:
             self._give_token(node)
         self._write_tokens(cluster)
@@ -145,10 +148,9 @@ class Lab:
             machine.connect_pod(self.node_netns(pod.node), pod, path)
             self._start_pod(pod)
         say(f"{len(cluster.pods)} pods started")
-        for body in cluster.others:
-            self.write_object(body)
-        for pod in cluster.pods:
-            self.write_object(pod.manifest())
+        for body in (*cluster.others, *(pod.manifest() for pod in cluster.pods)):
+            if is_new or not self._object_path(body).exists():
+                self.write_object(body)
         if ca is not None:
             ca()
             say("the certificate authority signs")
@@ -202,27 +204,36 @@ class Lab:
             The seconds that it took.
 
         Raises:
-            LabError: no pod is in that namespace, or an agent does not follow.
+            LabError: no pod is in that namespace, or one does not follow; names it and says why.
         """
         cluster = self.cluster()
         if not any(pod.namespace == name for pod in cluster.pods):
             known = ", ".join(sorted({pod.namespace for pod in cluster.pods}))
             raise LabError(f"no pod is in namespace {name}; the namespaces are {known}")
+        # A pod that opts out by a label of its own does not follow its namespace.
+        pods = {
+            pod.uid: pod
+            for pod in cluster.pods
+            if pod.namespace == name
+            and MODE_LABEL not in (pod.body["metadata"].get("labels") or {})
+        }
         wanted = "enrolled" if mode == "ambient" else None
         watches = []
         for node in cluster.nodes:
-            uids = {pod.uid for pod in cluster.pods if (pod.node, pod.namespace) == (node, name)}
-            watches.append((self.agent_states(node), uids))
-            next(watches[-1][0])
+            watch = self.agent_states(node)
+            watches.append((watch, next(watch), [uid for uid in pods if pods[uid].node == node]))
         began = time.monotonic()
         labels = {} if mode is None else {MODE_LABEL: mode}
         metadata = {"name": name, "labels": labels}
         self.write_object({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-        for watch, uids in watches:
-            for state in watch:
-                states = {pod["uid"]: pod["state"] for pod in state["pods"]}
-                if all(states.get(uid) == wanted for uid in uids):
-                    break
+        for watch, state, uids in watches:
+            # No change is told where nothing had to change.
+            while late := _late(state, uids, wanted):
+                try:
+                    state = next(watch)
+                except (LabError, StopIteration) as error:
+                    detail = "; ".join(f"{pods[uid].key} {text}" for uid, text in late.items())
+                    raise LabError(f"not all pods of {name} have followed: {detail}") from error
         return time.monotonic() - began
 
     def restart_agent(self, node: LabNode) -> None:
@@ -424,6 +435,16 @@ class Lab:
                 os.kill(pid, signal.SIGTERM)
         for pid in pids:
             machine.wait_for_exit(pid, STOP_SECONDS)
+
+
+def _late(state: dict[str, Any], uids: list[str], wanted: str | None) -> dict[str, str]:
+    """Say of the pods that are not in the wanted state how they are."""
+    found = {pod["uid"]: pod for pod in state["pods"]}
+    return {
+        uid: "is {state}: {detail}".format(**found[uid]) if uid in found else "is out of the mesh"
+        for uid in uids
+        if (found[uid]["state"] if uid in found else None) != wanted
+    }
 
 
 def _bind_notify(directory: Path) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -35,9 +36,16 @@ class ServedPod:
 
 
 def log(message: str, **fields: object) -> None:
-    """Write one line of JSON to stderr: the worker's log."""
+    """Write one line of JSON to stderr: the worker's log.
+
+    A line that cannot be written (a full disk, a reader that has gone) is lost: connections matter
+    more.
+    """
+    if sys.stderr is None:  # it was closed when the process began
+        return
     entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message}
-    sys.stderr.write(_encode(entry | fields) + "\n")
+    with suppress(OSError):
+        sys.stderr.write(_encode(entry | fields) + "\n")
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pytest
 
 from agent.datapath import libbpf, pins
 from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS
-from agent.errors import AbiMismatch, FeatureMissing, LoadError
+from agent.errors import AbiMismatch, FeatureMissing, LoadError, PinsInUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -222,3 +222,15 @@ def test_place_that_is_not_on_bpffs_is_refused_and_left_empty(tmp_path: Path) ->
     with pytest.raises(FeatureMissing, match="is not on a BPF file system: mount -t bpf bpf"):
         pins.load(tmp_path / "pins")
     assert list((tmp_path / "pins").iterdir()) == []
+
+
+def test_second_agent_on_the_same_pins_is_refused(directory: Path) -> None:
+    first, second = pins.Pins(directory), pins.Pins(directory)
+    first.hold()
+    with pytest.raises(PinsInUse, match="--pins"):
+        second.hold()
+    second.close()
+    first.close()
+    third = pins.Pins(directory)
+    third.hold()
+    third.close()

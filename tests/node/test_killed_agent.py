@@ -11,6 +11,7 @@ import pytest
 
 from agent import netlink, netns
 from agent.datapath import listing
+from agent.discovery.translate import EXCLUDE_OUTBOUND_PORTS
 from agent.enroll import REPLY_SYSCTLS
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
@@ -109,3 +110,39 @@ def test_pod_that_left_while_no_agent_ran_is_let_go(lab: Lab) -> None:
     assert sum(name.startswith("lookup_") for name in links) == 1
     assert sum(name.startswith("guard_") for name in links) == 2
     assert fetch(lab, "server") == 0  # as any client outside the mesh
+    published = {path.name for path in (lab.objects / "status").glob("*.yaml")}
+    assert published == {"shop.cache.yaml", "shop.server.yaml"}  # nobody dials it by a tunnel
+
+
+def test_exception_that_was_taken_back_while_no_agent_ran_holds_no_more(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    client = lab.find_pod("client")
+    manifest = client.manifest()
+    excluded = {EXCLUDE_OUTBOUND_PORTS: "8080"}
+    lab.write_object(manifest | {"metadata": manifest["metadata"] | {"annotations": excluded}})
+    lab.restart_agent(east)
+    (directory,) = listing.find_directories((lab.pins / "east",))
+    assert listing.dump_map(directory, "ss_ports")
+    kill_agent(lab, east)
+    lab.write_object(manifest)
+    lab.restart_agent(east)
+    assert not listing.dump_map(directory, "ss_ports")
+    wait_enrolled(lab, east, 2)
+    assert fetch(lab, "server") == 0
+
+
+def test_step_of_unenrolling_that_fails_ends_no_agent(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    client = lab.find_pod("client")
+    (directory,) = listing.find_directories((lab.pins / "east",))
+    link = next((directory / "links").glob("lookup_*"))
+    link.unlink()
+    link.mkdir()  # so that its removal fails
+    try:
+        lab.label_namespace("shop", None)
+        assert {row["mesh"] for row in lab.status()} == {"none"}
+        gone = "pod has nothing of ours any more"
+        wait_for_entry(lab, east, gone, lambda entry: entry["pod"] == client.key)
+        assert traces(lab, client) == (False, {"0"})
+    finally:
+        link.rmdir()

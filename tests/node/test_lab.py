@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.errors import ManifestError
+from agent import netns
+from agent.errors import LabError, ManifestError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from agent.model.capture import HBONE_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,7 +82,29 @@ def test_agent_is_small_and_has_no_compiler(lab: Lab, measured: Callable[[str], 
         assert proportional < 60 + 20 * (len(workers) - 1)
 
 
+def test_same_label_again_is_done_at_once(lab: Lab) -> None:
+    assert lab.label_namespace("shop", None) < 1
+    for _ in range(2):
+        assert lab.label_namespace("shop", "ambient") < 1
+
+
+def test_pod_that_does_not_follow_its_label_is_named_with_the_reason(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = lab.find_pod("client")
+    with ExitStack() as stack:
+        fd = netns.open_netns(lab.pod_netns(client))
+        stack.callback(os.close, fd)
+        taken = stack.enter_context(netns.run_in(fd, socket.socket))
+        taken.bind(("0.0.0.0", HBONE_PORT))
+        taken.listen()
+        monkeypatch.setattr("agent.lab.lab.READY_SECONDS", 1)
+        with pytest.raises(LabError, match=r"shop/client is failed: .*Address already in use"):
+            lab.label_namespace("shop", "ambient")
+
+
 def test_up_twice_changes_nothing(lab: Lab) -> None:
+    lab.label_namespace("shop", "ambient")
     before = lab.status()
     lab.up(DEFAULT_CLUSTER, print)
     assert lab.status() == before

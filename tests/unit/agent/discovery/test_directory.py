@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,6 +58,9 @@ def test_published_status_makes_a_workload_speak_hbone(tmp_path: Path) -> None:
     [
         ("kind: [", "cannot be read"),
         ("- just\n- a list\n", "is not an object"),
+        ("since: 2001-13-01\n", "month must be in 1..12"),
+        ("size: " + "1" * 5000, "digits"),
+        ("[" * 100_000, "nesting"),
         (POD.replace("10.0.0.1", "10.0.0.300"), "status.podIPs"),
     ],
 )
@@ -76,6 +80,36 @@ def test_wrong_file_is_named_and_its_last_good_state_stays(
     assert len(caplog.records) == 1
     (tmp_path / "shop.yaml").unlink()
     assert source.read() == Snapshot()
+    assert source.problems == ()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "{name: a, namespace: b, uid: u, annotations: 5}",
+        "{name: a, namespace: b, uid: u, annotations: [x]}",
+        "{name: a, namespace: b, uid: u, annotations: words}",
+        "{name: [a], namespace: b, uid: u}",
+        "{name: a, namespace: {b: c}, uid: u}",
+    ],
+)
+def test_pod_whose_metadata_is_of_another_shape_is_a_problem_of_its_own(
+    tmp_path: Path, metadata: str
+) -> None:
+    fill(tmp_path)
+    (tmp_path / "odd.yaml").write_text(f"apiVersion: v1\nkind: Pod\nmetadata: {metadata}\n")
+    source = DirectorySource(tmp_path)
+    assert [workload.name for workload in source.read().workloads] == ["cart"]
+    (problem,) = source.problems
+    assert problem.file == str(tmp_path / "odd.yaml")
+
+
+def test_fifo_holds_up_nobody(tmp_path: Path) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    os.mkfifo(tmp_path / "status" / "shop.cart.yaml")
+    assert [workload.name for workload in source.read().workloads] == ["cart"]
     assert source.problems == ()
 
 

@@ -1,0 +1,48 @@
+"""A worker process as the control side sees it: it answers, or it is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from agent import workers
+from agent.workers import WorkerProcess
+
+if TYPE_CHECKING:
+    import pytest
+
+
+async def start() -> tuple[WorkerProcess, asyncio.Future[WorkerProcess]]:
+    gone: asyncio.Future[WorkerProcess] = asyncio.get_running_loop().create_future()
+    worker = WorkerProcess(
+        gone.set_result, lambda _identity: None, lambda _worker, _uid: None, lambda _counts: None
+    )
+    async with asyncio.timeout(10):
+        await worker.wait_in_force()
+    return worker, gone
+
+
+def test_worker_answers_when_all_is_in_force_and_ends_with_its_channel() -> None:
+    async def check() -> None:
+        worker, gone = await start()
+        worker.stop()
+        assert worker.process.returncode == 0
+        assert not gone.done()
+
+    asyncio.run(check())
+
+
+def test_worker_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        worker, gone = await start()
+        monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.2)
+        os.kill(worker.pid, signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            await worker.wait_in_force()
+            assert await gone is worker
+        worker.stop()
+        assert worker.process.returncode == -signal.SIGKILL
+
+    asyncio.run(check())
