@@ -80,7 +80,9 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
             _open_listeners(pins, enrollment, undo, ground)
             _fill_slot(pins, enrollment, undo)
             _write_addresses(pins, enrollment, undo)
-            if not pod.bypasses_inbound:
+            if pod.bypasses_inbound:
+                links.detach_lookup(pins, enrollment.netns_cookie)  # of an agent before us
+            else:
                 links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
                 undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
             _write_pod(pins, enrollment, undo)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NOT_FOUND = 404
-PAGE_OBJECTS = 500
+PAGE_OBJECTS = 250
 WATCH_SECONDS = (300, 600)  # spread, so that agents do not all come at once
 # Bookmarks come about once a minute; a stream that is silent for longer is dead.
 SILENCE_SECONDS = 130.0

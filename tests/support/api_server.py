@@ -93,7 +93,7 @@ class ApiServer:
             return False
         if self._pool is None:
             context = ssl.create_default_context(cafile=str(certificate))
-            self._pool = urllib3.PoolManager(ssl_context=context, retries=False)
+            self._pool = urllib3.PoolManager(ssl_context=context, retries=False, maxsize=16)
         try:
             return self.ask("GET", "/readyz")[0] == 200
         except (urllib3.exceptions.HTTPError, OSError):
@@ -113,6 +113,19 @@ class ApiServer:
         configuration.api_key = {"BearerToken": token, "authorization": token}
         configuration.api_key_prefix = {"BearerToken": "Bearer", "authorization": "Bearer"}
         return configuration
+
+    def kubeconfig(self, token: str = "admin") -> Body:
+        """Return the file that tells a client of it."""
+        certificate = str(self.directory / "certificates/apiserver.crt")
+        cluster = {"server": self.host, "certificate-authority": certificate}
+        return {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": "test", "user": {"token": token}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+            "current-context": "test",
+        }
 
     def ask(
         self, method: str, path: str, body: object = None, kind: str = "application/json"
