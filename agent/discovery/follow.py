@@ -126,7 +126,7 @@ class Follower(threading.Thread):
             return self._handle_absence()
         if self._failures == 1:
             log.warning(
-                "the API server is away; what is known stays in force",
+                "a kind cannot be followed; what is known of it stays in force",
                 extra={
                     "kind": self._resource.kind,
                     "reason": error.reason,
@@ -230,7 +230,7 @@ class Follower(threading.Thread):
 
     def _recover(self) -> None:
         if self._failures > 1:
-            log.info("the API server is back", extra={"kind": self._resource.kind})
+            log.info("the kind is followed again", extra={"kind": self._resource.kind})
         self._failures = 0
 
 
