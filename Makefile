@@ -1,6 +1,6 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench check format test test-unit test-root coverage-each clean
+.PHONY: help setup demo bench check format test test-unit test-root test-cluster coverage-each clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c)
@@ -25,7 +25,7 @@ check: setup ## format, lint, types, layers, spelling: what CI runs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(if $(C_FILES),clang-format --dry-run --Werror $(C_FILES))
-	shellcheck scripts/*.sh .ci/run
+	shellcheck scripts/*.sh tests/cluster/*.sh .ci/run
 	$(BIN)/codespell
 
 format: setup ## rewrite sources in the project's format
@@ -33,14 +33,18 @@ format: setup ## rewrite sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(if $(C_FILES),clang-format -i $(C_FILES))
 
-test: setup ## every test, against this machine's kernel (root)
-	REQUIRE_ROOT=1 $(BIN)/pytest
+test: setup ## every test but those of a cluster, against this machine's kernel (root)
+	REQUIRE_ROOT=1 $(BIN)/pytest -m 'not cluster'
 
 test-unit: setup ## the tests that need neither root nor BPF
-	$(BIN)/pytest -m 'not root'
+	$(BIN)/pytest -m 'not root and not cluster'
 
 test-root: setup ## the tests that need root and BPF
 	REQUIRE_ROOT=1 $(BIN)/pytest -m root
+
+test-cluster: setup ## the tests against a real API server, which is built the first time (minutes)
+	@tests/cluster/build.sh
+	REQUIRE_ROOT=1 $(BIN)/pytest -m cluster tests/cluster
 
 coverage-each: setup ## every branch of each pure module, by its own test file
 	$(BIN)/python -m scripts.coverage_each

@@ -16,14 +16,13 @@ import random
 import signal
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import readiness, sandbox
 from agent.admin import Admin
 from agent.datapath import links, listing, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
-from agent.discovery.directory import DirectorySource
 from agent.enforcement import Enforcement
 from agent.enroll import Enrollment, enroll, hand_over, release, set_strict, unenroll
 from agent.errors import MapError, RequestRefused, SandboxNotFound, SidestepError
@@ -42,12 +41,14 @@ from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from prometheus_client import Metric
 
+    from agent.discovery.translate import ObjectProblem
     from agent.identity.issuer import Certificate
     from agent.model.pod import LocalPod
+    from agent.model.workload import Workload
     from agent.settings import Settings
     from agent.tunnel.counts import Counted
 
@@ -76,12 +77,33 @@ class Draining:
     workers: set[WorkerProcess]
 
 
+class Source(Protocol):
+    """Where state comes from, and where is said which pods are captured."""
+
+    @property
+    def problems(self) -> tuple[ObjectProblem, ...]:
+        """What cannot be used at the moment."""
+        ...
+
+    def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
+        """Yield the state now and after each change, until `stop`."""
+        ...
+
+    def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
+        """Say for all whether a pod is captured (enabled) or will be (pending); None: it is not."""
+        ...
+
+    async def close(self) -> None:
+        """Bring to an end what was published."""
+        ...
+
+
 class Agent:
     """One node's agent."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, source: Source) -> None:
         self._settings = settings
-        self._source = DirectorySource(settings.objects, settings.root_namespace)
+        self._source = source
         self._pins = pins.load(settings.pin_root)
         self._pins.hold()
         forget_exceptions(self._pins)
@@ -128,6 +150,7 @@ class Agent:
             await self._follow()
         finally:
             self._shut_down()
+            await self._source.close()
 
     async def _follow(self) -> None:
         snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
@@ -177,7 +200,8 @@ class Agent:
         for identity in wanted - self._wanted:
             self._keeper.want(identity, is_waiting=False)
         for uid in self._statuses.keys() - self._desired.keys() - self._enrolled.keys():
-            del self._statuses[uid]
+            self._source.publish(self._statuses.pop(uid).pod, None)
+        self._correct_words(snapshot)
         alive = {workload.uid for workload in snapshot.workloads}
         for uid in self._draining.keys() - alive:
             self._let_go(self._draining.pop(uid).enrollment)
@@ -200,6 +224,13 @@ class Agent:
             self._is_ready = True
             readiness.notify()
         await self._admin.changed()
+
+    def _correct_words(self, snapshot: Snapshot) -> None:
+        """Take back what an agent that did not end in order said of pods of this node."""
+        for workload in snapshot.workloads:
+            is_ours = workload.node == self._settings.node and workload.is_hbone
+            if is_ours and workload.uid not in self._desired and workload.uid not in self._enrolled:
+                self._source.publish(workload, None)
 
     def _identity(self, pod: LocalPod) -> SpiffeId:
         return SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)
@@ -269,6 +300,8 @@ class Agent:
     def _guard(self, enrollment: Enrollment) -> None:
         """Hold plaintext that is not captured off a STRICT pod, too."""
         ports = self._enforcement.plaintext_ports(enrollment.pod)
+        if enrollment.pod.bypasses_inbound:
+            ports = None  # it wants plaintext that nobody looked at
         try:
             set_strict(
                 self._pins, enrollment, is_strict=ports is not None, but=ports or frozenset()
@@ -319,6 +352,7 @@ class Agent:
             self._statuses[pod.uid] = PodStatus(
                 pod, state, error.reason, str(error), failures, retry_at
             )
+            self._source.publish(pod, "pending")
             if before is None or before.detail != str(error):
                 log.warning("pod not enrolled", extra=fields | {"error": str(error)})
             return
@@ -330,14 +364,14 @@ class Agent:
         for worker in list(self._workers):
             await worker.wait_in_force()
         self._statuses[pod.uid] = PodStatus(pod, "enrolled")
-        self._source.publish(pod.namespace, pod.name, "enabled")
+        self._source.publish(pod, "enabled")
         log.info("pod enrolled", extra=fields)
 
     def _unenroll(self, uid: str) -> None:
         """Take a pod out: at once if it is gone, else when its connections have ended."""
         enrollment = self._enrolled.pop(uid)
         pod = enrollment.pod
-        self._source.publish(pod.namespace, pod.name, None)
+        self._source.publish(pod, None)
         self._direct.remove_pod(enrollment.netns_cookie)
         self._statuses.pop(uid, None)
         is_alive = any(workload.uid == uid for workload in self._snapshot.workloads)

@@ -7,6 +7,7 @@ The order keeps the pod closed or untouched, never half open:
     3 slot          15006 into ss_listeners              undo: delete
     4 addresses     ss_local; ss_bypass, ss_ports        undo: delete
     5 lookup link   inbound is captured from here on     undo: unpin
+                    (left out for a pod that wants plaintext past us)
     6 ss_pods       outbound is captured from here on    undo: delete
     7 guard         on the node's side of each link      undo: detach; counters
 
@@ -80,8 +81,11 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
             _open_listeners(pins, enrollment, undo, ground)
             _fill_slot(pins, enrollment, undo)
             _write_addresses(pins, enrollment, undo)
-            links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
-            undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
+            if pod.bypasses_inbound:
+                links.detach_lookup(pins, enrollment.netns_cookie)  # of an agent before us
+            else:
+                links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
+                undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
             _write_pod(pins, enrollment, undo)
             _attach_guard(pins, enrollment, undo)
         except (KernelError, OSError) as error:

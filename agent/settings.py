@@ -29,7 +29,6 @@ class Settings:
     """What an operator decides; `exclusions` apply to every pod, beside the pod's own."""
 
     node: str
-    objects: Path
     run_directory: Path
     pin_root: Path
     pod_cgroups: Path
@@ -41,5 +40,4 @@ class Settings:
     exclusions: Exclusions = NO_EXCLUSIONS
     has_direct_path: bool = True
     kubelet_cgroup: Path | None = None
-    root_namespace: str = "istio-system"
     metrics_port: int = 15020  # 0: none

@@ -6,17 +6,24 @@ import asyncio
 import os
 from ipaddress import ip_network
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from agent import logs
 from agent.app import Agent
 from agent.datapath import features, links, pins
+from agent.discovery.directory import DirectorySource
+from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
+from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
 from agent.model.pod import Exclusions
 from agent.secrecy import keep_memory_private
 from agent.settings import AuthoritySettings, Settings
+
+if TYPE_CHECKING:
+    from agent.app import Source
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -31,7 +38,11 @@ def default_workers() -> int:
 
 @click.command()
 @click.option("--node", required=True, help="Name of this node, as in spec.nodeName of its pods.")
-@click.option("--objects", type=_EXISTING, required=True, help="Directory of Kubernetes objects.")
+@click.option(
+    "--source", type=click.Choice(["kubernetes"]),
+    help="Where the objects come from: the API server of the cluster that this process is in.",
+)  # fmt: skip
+@click.option("--objects", type=_EXISTING, help="Instead of --source: a directory of objects.")
 @click.option("--run-dir", type=_DIRECTORY, default="/run/sidestep", show_default=True)
 @click.option("--pins", "pin_root", type=_DIRECTORY, default=pins.DEFAULT_ROOT, show_default=True)
 @click.option(
@@ -78,9 +89,23 @@ def default_workers() -> int:
     "--metrics-port", type=click.IntRange(0, 65535), default=15020, show_default=True,
     help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
 )  # fmt: skip
+@click.option(
+    "--enrollment-selectors", metavar="YAML",
+    help="Which pods take part, as in Istio's enablementSelectors; "
+    "by default the label istio.io/dataplane-mode of the pod, then of its namespace.",
+)  # fmt: skip
+@click.option(
+    "--exclude-namespace", multiple=True, default=("kube-system",), show_default=True,
+    help="No pod in it takes part.",
+)  # fmt: skip
+@click.option(
+    "--own-namespace", default=OWN_NAMESPACE, show_default=True,
+    help="Our own pods are those in it that have the label app.kubernetes.io/part-of=sidestep.",
+)  # fmt: skip
 def agent(
     node: str,
-    objects: Path,
+    source: str | None,
+    objects: Path | None,
     run_dir: Path,
     pin_root: Path,
     pod_cgroups: Path,
@@ -100,6 +125,9 @@ def agent(
     kubelet_cgroup: Path | None,
     root_namespace: str,
     metrics_port: int,
+    enrollment_selectors: str | None,
+    exclude_namespace: tuple[str, ...],
+    own_namespace: str,
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
     features.require()
@@ -114,7 +142,6 @@ def agent(
     )
     settings = Settings(
         node=node,
-        objects=objects,
         run_directory=run_dir,
         pin_root=pin_root,
         pod_cgroups=pod_cgroups,
@@ -126,12 +153,30 @@ def agent(
         exclusions=exclusions,
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
-        root_namespace=root_namespace,
         metrics_port=metrics_port,
     )
+    rules = EnrollmentRules(
+        DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),
+        frozenset(exclude_namespace),
+        own_namespace,
+    )
+    followed = _open_source(source, objects, root_namespace, rules)
     logs.set_up()
 
     async def run() -> None:
-        await Agent(settings).run()
+        await Agent(settings, followed).run()
 
     asyncio.run(run())
+
+
+def _open_source(
+    source: str | None, objects: Path | None, root_namespace: str, rules: EnrollmentRules
+) -> Source:
+    if (source is None) == (objects is None):
+        raise ConfigError("give where the objects come from: --source kubernetes or --objects")
+    if objects is not None:
+        return DirectorySource(objects, root_namespace, rules)
+    # Here, since only an agent in a cluster has to carry the client's memory.
+    from agent.discovery.kubernetes import KubernetesSource
+
+    return KubernetesSource.open(root_namespace, rules)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from agent.ca import Source
     from agent.identity.custody import Stage, Store
     from agent.identity.service import Authenticator
 
@@ -61,6 +62,19 @@ def _open_store(directory: Path | None, secret: str | None) -> Store:
     return SecretStore.open(secret)
 
 
+def _open_source(source: str | None, objects: Path | None) -> Source:
+    if (source is None) == (objects is None):
+        raise ConfigError(
+            "the CA must know which pod runs on which node: "
+            "give either --source kubernetes or --objects"
+        )
+    if objects is not None:
+        return DirectorySource(objects)
+    from agent.discovery.kubernetes import PODS, KubernetesSource
+
+    return KubernetesSource.open(resources=(PODS,))
+
+
 @click.group(invoke_without_command=True)
 @_store_options
 @click.option("--listen", default=LISTEN, show_default=True, help="ADDRESS:PORT or unix:PATH.")
@@ -68,7 +82,13 @@ def _open_store(directory: Path | None, secret: str | None) -> Store:
     "--host", "hosts", multiple=True, default=("localhost",), show_default=True,
     help="Name or address in the CA's own certificate.",
 )  # fmt: skip
-@click.option("--objects", type=_DIRECTORY, help="Directory of Kubernetes objects.")
+@click.option(
+    "--source", "source_name", type=click.Choice(["kubernetes"]),
+    help="Where pods and their nodes are known from: the cluster that this process is in.",
+)  # fmt: skip
+@click.option(
+    "--objects", type=_DIRECTORY, help="Instead of --source: a directory of Kubernetes objects."
+)
 @click.option("--tokens", type=_FILE, help="File with a token and a node in each line.")
 @click.option(
     "--audience", default=AUDIENCE, show_default=True,
@@ -87,6 +107,7 @@ def ca(
     trust_domain: str,
     listen: str,
     hosts: tuple[str, ...],
+    source_name: str | None,
     objects: Path | None,
     tokens: Path | None,
     audience: str,
@@ -97,8 +118,7 @@ def ca(
         return
     keep_memory_private()
     store = _open_store(directory, secret)
-    if objects is None:
-        raise ConfigError("--objects is missing: the CA must know which pod runs on which node")
+    source = _open_source(source_name, objects)
     authenticator: Authenticator
     if tokens is not None:
         authenticator = TokenFile(tokens)
@@ -106,7 +126,6 @@ def ca(
         from agent.discovery.token_review import TokenReviewer
 
         authenticator = TokenReviewer.open(audience, accounts)
-    source = DirectorySource(objects)
     logs.set_up()
     settings = authority.CaSettings(listen, hosts, trust_domain, timedelta(seconds=longest))
 

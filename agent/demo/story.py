@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from agent.datapath import listing
 from agent.demo import evidence, wire
 from agent.demo.recorder import Recorder
-from agent.discovery.translate import MODE_LABEL
 from agent.errors import LabError
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, TRUST_DOMAIN, Lab
 from agent.model.capture import HBONE_PORT
+from agent.model.enrollment import MODE_LABEL
 from agent.model.identity import SpiffeId
 
 if TYPE_CHECKING:

@@ -10,24 +10,26 @@ annotation that an agent patches on a pod in a real cluster: its own agent write
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import watchfiles
 import yaml
 
 from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
+from agent.discovery.reporting import log_problems
 from agent.discovery.translate import REDIRECTION, ObjectProblem, SourcedObject, translate
 from agent.errors import ConfigError
+from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from agent.model.pod import LocalPod
+    from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
-log = logging.getLogger(__name__)
 SUFFIXES = (".yaml", ".yml", ".json")
 STATUS = "status"
 # Writers often touch several files at once; half a second late would break the promise of one.
@@ -59,12 +61,18 @@ def read_objects(path: Path) -> list[SourcedObject]:
 class DirectorySource:
     """Reads the directory at each change; remembers the last good content of each file."""
 
-    def __init__(self, directory: Path, root_namespace: str = DEFAULT_ROOT_NAMESPACE) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+        rules: EnrollmentRules = DEFAULT_RULES,
+    ) -> None:
         """Name the directory (ConfigError if it is not there)."""
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory of Kubernetes objects")
         self._directory = directory
         self._root_namespace = root_namespace
+        self._rules = rules
         self._status = directory / STATUS
         self._status.mkdir(exist_ok=True)
         self._good: dict[Path, list[SourcedObject]] = {}
@@ -111,9 +119,11 @@ class DirectorySource:
         translation = translate(
             [_with_status(source, status) for objects in good.values() for source in objects],
             self._root_namespace,
+            self._rules,
         )
         named = {str(problem): problem for problem in (*problems, *translation.problems)}
-        self._report(tuple(named.values()))
+        before, self.problems = self.problems, tuple(named.values())
+        log_problems(before, self.problems)
         return translation.snapshot
 
     def _read_status(self, problems: list[ObjectProblem]) -> dict[tuple[str, str], str]:
@@ -130,25 +140,9 @@ class DirectorySource:
                     problems.append(problem)
         return status
 
-    def _report(self, problems: tuple[ObjectProblem, ...]) -> None:
-        known = {str(problem) for problem in self.problems}
-        for problem in problems:
-            if str(problem) not in known:
-                log.warning(
-                    "object cannot be used; the last good state stays in force",
-                    extra={
-                        "file": problem.file,
-                        "object": problem.named,
-                        "field": problem.path,
-                        "detail": problem.detail,
-                        "reason": problem.reason,
-                    },
-                )
-        self.problems = problems
-
-    def publish(self, namespace: str, name: str, redirection: str | None) -> None:
+    def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
         """Say for all agents whether a pod of this node is captured; None takes it back."""
-        path = self._status / f"{namespace}.{name}.yaml"
+        path = self._status / f"{pod.namespace}.{pod.name}.yaml"
         if redirection is None:
             path.unlink(missing_ok=True)
             return
@@ -156,6 +150,9 @@ class DirectorySource:
         draft = path.with_suffix(".draft")
         draft.write_text(f"redirection: {redirection}\n")
         draft.replace(path)
+
+    async def close(self) -> None:
+        """Do nothing: what was published is written."""
 
 
 def _with_status(source: SourcedObject, status: dict[tuple[str, str], str]) -> SourcedObject:

@@ -14,7 +14,7 @@ identities and of paths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
@@ -24,7 +24,9 @@ from agent.discovery.policies import (
     read_peer_authentication,
 )
 from agent.errors import ManifestError
+from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 from agent.model.pod import Exclusions, LocalPod
+from agent.model.policy import NO_LABELS, PeerAuthentication, Policy
 from agent.model.service import Endpoint, Service, ServicePort
 from agent.model.workload import Workload
 from agent.state.store import Snapshot
@@ -33,17 +35,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from agent.model.pod import Address
-    from agent.model.policy import AnyPolicy
+    from agent.model.policy import AnyPolicy, Labels
 
-MODE_LABEL = "istio.io/dataplane-mode"
+    ServiceKey = tuple[str, str]
+
 SERVICE_LABEL = "kubernetes.io/service-name"
 REDIRECTION = "ambient.istio.io/redirection"
+SIDECAR_STATUS = "sidecar.istio.io/status"
+BYPASS_INBOUND = "ambient.istio.io/bypass-inbound-capture"
+DNS_CAPTURE = "ambient.istio.io/dns-capture"
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
 # On a pod or, for all its pods, on a namespace; the pod's own word counts.
 DIRECT_PATH = "sidestep.io/direct-path"
 DIRECT_PATH_WORDS = {"": None, "enabled": True, "disabled": False}
+# What Go's strconv.ParseBool takes.
+GO_WORDS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.fromkeys(
+    ("0", "f", "F", "FALSE", "false", "False"), False
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,50 +84,188 @@ class ObjectProblem(ManifestError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Pod:
-    workload: Workload
-    mode: str
-    exclusions: Exclusions
+class _Namespace:
+    labels: Labels
     may_go_direct: bool | None
 
 
-@dataclass(slots=True)
-class _Gathered:
-    """What was read so far, by the key under which Kubernetes knows it."""
-
-    pods: dict[str, _Pod] = field(default_factory=dict)
-    modes: dict[str, str] = field(default_factory=dict)
-    may_go_direct: dict[str, bool | None] = field(default_factory=dict)
-    services: dict[tuple[str, str], Service] = field(default_factory=dict)
-    endpoints: dict[tuple[str, str], dict[Address, dict[str, int]]] = field(default_factory=dict)
-    root_namespace: str = DEFAULT_ROOT_NAMESPACE
-    policies: list[AnyPolicy] = field(default_factory=list)
+NO_NAMESPACE = _Namespace(NO_LABELS, None)
 
 
-def translate(
-    objects: Iterable[SourcedObject], root_namespace: str = DEFAULT_ROOT_NAMESPACE
-) -> Translation:
-    """Translate all objects of a source; of two objects with one name the first is used.
+@dataclass(frozen=True, slots=True)
+class _Pod:
+    workload: Workload
+    local: LocalPod
+    may_go_direct: bool | None
+    has_sidecar: bool
 
-    Policies in `root_namespace` are about the whole mesh.
-    """
-    gathered = _Gathered(root_namespace=root_namespace)
-    problems: list[ObjectProblem] = []
-    seen: dict[str, str] = {}
-    for source in objects:
+    @property
+    def uid(self) -> str:
+        return self.workload.uid
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    service: ServiceKey
+    endpoints: dict[Address, dict[str, int]]
+
+
+class Translator:
+    """Keeps what each object means, and never the object itself: a cluster has many."""
+
+    def __init__(
+        self,
+        root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+        rules: EnrollmentRules = DEFAULT_RULES,
+    ) -> None:
+        self._root_namespace = root_namespace
+        self._rules = rules
+        self._origins: dict[str, tuple[str, object]] = {}  # file and uid
+        self._pod_by_uid: dict[str, str] = {}
+        self._pods: dict[str, _Pod] = {}
+        self._namespaces: dict[str, _Namespace] = {}
+        self._services: dict[str, Service] = {}
+        self._slices: dict[str, _Slice] = {}
+        self._slices_of: dict[ServiceKey, dict[str, _Slice]] = {}
+        self._policies: dict[str, AnyPolicy] = {}
+        # What need not be worked out again, by the objects that it came from.
+        self._local_pods: dict[str, tuple[_Namespace, LocalPod | None]] = {}
+        self._whole_services: dict[ServiceKey, Service] = {}
+
+    def put(self, source: SourcedObject, *, is_new: bool = False) -> ObjectProblem | None:
+        """Take an object in place of what is known of it, unless it should be new.
+
+        Return the problem of one that cannot be used: what it said before then stays in force,
+        but not what another object of this name said that is gone by now.
+        """
         body = Field(source.body, "")
         named = describe(source.body)
         try:
             read = READERS.get((body.get("apiVersion").text(), body.get("kind").text()))
             if read is None:
-                continue
-            if named in seen:
-                raise body.get("metadata").get("name").wrong(f"is defined in {seen[named]} already")
-            read(body, gathered)
-            seen[named] = source.file
+                return None
+            metadata = body.get("metadata")
+            if is_new and named in self._origins:
+                file, _uid = self._origins[named]
+                raise metadata.get("name").wrong(f"is defined in {file} already")
+            found = read(body, self._root_namespace)
+            if isinstance(found, _Pod) and self._pod_by_uid.get(found.uid, named) != named:
+                raise metadata.get("uid").wrong("belongs to another pod already")
         except WrongField as wrong:
-            problems.append(ObjectProblem(source.file, named, wrong.path, wrong.detail))
-    return Translation(_build_snapshot(gathered), tuple(problems))
+            if not is_new and self._origins.get(named, ("", None))[1] != _uid_of(source.body):
+                self.remove(named)
+            return ObjectProblem(source.file, named, wrong.path, wrong.detail)
+        self.remove(named)
+        self._origins[named] = (source.file, _uid_of(source.body))
+        self._keep(named, found)
+        return None
+
+    def remove(self, named: str) -> None:
+        """Forget an object, if it is known; `named` is what `describe` says of it."""
+        self._origins.pop(named, None)
+        self._namespaces.pop(named, None)
+        self._policies.pop(named, None)
+        self._local_pods.pop(named, None)
+        pod = self._pods.pop(named, None)
+        if pod is not None:
+            del self._pod_by_uid[pod.uid]
+        service = self._services.pop(named, None)
+        if service is not None:
+            self._whole_services.pop((service.namespace, service.name), None)
+        part = self._slices.pop(named, None)
+        if part is not None:
+            self._whole_services.pop(part.service, None)
+            others = self._slices_of[part.service]
+            del others[named]
+            if not others:
+                del self._slices_of[part.service]
+
+    def names(self, kind: str) -> set[str]:
+        """List what is known of a kind, as `describe` names it."""
+        return {named for named in self._origins if named.startswith(f"{kind} ")}
+
+    def _keep(self, named: str, found: _Read) -> None:
+        match found:
+            case None:
+                pass
+            case _Pod():
+                self._pods[named] = found
+                self._pod_by_uid[found.uid] = named
+            case _Namespace():
+                self._namespaces[named] = found
+            case Service():
+                self._services[named] = found
+            case _Slice():
+                self._slices[named] = found
+                self._slices_of.setdefault(found.service, {})[named] = found
+                self._whole_services.pop(found.service, None)
+            case _:
+                self._policies[named] = found
+
+    def snapshot(self) -> Snapshot:
+        """Say what all objects mean together."""
+        pods = sorted(self._pods.items(), key=_by_uid)
+        local_pods: dict[str, list[LocalPod]] = {}
+        for named, pod in pods:
+            local = self._local_pod(named, pod)
+            if local is not None:
+                local_pods.setdefault(pod.workload.node, []).append(local)
+        services = [self._whole_service(service) for service in self._services.values()]
+        return Snapshot(
+            workloads=tuple(pod.workload for _named, pod in pods),
+            services=tuple(sorted(services, key=lambda each: (each.namespace, each.name))),
+            local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
+            policies=tuple(sorted(self._policies.values(), key=lambda policy: policy.key)),
+        )
+
+    def _local_pod(self, named: str, pod: _Pod) -> LocalPod | None:
+        namespace = self._namespaces.get(f"Namespace {pod.local.namespace}", NO_NAMESPACE)
+        known = self._local_pods.get(named)
+        if known is not None and known[0] is namespace:
+            return known[1]
+        local = None
+        if not pod.has_sidecar and self._rules.wants(
+            pod.local.namespace, pod.workload.labels, namespace.labels
+        ):
+            word = pod.may_go_direct
+            if word is None:
+                word = namespace.may_go_direct
+            local = replace(pod.local, may_go_direct=word is not False)
+        self._local_pods[named] = (namespace, local)
+        return local
+
+    def _whole_service(self, service: Service) -> Service:
+        key = (service.namespace, service.name)
+        whole = self._whole_services.get(key)
+        if whole is None:
+            # One endpoint may be in several slices for a while (KEP-752), and is one endpoint.
+            merged: dict[Address, dict[str, int]] = {}
+            for part in self._slices_of.get(key, {}).values():
+                for address, ports in part.endpoints.items():
+                    merged.setdefault(address, {}).update(ports)
+            endpoints = tuple(
+                Endpoint(address, tuple(sorted(ports.items())))
+                for address, ports in sorted(
+                    merged.items(), key=lambda item: (item[0].version, item[0].packed)
+                )
+            )
+            whole = self._whole_services[key] = replace(service, endpoints=endpoints)
+        return whole
+
+
+def translate(
+    objects: Iterable[SourcedObject],
+    root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+    rules: EnrollmentRules = DEFAULT_RULES,
+) -> Translation:
+    """Translate all objects of a source; of two objects with one name the first is used.
+
+    Policies in `root_namespace` are about the whole mesh.
+    """
+    translator = Translator(root_namespace, rules)
+    problems = [translator.put(source, is_new=True) for source in objects]
+    found = tuple(problem for problem in problems if problem is not None)
+    return Translation(translator.snapshot(), found)
 
 
 def describe(body: dict[str, object]) -> str:
@@ -132,51 +280,23 @@ def describe(body: dict[str, object]) -> str:
     return f"{kind or 'object'} {name}"
 
 
-def _build_snapshot(gathered: _Gathered) -> Snapshot:
-    pods = sorted(gathered.pods.values(), key=lambda pod: pod.workload.uid)
-    local_pods: dict[str, list[LocalPod]] = {}
-    for pod in pods:
-        workload = pod.workload
-        if (pod.mode or gathered.modes.get(workload.namespace)) != "ambient":
-            continue
-        word = pod.may_go_direct
-        if word is None:
-            word = gathered.may_go_direct.get(workload.namespace)
-        local_pods.setdefault(workload.node, []).append(
-            LocalPod(
-                uid=workload.uid,
-                namespace=workload.namespace,
-                name=workload.name,
-                service_account=workload.service_account,
-                addresses=workload.addresses,
-                exclusions=pod.exclusions,
-                may_go_direct=word is not False,
-            )
-        )
-    services = []
-    for key, service in sorted(gathered.services.items()):
-        endpoints = tuple(
-            Endpoint(address, tuple(sorted(ports.items())))
-            for address, ports in sorted(
-                gathered.endpoints.get(key, {}).items(),
-                key=lambda item: (item[0].version, item[0].packed),
-            )
-        )
-        services.append(replace(service, endpoints=endpoints))
-    return Snapshot(
-        workloads=tuple(pod.workload for pod in pods),
-        services=tuple(services),
-        local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
-        policies=tuple(sorted(gathered.policies, key=lambda policy: policy.key)),
-    )
-
-
-def _read_namespace(body: Field, gathered: _Gathered) -> None:
+def _uid_of(body: dict[str, object]) -> object:
     metadata = body.get("metadata")
-    name = metadata.get("name").name(LABEL_NAME)
-    may_go_direct = _read_direct_path(metadata.get("annotations"))
-    gathered.modes[name] = metadata.get("labels").get(MODE_LABEL).text("")
-    gathered.may_go_direct[name] = may_go_direct
+    return metadata.get("uid") if isinstance(metadata, dict) else None
+
+
+def _by_uid(item: tuple[str, _Pod]) -> str:
+    return item[1].uid
+
+
+def _read_labels(metadata: Field) -> Labels:
+    return frozenset((str(name), item.text()) for name, item in metadata.get("labels").members())
+
+
+def _read_namespace(body: Field, _root_namespace: str) -> _Namespace:
+    metadata = body.get("metadata")
+    metadata.get("name").name(LABEL_NAME)
+    return _Namespace(_read_labels(metadata), _read_direct_path(metadata.get("annotations")))
 
 
 def _read_direct_path(annotations: Field) -> bool | None:
@@ -186,40 +306,56 @@ def _read_direct_path(annotations: Field) -> bool | None:
     return DIRECT_PATH_WORDS[entry.text("")]
 
 
-def _read_pod(body: Field, gathered: _Gathered) -> None:
+def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
     metadata, spec, status = body.get("metadata"), body.get("spec"), body.get("status")
     annotations = metadata.get("annotations")
     uid = metadata.get("uid").name(UID)
-    mode = metadata.get("labels").get(MODE_LABEL).text("")
-    workload = Workload(
-        uid=uid,
-        namespace=metadata.get("namespace").name(LABEL_NAME, "default"),
-        name=metadata.get("name").name(SUBDOMAIN_NAME),
-        node=spec.get("nodeName").text(""),
-        service_account=spec.get("serviceAccountName").name(SUBDOMAIN_NAME, "default"),
-        addresses=_read_pod_addresses(status),
-        is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
-        labels=frozenset(
-            (str(name), item.text()) for name, item in metadata.get("labels").members()
-        ),
-    )
-    exclusions = Exclusions(
-        outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
-        outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
-        inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
-    )
-    may_go_direct = _read_direct_path(annotations)
-    if uid in gathered.pods:
-        raise metadata.get("uid").wrong("belongs to another pod already")
+    namespace = metadata.get("namespace").name(LABEL_NAME, "default")
+    name = metadata.get("name").name(SUBDOMAIN_NAME)
+    node = spec.get("nodeName").text("")
+    account = spec.get("serviceAccountName").name(SUBDOMAIN_NAME, "default")
     # A pod of the host's network shares the node's addresses, and one that ended may see
-    # its own given to another pod: neither can be known by address.
+    # its own given to another pod: neither can be known by address. What else one says that
+    # ended does not matter, it leaves in any case.
     is_on_host = spec.get("hostNetwork").flag(default=False)
     has_ended = status.get("phase").text("") in {"Succeeded", "Failed"}
-    if is_on_host or has_ended or not workload.addresses or not workload.node:
-        return
-    # As Istio has it: a value that is neither leaves the choice to the namespace.
-    known_mode = mode if mode in {"ambient", "none"} else ""
-    gathered.pods[uid] = _Pod(workload, known_mode, exclusions, may_go_direct)
+    if is_on_host or has_ended:
+        return None
+    addresses = _read_pod_addresses(status)
+    workload = Workload(
+        uid=uid,
+        namespace=namespace,
+        name=name,
+        node=node,
+        service_account=account,
+        addresses=addresses,
+        is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
+        labels=_read_labels(metadata),
+    )
+    local = LocalPod(
+        uid=uid,
+        namespace=namespace,
+        name=name,
+        service_account=account,
+        addresses=addresses,
+        exclusions=Exclusions(
+            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
+            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
+            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
+        ),
+        bypasses_inbound=_read_word(annotations.get(BYPASS_INBOUND)) is True,
+        dns_capture=_read_word(annotations.get(DNS_CAPTURE)),
+    )
+    may_go_direct = _read_direct_path(annotations)
+    has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
+    if not addresses or not node:
+        return None
+    return _Pod(workload, local, may_go_direct, has_sidecar)
+
+
+def _read_word(entry: Field) -> bool | None:
+    """Read a boolean as Go does; what is none counts as absent, as in Istio."""
+    return GO_WORDS.get(entry.value) if isinstance(entry.value, str) else None
 
 
 def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
@@ -229,7 +365,7 @@ def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
     return addresses
 
 
-def _read_service(body: Field, gathered: _Gathered) -> None:
+def _read_service(body: Field, _root_namespace: str) -> Service:
     metadata, spec = body.get("metadata"), body.get("spec")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     name = metadata.get("name").name(SUBDOMAIN_NAME)
@@ -240,49 +376,40 @@ def _read_service(body: Field, gathered: _Gathered) -> None:
         if item.get("protocol").text("TCP") == "TCP"
     )
     addresses = tuple(item.address() for item in clusters if item.text("") not in {"", "None"})
-    gathered.services[namespace, name] = Service(namespace, name, addresses, ports, ())
+    return Service(namespace, name, addresses, ports, ())
 
 
-def _read_endpoint_slice(body: Field, gathered: _Gathered) -> None:
+def _read_endpoint_slice(body: Field, _root_namespace: str) -> _Slice | None:
     metadata = body.get("metadata")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     metadata.get("name").name(SUBDOMAIN_NAME)
     service = metadata.get("labels").get(SERVICE_LABEL).text("")
     if not service or body.get("addressType").text() == "FQDN":
-        return
+        return None
     # A slice's port without a number means every port, which a Service cannot lead to.
     ports = {
         item.get("name").text(""): item.get("port").port()
         for item in body.get("ports").items()
         if item.get("protocol").text("TCP") == "TCP" and item.get("port").value is not None
     }
-    ready = [
-        address.address()
+    endpoints = {
+        address.address(): ports
         for item in body.get("endpoints").items()
         if item.get("conditions").get("ready").flag(default=True)
         for address in item.get("addresses").items()
-    ]
-    # One endpoint may be in several slices for a while (KEP-752), and is one endpoint.
-    endpoints = gathered.endpoints.setdefault((namespace, service), {})
-    for address in ready:
-        endpoints.setdefault(address, {}).update(ports)
+    }
+    return _Slice((namespace, service), endpoints)
 
 
-def _read_authorization_policy(body: Field, gathered: _Gathered) -> None:
-    gathered.policies.append(read_authorization_policy(body, gathered.root_namespace))
+_Read = _Pod | _Namespace | Service | _Slice | Policy | PeerAuthentication | None
 
-
-def _read_peer_authentication(body: Field, gathered: _Gathered) -> None:
-    gathered.policies.append(read_peer_authentication(body, gathered.root_namespace))
-
-
-READERS: dict[tuple[str, str], Callable[[Field, _Gathered], None]] = {
+READERS: dict[tuple[str, str], Callable[[Field, str], _Read]] = {
     ("v1", "Pod"): _read_pod,
     ("v1", "Namespace"): _read_namespace,
     ("v1", "Service"): _read_service,
     ("discovery.k8s.io/v1", "EndpointSlice"): _read_endpoint_slice,
-    ("security.istio.io/v1", "AuthorizationPolicy"): _read_authorization_policy,
-    ("security.istio.io/v1beta1", "AuthorizationPolicy"): _read_authorization_policy,
-    ("security.istio.io/v1", "PeerAuthentication"): _read_peer_authentication,
-    ("security.istio.io/v1beta1", "PeerAuthentication"): _read_peer_authentication,
+    ("security.istio.io/v1", "AuthorizationPolicy"): read_authorization_policy,
+    ("security.istio.io/v1beta1", "AuthorizationPolicy"): read_authorization_policy,
+    ("security.istio.io/v1", "PeerAuthentication"): read_peer_authentication,
+    ("security.istio.io/v1beta1", "PeerAuthentication"): read_peer_authentication,
 }

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from agent.datapath import links, pins
-from agent.discovery.translate import MODE_LABEL
 from agent.errors import FeatureMissing, LabError, ManifestError
 from agent.lab import machine
 from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
+from agent.model.enrollment import MODE_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -29,3 +29,5 @@ class LocalPod:
     addresses: tuple[Address, ...]
     exclusions: Exclusions = Exclusions()
     may_go_direct: bool = True  # else traffic within the node is encrypted as well
+    bypasses_inbound: bool = False  # plaintext goes past us to the pod, tunnels still end here
+    dns_capture: bool | None = None  # the pod's own word; None leaves it to the settings

@@ -26,7 +26,7 @@ def enrolled(loaded: pins.Pins, network: Network) -> Iterator[Callable[..., enro
     """Return a function that enrolls the pod, with exclusions as keywords; undone at the end."""
     with ExitStack() as stack:
 
-        def enroll_pod(**exclusions: Any) -> enroll.Enrollment:
+        def enroll_pod(*, bypasses_inbound: bool = False, **exclusions: Any) -> enroll.Enrollment:
             pod = LocalPod(
                 uid="0d7c8a52-0000-4000-8000-000000000001",
                 namespace="default",
@@ -34,6 +34,7 @@ def enrolled(loaded: pins.Pins, network: Network) -> Iterator[Callable[..., enro
                 service_account="client",
                 addresses=(ip_address(POD4), ip_address(POD6)),
                 exclusions=Exclusions(**exclusions),
+                bypasses_inbound=bypasses_inbound,
             )
             enrollment = enroll.enroll(loaded, pod, network.pod.fd)
             stack.callback(enroll.unenroll, enrollment)

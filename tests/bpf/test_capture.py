@@ -193,6 +193,21 @@ def test_inbound_exclusion_reaches_the_application(network: Network, enrolled: E
     assert address[0] == PEER4
 
 
+def test_pod_that_bypasses_inbound_gets_plaintext_itself_and_tunnels_still_end_at_us(
+    network: Network, enrolled: Enroll
+) -> None:
+    enrollment = enrolled(bypasses_inbound=True)
+    server = network.pod.listen(POD4, 8081)
+    network.peer.connect(POD4, 8081)
+    accepted, address = server.accept()
+    accepted.close()
+    assert address[0] == PEER4
+    network.peer.connect(POD4, HBONE_PORT)
+    enrollment.hbone[0].accept()[0].close()
+    network.pod.connect(PEER4, 80)
+    enrollment.outbound[0].accept()[0].close()
+
+
 def test_hbone_port_reaches_its_own_listener(network: Network, enrolled: Enroll) -> None:
     enrollment = enrolled()
     network.peer.connect(POD4, HBONE_PORT)

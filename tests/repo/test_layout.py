@@ -46,7 +46,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_every_script_says_what_it_is_for() -> None:
-    for path in tracked("scripts/*.sh", ".ci/run"):
+    for path in tracked("*.sh", ".ci/run"):
         first, second, *_rest = path.read_text().splitlines()
         assert first.startswith("#!"), path
         assert second.startswith("# "), path

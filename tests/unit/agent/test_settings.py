@@ -15,13 +15,13 @@ AUTHORITY = AuthoritySettings("ca:15012", "", HERE, HERE, 3600)
 
 
 def test_defaults_capture_everything_with_one_worker() -> None:
-    settings = Settings("node-1", HERE, HERE, HERE, HERE, AUTHORITY)
+    settings = Settings("node-1", HERE, HERE, HERE, AUTHORITY)
     assert settings.trust_domain == "cluster.local"
     assert settings.worker_count == 1
     assert settings.exclusions == NO_EXCLUSIONS == Exclusions()
 
 
 def test_settings_never_change() -> None:
-    settings = Settings("node-1", HERE, HERE, HERE, HERE, AUTHORITY)
+    settings = Settings("node-1", HERE, HERE, HERE, AUTHORITY)
     with pytest.raises(FrozenInstanceError):
         settings.node = "node-2"  # type: ignore[misc]  # what is tested

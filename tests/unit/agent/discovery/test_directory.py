@@ -47,9 +47,10 @@ def test_pod_of_an_ambient_namespace_wants_the_mesh(tmp_path: Path) -> None:
 def test_published_status_makes_a_workload_speak_hbone(tmp_path: Path) -> None:
     fill(tmp_path)
     source = DirectorySource(tmp_path)
-    source.publish("shop", "cart", "enabled")
+    (pod,) = source.read().local_pods["n1"]
+    source.publish(pod, "enabled")
     assert source.read().workloads[0].is_hbone
-    source.publish("shop", "cart", None)
+    source.publish(pod, None)
     assert not source.read().workloads[0].is_hbone
 
 

@@ -8,17 +8,28 @@ from typing import Any
 import pytest
 
 from agent.discovery.translate import (
+    BYPASS_INBOUND,
     DIRECT_PATH,
+    DNS_CAPTURE,
     EXCLUDE_INBOUND_PORTS,
     EXCLUDE_OUTBOUND_NETWORKS,
     EXCLUDE_OUTBOUND_PORTS,
-    MODE_LABEL,
     REDIRECTION,
     SERVICE_LABEL,
+    SIDECAR_STATUS,
     ObjectProblem,
     SourcedObject,
     Translation,
+    Translator,
+    describe,
     translate,
+)
+from agent.model.enrollment import (
+    MODE_LABEL,
+    EnrollmentRules,
+    Operator,
+    Requirement,
+    SelectorPair,
 )
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.service import Endpoint, Service, ServicePort
@@ -376,3 +387,121 @@ def test_policies_are_read_in_order_of_their_names_and_pods_have_labels() -> Non
     assert workload.labels == frozenset(
         (str(name), text) for name, text in (pod()["metadata"].get("labels") or {}).items()
     )
+
+
+# -- enrollment ---------------------------------------------------------------------------------
+
+
+def test_pod_with_a_sidecar_is_a_workload_and_never_enrolled() -> None:
+    for word in ("", "{}"):
+        found = pod(annotations={SIDECAR_STATUS: word}, labels={MODE_LABEL: "ambient"})
+        snapshot = translated(namespace(), found).snapshot
+        assert len(snapshot.workloads) == 1
+        assert snapshot.local_pods == {}
+
+
+def test_rules_decide_with_the_labels_of_pod_and_namespace() -> None:
+    only_red = Requirement("color", Operator.IN, frozenset({"red"}))
+    rules = EnrollmentRules((SelectorPair((only_red,), (only_red,)),))
+    red = namespace() | {"metadata": {"name": "shop", "labels": {"color": "red"}}}
+    for of_pod, of_namespace, count in (("red", red, 1), ("blue", red, 0), ("red", namespace(), 0)):
+        sources = [
+            SourcedObject("a", pod(labels={"color": of_pod})),
+            SourcedObject("b", of_namespace),
+        ]
+        assert len(translate(sources, rules=rules).snapshot.local_pods) == count
+
+
+def test_excluded_namespace_has_workloads_and_no_local_pods() -> None:
+    rules = EnrollmentRules(excluded_namespaces=frozenset({"shop"}))
+    sources = [SourcedObject("a", namespace()), SourcedObject("b", pod())]
+    snapshot = translate(sources, rules=rules).snapshot
+    assert (len(snapshot.workloads), snapshot.local_pods) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [(None, None), ("true", True), ("T", True), ("1", True), ("false", False), ("F", False),
+     ("yes", None), ("", None), ("tRUE", None), (True, None)],
+)  # fmt: skip
+def test_words_of_a_pod_are_read_as_go_reads_them(word: Any, meaning: bool | None) -> None:
+    (found,) = local_pods(namespace(), pod(annotations={BYPASS_INBOUND: word, DNS_CAPTURE: word}))
+    assert found.dns_capture is meaning
+    assert found.bypasses_inbound is (meaning is True)
+
+
+def test_pod_that_ended_leaves_whatever_else_it_says() -> None:
+    ended = pod(status={"phase": "Succeeded"}, annotations={EXCLUDE_OUTBOUND_PORTS: "http"})
+    assert translated(namespace(), ended).problems == ()
+
+
+# -- one after the other ------------------------------------------------------------------------
+
+
+def put(translator: Translator, *bodies: Body) -> list[str]:
+    problems = [translator.put(SourcedObject("cluster", body)) for body in bodies]
+    return [problem.detail for problem in problems if problem is not None]
+
+
+def everything() -> list[Body]:
+    policy = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"namespace": "shop", "name": "a"},
+    }
+    return [pod(), namespace(), service(), endpoint_slice(), endpoint_slice("cart-2"), policy]
+
+
+def test_order_of_arrival_does_not_matter_and_nothing_is_left_after_removal() -> None:
+    expected = translated(*everything()).snapshot
+    translator = Translator()
+    empty = translator.snapshot()
+    for bodies in (everything(), everything()[::-1], everything()):  # and twice over
+        assert put(translator, *bodies) == []
+        assert translator.snapshot() == expected
+    for body in everything():
+        translator.remove(describe(body))
+    assert translator.snapshot() == empty
+    translator.remove("Pod shop/unknown")
+
+
+def test_changes_show_in_what_was_worked_out_before() -> None:
+    translator = Translator()
+    put(translator, *everything())
+    translator.snapshot()
+    put(translator, namespace(annotations={DIRECT_PATH: "disabled"}))
+    ((found,),) = translator.snapshot().local_pods.values()
+    assert not found.may_go_direct
+    put(translator, namespace(mode=None), endpoint_slice("cart-2", endpoints=[]))
+    translator.remove("EndpointSlice shop/cart-1")
+    snapshot = translator.snapshot()
+    assert snapshot.local_pods == {}
+    assert snapshot.services[0].endpoints == ()
+    put(translator, pod(labels={MODE_LABEL: "ambient"}), service(clusterIP="10.96.0.2"))
+    snapshot = translator.snapshot()
+    assert len(snapshot.local_pods) == 1
+    assert snapshot.services[0].addresses == (ip_address("10.96.0.2"),)
+
+
+def test_wrong_object_leaves_its_last_good_content_in_force() -> None:
+    translator = Translator()
+    put(translator, namespace(), pod())
+    before = translator.snapshot()
+    wrong = pod(annotations={EXCLUDE_OUTBOUND_PORTS: "http"})
+    assert put(translator, wrong) == ["'http' is not a port from 1 to 65535"]
+    assert translator.snapshot() == before
+
+
+def test_wrong_pod_that_took_over_a_name_does_not_keep_the_old_one() -> None:
+    translator = Translator()
+    put(translator, namespace(), pod())
+    assert put(translator, pod(annotations={EXCLUDE_OUTBOUND_PORTS: "http"}, uid="uid-new")) != []
+    assert translator.snapshot().workloads == ()
+    assert put(translator, pod("other", uid="uid-cart-0")) == []
+
+
+def test_names_are_listed_by_kind() -> None:
+    translator = Translator()
+    put(translator, pod(), pod("ended", status={"phase": "Failed"}), namespace())
+    assert translator.names("Pod") == {"Pod shop/cart-0", "Pod shop/ended"}
+    assert translator.names("Po") == set()

@@ -1,0 +1,183 @@
+"""State from a cluster's API server: one follower for each kind, one translator for all.
+
+The first snapshot comes when every kind has been listed; until then nothing is said, so that an
+agent which starts while the API server is away changes nothing on its node. Later on the server's
+absence is only an absence of news. Changes that come close together make one snapshot.
+
+Called by the composition roots. Nothing here blocks the event loop but the work on a snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from agent.discovery.api import Api
+from agent.discovery.cluster import connect
+from agent.discovery.follow import Follower, Resource
+from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
+from agent.discovery.redirection import RedirectionWriter
+from agent.discovery.reporting import log_problems
+from agent.discovery.translate import ObjectProblem, SourcedObject, Translator, describe
+from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from agent.discovery.watch import Body
+    from agent.model.pod import LocalPod
+    from agent.model.workload import Workload
+    from agent.state.store import Snapshot
+
+ORIGIN = "cluster"
+SECURITY = ("security.istio.io/v1", "security.istio.io/v1beta1")
+PODS = Resource("Pod", "pods", ("v1",))
+RESOURCES = (
+    PODS,
+    Resource("Namespace", "namespaces", ("v1",)),
+    Resource("Service", "services", ("v1",)),
+    Resource("EndpointSlice", "endpointslices", ("discovery.k8s.io/v1",)),
+    Resource("AuthorizationPolicy", "authorizationpolicies", SECURITY, may_be_absent=True),
+    Resource("PeerAuthentication", "peerauthentications", SECURITY, may_be_absent=True),
+)
+# The work on a snapshot grows with the cluster: a pause of a multiple of it bounds its share of a
+# core, and no change waits for longer than the longest pause.
+PAUSE_SECONDS = 0.02
+PAUSE_MULTIPLE = 4.0
+LONGEST_PAUSE_SECONDS = 0.5
+PATIENCE_SECONDS = 3.0
+GARBAGE_OBJECTS = 100_000  # one page of a list
+
+
+class KubernetesSource:
+    """The cluster, as one agent or the CA follows it."""
+
+    def __init__(
+        self,
+        api: Api,
+        root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+        rules: EnrollmentRules = DEFAULT_RULES,
+        resources: Iterable[Resource] = RESOURCES,
+    ) -> None:
+        self._resources = tuple(resources)
+        self._translator = Translator(root_namespace, rules)
+        self._problems: dict[str, ObjectProblem] = {}
+        self._lock = threading.Lock()
+        self._unlisted = {resource.kind for resource in self._resources}
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._followers = [Follower(api, resource, self) for resource in self._resources]
+        self._writer = RedirectionWriter(api)
+        self.problems: tuple[ObjectProblem, ...] = ()
+
+    @classmethod
+    def open(
+        cls,
+        root_namespace: str = DEFAULT_ROOT_NAMESPACE,
+        rules: EnrollmentRules = DEFAULT_RULES,
+        resources: Iterable[Resource] = RESOURCES,
+    ) -> KubernetesSource:
+        """Find the cluster that this process is in (KubernetesError).
+
+        Also has the process look for cyclic garbage more rarely: JSON has none, and looking for it
+        while lists are read took two thirds of the time of that.
+        """
+        gc.set_threshold(GARBAGE_OBJECTS)
+        return cls(Api(connect().configuration), root_namespace, rules, resources)
+
+    async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
+        """Yield what the cluster says, now and after each change, until `stop`."""
+        self._loop = asyncio.get_running_loop()
+        for follower in self._followers:
+            follower.start()
+        self._writer.start()
+        latest: Snapshot | None = None
+        try:
+            while True:
+                await _wait_any(self._changed, stop)
+                if stop.is_set():
+                    return
+                self._changed.clear()
+                began = time.monotonic()
+                snapshot = self._read()
+                if snapshot is not None and snapshot != latest:
+                    latest = snapshot
+                    yield snapshot
+                pause = PAUSE_SECONDS + PAUSE_MULTIPLE * (time.monotonic() - began)
+                try:
+                    async with asyncio.timeout(min(pause, LONGEST_PAUSE_SECONDS)):
+                        await stop.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for follower in self._followers:
+                follower.stop()
+
+    def _read(self) -> Snapshot | None:
+        with self._lock:
+            if self._unlisted:
+                return None
+            problems = tuple(self._problems.values())
+            snapshot = self._translator.snapshot()
+        log_problems(self.problems, problems)
+        self.problems = problems
+        return snapshot
+
+    def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
+        """Say on the pod whether it is captured, soon; None takes it back."""
+        self._writer.publish(pod.uid, pod.namespace, pod.name, redirection)
+
+    async def close(self) -> None:
+        """Wait, but not for long, until all that was published is written."""
+        await asyncio.to_thread(self._writer.close, PATIENCE_SECONDS)
+
+    # -- called by the followers --------------------------------------------------------------
+
+    def put(self, body: Body) -> str:
+        """Take a new or changed object and return its name."""
+        named = describe(body)
+        with self._lock:
+            problem = self._translator.put(SourcedObject(ORIGIN, body))
+            self._problems.pop(named, None)
+            if problem is not None:
+                self._problems[named] = problem
+            is_told = not self._unlisted
+        if is_told:
+            self._tell()
+        return named
+
+    def remove(self, body: Body) -> None:
+        """Forget an object."""
+        with self._lock:
+            self._forget(describe(body))
+        self._tell()
+
+    def keep_only(self, kind: str, named: set[str]) -> None:
+        """Forget the other objects of a kind."""
+        with self._lock:
+            known = self._translator.names(kind)
+            known |= {each for each in self._problems if each.startswith(f"{kind} ")}
+            for each in known - named:
+                self._forget(each)
+            self._unlisted.discard(kind)
+        self._tell()
+
+    def _forget(self, named: str) -> None:
+        self._translator.remove(named)
+        self._problems.pop(named, None)
+
+    def _tell(self) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed() and not self._changed.is_set():
+            loop.call_soon_threadsafe(self._changed.set)
+
+
+async def _wait_any(*events: asyncio.Event) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(event.wait()) for event in events]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for each in waiting:
+            each.cancel()
