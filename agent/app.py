@@ -320,10 +320,6 @@ class Agent:
             log.error(
                 "not all that an agent before left is taken away", extra={"error": str(error)}
             )
-        for workload in self._snapshot.workloads:
-            # Peers dial 15008 of what it published.
-            if workload.node == self._settings.node and workload.uid not in self._enrolled:
-                self._source.publish(workload.namespace, workload.name, None)
 
     def _is_due(self, pod: LocalPod) -> bool:
         """Whether to try a pod now: it is new or changed, or has waited after a failure."""
