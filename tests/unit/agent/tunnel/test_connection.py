@@ -552,3 +552,61 @@ def test_warned_client_opens_no_more_and_what_it_has_opened_is_served() -> None:
     pair.settle()
     assert ResponseReceived(on_the_way, 200) in pair.client_events
     assert data_of(pair.server_events, first) == b"still here"
+
+
+def sent_payloads(pair: Pair, stream_id: int, data: bytes, limit: int) -> tuple[int, bytes]:
+    """Send some and return how much was taken, and what arrived for it."""
+    before = len(data_of(pair.server_events, stream_id))
+    taken = pair.client.send_some(stream_id, data, limit)
+    pair.settle()
+    return taken, data_of(pair.server_events, stream_id)[before:]
+
+
+def test_some_is_sent_as_far_as_limit_and_windows_allow() -> None:
+    pair = Pair(server_limits=Limits(stream_window=100))
+    first = pair.open()
+    assert sent_payloads(pair, first, b"abcdef", 4) == (4, b"abcd")
+    assert sent_payloads(pair, first, b"abc", 4) == (3, b"abc")
+    assert sent_payloads(pair, first, b"x" * 200, 1000) == (93, b"x" * 93)
+    assert sent_payloads(pair, first, b"x", 1000) == (0, b"")  # the stream's window is used up
+    assert pair.client.send_some(99, b"x", 1000) == 0  # there is no such stream
+
+
+def test_some_is_sent_as_far_as_the_connections_window_allows() -> None:
+    limits = Limits(stream_window=100_000, connection_window=0)
+    pair = Pair(server_limits=limits)
+    stream_id = pair.open()
+    taken = pair.client.send_some(stream_id, b"x" * 100_000, 100_000)
+    assert taken == frames.DEFAULT_WINDOW
+
+
+def test_some_is_split_into_frames_that_the_peer_takes() -> None:
+    pair = Pair(server_limits=Limits(frame_bytes=frames.DEFAULT_FRAME_BYTES))
+    stream_id = pair.open()
+    data = bytes(range(256)) * 200
+    assert pair.client.send_some(stream_id, data, len(data)) == len(data)
+    output = pair.client.take_output()
+    first, frame_type, _flags, _stream_id = frames.parse_head(memoryview(output), 0)
+    assert (first, frame_type) == (frames.DEFAULT_FRAME_BYTES, FrameType.DATA)
+    pair.server_events += pair.server.receive(output)
+    assert data_of(pair.server_events, stream_id) == data
+
+
+@pytest.mark.parametrize("cut", [9, 12], ids=["after the head", "in the payload"])
+def test_payload_may_come_after_its_head(cut: int) -> None:
+    whole = frame(FrameType.DATA, 0, 1, b"hello")
+    server, found = server_after(request(1), whole[:cut], whole[cut:])
+    assert data_of(found, 1) == b"hello"
+    assert not server.is_terminated
+
+
+def test_padding_that_uses_up_the_connections_window_is_given_back() -> None:
+    server, _found = server_after(request(1))
+    server.take_output()
+    padded = frame(FrameType.DATA, frames.PADDED, 1, b"\0" + b"x" * 1_000_000)
+    for _ in range(12):
+        server.acknowledge(
+            1, sum(len(e.data) for e in server.receive(padded) if isinstance(e, DataReceived))
+        )
+    assert not server.is_terminated
+    assert frames.build_head(4, FrameType.WINDOW_UPDATE, 0, 0) in server.take_output()

@@ -42,3 +42,8 @@ def test_payloads_are_read_as_they_were_built() -> None:
     payload = memoryview(frames.build_settings(settings))[frames.HEADER_BYTES :]
     assert frames.parse_settings(payload) == [(4, 2**31 - 1), (1, 0)]
     assert frames.parse_word(memoryview(b"\0\0\1\0rest")) == 256
+
+
+def test_head_of_data_is_a_head() -> None:
+    built = frames.build_data_head(70_000, frames.END_STREAM, 5)
+    assert built == frames.build_head(70_000, frames.FrameType.DATA, frames.END_STREAM, 5)

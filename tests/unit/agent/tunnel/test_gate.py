@@ -77,3 +77,17 @@ def test_connection_that_nobody_closes_yet_is_denied_all_the_same() -> None:
 
 def test_unknown_pod_lets_nobody_in() -> None:
     assert gate_of().admit("u", CONNECTION).verdict.basis is Basis.NO_WORKLOAD
+
+
+def test_open_connections_are_counted_until_each_has_ended_once() -> None:
+    gate = gate_of(POD)
+    ended: list[str] = []
+    gate.on_ended = ended.append
+    first, second = gate.admit("u", CONNECTION), gate.admit("u", CONNECTION)
+    assert gate.open_connections("u") == 2
+    first.end()
+    first.end()
+    assert gate.open_connections("u") == 1
+    second.end()
+    assert gate.open_connections("u") == 0
+    assert ended == ["u", "u"]

@@ -39,3 +39,12 @@ def test_new_stream_is_open_with_the_windows_of_its_time() -> None:
     assert stream.state is StreamState.OPEN
     assert (stream.send_window, stream.receive_window, stream.consumed) == (10, 20, 0)
     assert not stream.has_response
+
+
+def test_stream_knows_which_halves_are_open() -> None:
+    stream = Stream(1, 1)
+    assert (stream.may_send, stream.may_receive) == (True, True)
+    stream.advance(StreamInput.SEND_END)
+    assert (stream.may_send, stream.may_receive) == (False, True)
+    stream.advance(StreamInput.RECEIVE_END)
+    assert (stream.state, stream.may_receive) == (StreamState.CLOSED, False)
