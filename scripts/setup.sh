@@ -50,5 +50,7 @@ if ! cmp -s pyproject.toml "$stamp"; then
 	# bcc is on no package index. Of Debian's Python packages only this one is let in.
 	site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	ln -sfn /usr/lib/python3/dist-packages/bcc "$site/bcc"
+	# An agent that compiles what it imports is 3 MiB larger than one that does not.
+	.venv/bin/python -m compileall -q agent cni
 	cp pyproject.toml "$stamp"
 fi
