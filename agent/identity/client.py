@@ -7,16 +7,15 @@ used: our key, the identity that was asked for, and a chain that ends at a trust
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
-import grpc
-import grpc.aio
 from cryptography import x509
 
 from agent.errors import AuthorityRefused, AuthorityUnavailable, NoAuthority
 from agent.identity import keys, wire
 from agent.identity.authority import is_chain, load_certificates
+from agent.identity.caller import Target
+from agent.identity.calls import Calls
 from agent.identity.issuer import Certificate
 
 if TYPE_CHECKING:
@@ -24,12 +23,8 @@ if TYPE_CHECKING:
 
     from agent.model.identity import SpiffeId
 
-CALL_SECONDS = 10.0
-REFUSALS = (
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.INVALID_ARGUMENT,
-)
+# Status names of gRPC: asking again with the same token and request is no use.
+REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "INVALID_ARGUMENT"})
 
 
 class AuthorityClient:
@@ -44,8 +39,7 @@ class AuthorityClient:
         self._token = token
         self._roots = roots
         self._lifetime_seconds = lifetime_seconds
-        self._trusted = b""
-        self._channel: grpc.aio.Channel | None = None
+        self._calls = Calls()
 
     async def issue(self, identity: SpiffeId) -> Certificate:
         """Make a key and have it certified.
@@ -60,44 +54,14 @@ class AuthorityClient:
         )
         try:
             token = self._token.read_text().strip()
-            channel = await self._open_channel()
+            target = Target(self._address, self._server_name, self._roots.read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise AuthorityUnavailable(f"the CA cannot be asked: {error}") from error
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(wire.METHOD)
-        try:
-            answer: bytes = await call(
-                wire.build_request(request),
-                timeout=CALL_SECONDS,
-                metadata=(("authorization", f"Bearer {token}"),),
-            )
-        except grpc.aio.AioRpcError as error:
-            kind = AuthorityRefused if error.code() in REFUSALS else AuthorityUnavailable
-            detail = f"{error.code().name}: {error.details()}"
-            raise kind(f"the CA at {self._address} says {detail}") from error
-        except asyncio.CancelledError:
-            # gRPC cancels calls of a channel that was closed under them; our own passes on.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise AuthorityUnavailable("the roots changed during the call") from None
+        status, answer = await self._calls.call(target, token, wire.build_request(request))
+        if isinstance(answer, str):
+            kind = AuthorityRefused if status in REFUSALS else AuthorityUnavailable
+            raise kind(f"the CA at {self._address} says {status}: {answer}")
         return self._check(identity, key, answer)
-
-    async def _open_channel(self) -> grpc.aio.Channel:
-        trusted = self._roots.read_bytes()
-        if self._channel is None or trusted != self._trusted:
-            await self.close()
-            self._trusted = trusted
-            options: list[tuple[str, str | int]] = [
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                # How often is asked again is decided above; gRPC must not wait longer than that.
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-            ]
-            if self._server_name:
-                options.append(("grpc.ssl_target_name_override", self._server_name))
-            credentials = grpc.ssl_channel_credentials(trusted)
-            self._channel = grpc.aio.secure_channel(self._address, credentials, options)
-        return self._channel
 
     def _check(self, identity: SpiffeId, key: keys.PrivateKey, answer: bytes) -> Certificate:
         try:
@@ -123,7 +87,5 @@ class AuthorityClient:
         )
 
     async def close(self) -> None:
-        """Close the connection to the CA; calls in flight fail."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
+        """End the calls in flight; they fail."""
+        await self._calls.close()

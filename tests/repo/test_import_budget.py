@@ -37,7 +37,7 @@ def test_command_line_loads_no_command_before_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("command", "unneeded"),
     [
-        ("agent", {"bcc", "kubernetes", "rich"}),
+        ("agent", {"bcc", "grpc", "kubernetes", "rich"}),
         ("check", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2", "watchfiles"}),
         ("maps", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2", "watchfiles"}),
         ("programs", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2", "watchfiles"}),
