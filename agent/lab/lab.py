@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -47,6 +48,7 @@ READY_SECONDS = 20.0
 STOP_SECONDS = 10.0
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
+AGENT = ["-m", "agent.cli", "agent"]
 
 
 class Lab:
@@ -154,7 +156,7 @@ class Lab:
         if ca is not None:
             ca()
             say("the certificate authority signs")
-        started = [node for node in cluster.nodes if not self._agent_pids(node)]
+        started = [node for node in cluster.nodes if self.agent_pid(node) is None]
         self._start_agents(started)
         say(f"{len(started)} agents started and ready")
         return cluster
@@ -293,8 +295,13 @@ class Lab:
 
         return wait
 
-    def _agent_pids(self, node: LabNode) -> list[int]:
+    def agent_processes(self, node: LabNode) -> list[int]:
+        """List the processes of an agent: itself, its workers, a child that comes and goes."""
         return machine.processes_of(self.cgroup / node.name / "agent")
+
+    def agent_pid(self, node: LabNode) -> int | None:
+        """Return the process of a node's agent that the others are children of."""
+        return _find_agent(self.agent_processes(node))
 
     def _start_agents(self, nodes: list[LabNode]) -> None:
         waiting: list[tuple[LabNode, socket.socket, subprocess.Popen[bytes]]] = []
@@ -303,7 +310,7 @@ class Lab:
                 run = self.run / node.name
                 ready = _bind_notify(run)
                 command = [
-                    sys.executable, "-m", "agent.cli", "agent",
+                    sys.executable, *AGENT,
                     "--node", node.name,
                     "--objects", str(self.objects),
                     "--run-dir", str(run),
@@ -429,12 +436,20 @@ class Lab:
         return re.fullmatch(rf"ss-{self.name}-(fabric|node-.*|pod-.*)", name) is not None
 
     def _stop_agents(self, cgroups: Iterable[Path]) -> None:
-        pids = [pid for cgroup in cgroups for pid in machine.processes_of(cgroup)]
-        for pid in pids:
-            if b"agent.worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGTERM)
-        for pid in pids:
+        processes = [machine.processes_of(cgroup) for cgroup in cgroups]
+        for pids in processes:
+            agent = _find_agent(pids)
+            if agent is not None:
+                os.kill(agent, signal.SIGTERM)  # its children end with it
+        for pid in itertools.chain(*processes):
             machine.wait_for_exit(pid, STOP_SECONDS)
+
+
+def _find_agent(pids: list[int]) -> int | None:
+    commands = {pid: machine.command_of(pid) for pid in pids}
+    agents = [pid for pid, command in commands.items() if command[1:4] == AGENT]
+    # A child that has not yet become its own program still has its parent's command line.
+    return next((pid for pid in agents if machine.parent_of(pid) not in agents), None)
 
 
 def _late(state: dict[str, Any], uids: list[str], wanted: str | None) -> dict[str, str]:

@@ -161,6 +161,23 @@ def processes_of(cgroup: Path) -> list[int]:
         return []
 
 
+def command_of(pid: int) -> list[str]:
+    """Return a process's command line; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the parent of a process, by /proc/PID/status (proc(5)); None if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(next(line for line in lines if line.startswith("PPid:")).split()[1])
+
+
 def kill_cgroup(cgroup: Path) -> None:
     """Kill everything below a cgroup, wait until it is gone, and remove the cgroup."""
     if not cgroup.is_dir():

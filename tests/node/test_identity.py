@@ -384,24 +384,17 @@ def test_no_key_is_in_anything_that_is_printed_or_written(tmp_path: Path) -> Non
         }
         assert len(modes) == 6
         assert set(modes.values()) == {0o600}
-        pids = [*lab.ca_pids(), *(pid for node in lab.cluster().nodes for pid in agents(lab, node))]
+        nodes = lab.cluster().nodes
+        pids = [*lab.ca_pids(), *(pid for node in nodes for pid in lab.agent_processes(node))]
         # A process that asks the CA comes and goes.
-        stay = [pid for pid in pids if b"identity.caller" not in command_of(pid)]
+        commands = {pid: machine.command_of(pid) for pid in pids}
+        stay = [
+            pid for pid in pids if commands[pid] and "agent.identity.caller" not in commands[pid]
+        ]
         assert len(stay) == 1 + 2 * (1 + default_workers())
         for pid in stay:
             limits = Path(f"/proc/{pid}/limits").read_text()
             assert "Max core file size        0                    0" in limits
-
-
-def command_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b"identity.caller"
-
-
-def agents(lab: Lab, node: Any) -> list[int]:
-    return lab._agent_pids(node)
 
 
 def test_certs_tell_chain_identity_serial_validity_and_renewal(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from agent import netns
 from agent.errors import LabError, ManifestError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
-from agent.lab.machine import wait_for_exit
+from agent.lab.machine import command_of, wait_for_exit
 from agent.model.capture import HBONE_PORT
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ def memory_mib(pid: int) -> dict[str, float]:
 def test_agent_is_small_and_has_no_compiler(lab: Lab, measured: Callable[[str], None]) -> None:
     lab.label_namespace("shop", "ambient")
     for node in lab.cluster().nodes:
-        for pid in lab._agent_pids(node):
-            if b"agent.identity.caller" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        for pid in lab.agent_processes(node):
+            if "agent.identity.caller" in command_of(pid):
                 assert wait_for_exit(pid, 10)  # it ends when it has nothing to ask
         workers = [found["pid"] for found in next(lab.agent_states(node, "state"))["workers"]]
         proportional = 0.0
-        for pid in lab._agent_pids(node):
+        for pid in lab.agent_processes(node):
             memory = memory_mib(pid)
             # What two processes share counts half for each.
             proportional += memory["Pss"]

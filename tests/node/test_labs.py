@@ -22,6 +22,7 @@ from agent.discovery.translate import (
 )
 from agent.errors import LabError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from agent.lab.machine import command_of
 from agent.model.capture import OUTBOUND_PORT
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
 
@@ -337,9 +338,9 @@ def test_agent_that_lacks_something_ends_with_one_sentence(stack: ExitStack) -> 
     lab = bring_up_mesh(stack)
     east, _west = nodes(lab)
     before = lab.status()
-    (main_pid,) = set(lab._agent_pids(east)) - set(worker_pids(lab, east))
-    # What the lab itself started, with all of its options.
-    command = Path(f"/proc/{main_pid}/cmdline").read_text().rstrip("\0").split("\0")
+    pid = lab.agent_pid(east)
+    assert pid is not None
+    command = command_of(pid)  # what the lab itself started, with all of its options
     assert command[1:4] == ["-m", "agent.cli", "agent"]
     # The interpreter may be where only root can read, so the right goes when all is imported.
     without_root = (
