@@ -23,7 +23,7 @@ from agent.secrecy import keep_memory_private
 from agent.settings import AuthoritySettings, Settings
 
 if TYPE_CHECKING:
-    from agent.app import Source
+    from agent.discovery.source import Source
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)

@@ -1,0 +1,35 @@
+"""What an agent asks of whoever knows the cluster: states, and a place to say who is captured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncIterator
+
+    from agent.discovery.translate import ObjectProblem
+    from agent.model.pod import LocalPod
+    from agent.model.workload import Workload
+    from agent.state.store import Snapshot
+
+
+class Source(Protocol):
+    """Where state comes from, and where is said which pods are captured."""
+
+    @property
+    def problems(self) -> tuple[ObjectProblem, ...]:
+        """What cannot be used at the moment."""
+        ...
+
+    def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
+        """Yield the state now and after each change, until `stop`."""
+        ...
+
+    def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
+        """Say for all whether a pod is captured (enabled) or will be (pending); None: it is not."""
+        ...
+
+    async def close(self) -> None:
+        """Bring to an end what was published."""
+        ...

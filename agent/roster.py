@@ -1,0 +1,242 @@
+"""The pods of this node: who is captured, how each fares, who drains.
+
+    wanted -> diff with what is captured -> enroll | unenroll -> tell the workers -> publish
+
+One pod's failure is that pod's: it is logged, shown by the admin socket, and tried again when the
+pod changes or some time has passed.
+
+Called by the composition root, one call of `apply` at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent import sandbox
+from agent.enroll import enroll, hand_over, release, set_strict, unenroll
+from agent.errors import MapError, SandboxNotFound, SidestepError
+from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.state.diff import Enroll, Unenroll, diff
+from agent.tunnel import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from agent.datapath.pins import Pins
+    from agent.direct import DirectPath
+    from agent.discovery.source import Source
+    from agent.enroll import Enrollment
+    from agent.fleet import Fleet, Told
+    from agent.model.pod import LocalPod
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 30.0
+
+
+@dataclass
+class PodStatus:
+    """How one pod of this node fares."""
+
+    pod: LocalPod
+    state: str  # pending, enrolled, failed
+    reason: str = ""
+    detail: str = ""
+    failures: int = 0
+    retry_at: float | None = None  # of the event loop's clock
+
+
+class Roster:
+    """The pods of one node that take part, or are to."""
+
+    def __init__(
+        self,
+        pins: Pins,
+        pod_cgroups: Path,
+        fleet: Fleet,
+        direct: DirectPath,
+        source: Source,
+        plaintext_ports: Callable[[LocalPod], frozenset[int] | None],
+    ) -> None:
+        """Know no pod yet.
+
+        `plaintext_ports(pod)` are the only ports at which a STRICT pod takes plaintext, None for a
+        pod that is not STRICT.
+        """
+        self._pins = pins
+        self._pod_cgroups = pod_cgroups
+        self._fleet = fleet
+        self._direct = direct
+        self._source = source
+        self._plaintext_ports = plaintext_ports
+        self._enrolled: dict[str, Enrollment] = {}
+        self._draining: dict[str, Enrollment] = {}
+        self.statuses: dict[str, PodStatus] = {}
+
+    def captured(self) -> set[str]:
+        """Return the uids of the pods that are captured."""
+        return set(self._enrolled)
+
+    def next_retry(self) -> float | None:
+        """Return when a pod that failed is due again, by the event loop's clock."""
+        due = [status.retry_at for status in self.statuses.values() if status.retry_at]
+        return min(due, default=None)
+
+    async def apply(self, desired: dict[str, LocalPod], alive: set[str]) -> None:
+        """Make the captured pods the desired ones, by uid; `alive` are the uids of all that run."""
+        for uid in self.statuses.keys() - desired.keys() - self._enrolled.keys():
+            self._source.publish(self.statuses.pop(uid).pod, None)
+        for uid in self._draining.keys() - alive:
+            self._fleet.expect_no_more(uid)
+            self._let_go(self._draining.pop(uid))
+        observed = {uid: enrollment.pod for uid, enrollment in self._enrolled.items()}
+        for step in diff(desired, observed):
+            match step:
+                case Unenroll():
+                    self._unenroll(step.uid, has_ended=step.uid not in alive)
+                case Enroll() if self._is_due(step.pod):
+                    await self._enroll(step.pod)
+                case Enroll():
+                    pass
+
+    def guard(self) -> None:
+        """Tell the kernel which pods are STRICT now."""
+        for enrollment in self._enrolled.values():
+            self._guard(enrollment)
+
+    def introduction(self) -> Iterator[Told]:
+        """Yield what a new worker has to be told."""
+        for enrollment in self._enrolled.values():
+            yield _added(enrollment)
+
+    def release_all(self) -> None:
+        """Take every pod out, at once."""
+        for uid in list(self._enrolled):
+            self._unenroll(uid, has_ended=True)
+        for enrollment in self._draining.values():
+            self._let_go(enrollment)
+
+    def _is_due(self, pod: LocalPod) -> bool:
+        """Whether to try a pod now: it is new or changed, or has waited after a failure."""
+        status = self.statuses.get(pod.uid)
+        if status is None or status.pod != pod or status.retry_at is None:
+            return True
+        return status.retry_at <= asyncio.get_running_loop().time()
+
+    async def _enroll(self, pod: LocalPod) -> None:
+        netns_fd = -1
+        try:
+            netns_fd = sandbox.open_netns(pod, self._pod_cgroups)
+            await self._take_back(pod.uid)
+            enrollment = enroll(self._pins, pod, netns_fd)
+        except SidestepError as error:
+            if netns_fd >= 0:
+                os.close(netns_fd)
+            self._put_off(pod, error)
+            return
+        self._enrolled[pod.uid] = enrollment
+        self._guard(enrollment)
+        self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)
+        self._fleet.tell(*_added(enrollment))
+        await self._fleet.wait_in_force()
+        self.statuses[pod.uid] = PodStatus(pod, "enrolled")
+        self._source.publish(pod, "enabled")
+        log.info("pod enrolled", extra=_named(pod))
+
+    def _put_off(self, pod: LocalPod, error: SidestepError) -> None:
+        state = "pending" if isinstance(error, SandboxNotFound) else "failed"
+        before = self.statuses.get(pod.uid)
+        failures = before.failures + 1 if before else 1
+        # A sandbox is on its way; of anything else each failure makes the next try later.
+        wait = min(RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS)
+        wait = RETRY_SECONDS if state == "pending" else wait
+        retry_at = asyncio.get_running_loop().time() + wait
+        self.statuses[pod.uid] = PodStatus(pod, state, error.reason, str(error), failures, retry_at)
+        self._source.publish(pod, "pending")
+        if before is None or before.detail != str(error):
+            log.warning("pod not enrolled", extra=_named(pod) | {"error": str(error)})
+
+    def _guard(self, enrollment: Enrollment) -> None:
+        """Hold plaintext that is not captured off a STRICT pod, too."""
+        # None: it is not STRICT, or wants plaintext that nobody looked at.
+        pod = enrollment.pod
+        ports = None if pod.bypasses_inbound else self._plaintext_ports(pod)
+        try:
+            set_strict(
+                self._pins, enrollment, is_strict=ports is not None, but=ports or frozenset()
+            )
+        except MapError as error:
+            fields = _named(pod) | {"error": str(error)}
+            log.error("the guard does not know the pod's mode", extra=fields)
+
+    def _unenroll(self, uid: str, *, has_ended: bool) -> None:
+        """Take a pod out: at once if it has ended, else when its connections have."""
+        enrollment = self._enrolled.pop(uid)
+        pod = enrollment.pod
+        self._source.publish(pod, None)
+        self._direct.remove_pod(enrollment.netns_cookie)
+        self.statuses.pop(uid, None)
+        if has_ended:
+            self._let_go(enrollment)
+        else:
+            self._drain(enrollment)
+        log.info("pod unenrolled", extra=_named(pod))
+
+    def _drain(self, enrollment: Enrollment) -> None:
+        uid = enrollment.pod.uid
+        try:
+            release(enrollment)
+        except (SidestepError, OSError) as error:
+            # Its other steps are done, and the other pods are not affected.
+            fields = _named(enrollment.pod) | {"error": str(error)}
+            log.error("pod not unenrolled cleanly", extra=fields)
+        self._draining[uid] = enrollment
+        self._fleet.expect_drained(uid, lambda: self._let_go(self._draining.pop(uid)))
+        self._fleet.tell(messages.DrainPod(uid))
+
+    async def _take_back(self, uid: str) -> None:
+        """Free 15008 of a pod that comes back while it drains; its connections go on."""
+        enrollment = self._draining.pop(uid, None)
+        if enrollment is None:
+            return
+        self._fleet.expect_no_more(uid)
+        self._fleet.tell(messages.RemovePod(uid))
+        await self._fleet.wait_in_force()
+        hand_over(enrollment)
+        os.close(enrollment.netns_fd)
+
+    def _let_go(self, enrollment: Enrollment) -> None:
+        """Undo all that is left of an enrollment."""
+        self._fleet.tell(messages.RemovePod(enrollment.pod.uid))
+        fields = _named(enrollment.pod)
+        try:
+            unenroll(enrollment)
+            log.info("pod has nothing of ours any more", extra=fields)
+        except (SidestepError, OSError) as error:
+            log.error("pod not unenrolled cleanly", extra=fields | {"error": str(error)})
+        finally:
+            os.close(enrollment.netns_fd)
+
+
+def _named(pod: LocalPod) -> dict[str, str]:
+    return {"pod": f"{pod.namespace}/{pod.name}"}
+
+
+def _added(enrollment: Enrollment) -> Told:
+    listeners = [
+        (port, listener.fileno())
+        for port, found in (
+            (OUTBOUND_PORT, enrollment.outbound),
+            (INBOUND_PORT, enrollment.inbound),
+            (HBONE_PORT, enrollment.hbone),
+        )
+        for listener in found
+    ]
+    ports = tuple(port for port, _fd in listeners)
+    message = messages.AddPod(enrollment.pod, enrollment.netns_cookie, ports)
+    return message, [enrollment.netns_fd, *(fd for _port, fd in listeners)]
