@@ -27,6 +27,7 @@ from agent.errors import LocalProtocolError, RemoteProtocolError
 from agent.tunnel import events, frames
 from agent.tunnel.events import DataReceived
 from agent.tunnel.frames import ErrorCode, FrameType, Setting
+from agent.tunnel.headers import TABLE_SIZE_0, build_request, build_response
 from agent.tunnel.streams import Stream, StreamInput, StreamState
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Connection:
         self._output: list[bytes | memoryview] = []
         self._unsent_replies = 0
         self._nuisances = FREE_NUISANCES
-        self._encoder = hpack.Encoder()
         self._decoder = hpack.Decoder(max_header_list_size=self.limits.header_list_bytes)
+        self._size_update = b""  # owed in the next header block
         self._send_window = frames.DEFAULT_WINDOW
         self._receive_window = self.limits.connection_window
         self._peer_stream_window = frames.DEFAULT_WINDOW
@@ -157,8 +158,7 @@ class Connection:
         stream_id = self._next_stream_id
         self._next_stream_id += 2
         self._streams[stream_id] = Stream(self._peer_stream_window, self.limits.stream_window)
-        block = [(":method", "CONNECT"), (":authority", authority), *headers.items()]
-        self._send_headers(stream_id, block, ends=False)
+        self._send_headers(stream_id, build_request(authority, headers.items()), ends=False)
         return stream_id
 
     def respond(self, stream_id: int, status: int) -> None:
@@ -169,7 +169,7 @@ class Connection:
         if stream.has_response:
             raise LocalProtocolError("a stream was answered twice")
         stream.has_response = True
-        self._send_headers(stream_id, [(":status", str(status))], ends=status != 200)
+        self._send_headers(stream_id, build_response(status), ends=status != 200)
         if status == 200:
             self._appease()
         else:
@@ -277,12 +277,12 @@ class Connection:
             self.is_terminated = True
             self._output.append(frames.build_goaway(self._last_peer_stream_id, code))
 
-    def _send_headers(self, stream_id: int, block: list[tuple[str, str]], *, ends: bool) -> None:
-        payload = self._encoder.encode(block)
+    def _send_headers(self, stream_id: int, block: bytes, *, ends: bool) -> None:
+        block, self._size_update = self._size_update + block, b""
         limit = self._peer_frame_bytes
-        for start in range(0, len(payload), limit):
-            part = payload[start : start + limit]
-            flags = frames.END_HEADERS if start + limit >= len(payload) else 0
+        for start in range(0, len(block), limit):
+            part = block[start : start + limit]
+            flags = frames.END_HEADERS if start + limit >= len(block) else 0
             frame_type = FrameType.HEADERS if start == 0 else FrameType.CONTINUATION
             if start == 0 and ends:
                 flags |= frames.END_STREAM
@@ -628,8 +628,7 @@ class Connection:
 
     def _apply_setting(self, name: int, value: int) -> None:
         if name == Setting.HEADER_TABLE_SIZE:
-            # Ours to use, so never more than the default: a peer does not size our memory.
-            self._encoder.header_table_size = min(value, 4096)
+            self._size_update = TABLE_SIZE_0
         elif name == Setting.MAX_CONCURRENT_STREAMS:
             self.peer_concurrent_streams = value
         elif name == Setting.INITIAL_WINDOW_SIZE:

@@ -26,9 +26,12 @@ ENVOY_SERVER = bytes.fromhex(
     "00001501040000000348033530330f0d0239385f87497ca58ae819aac1c0"
 )
 OUR_CONNECT = (
-    "0000580104000000014287bdab4e9c17b7ff418b0817134d2e25d9b8f01e0740858c734c398b9feaf217a87495158c"
-    "855ea1d2581139ebfaeaf217acf22f50e92c04a0c5a93f408794f6781d92164f9194f641fc840b89a6970ae2b8d000"
-    "007f3f"
+    "000071010400000001"
+    "0207434f4e4e454354"  # :method CONNECT
+    "010f31302e3234342e322e333a38303830"  # :authority
+    "0007626167676167652b6b38732e6e616d6573706163652e6e616d653d73686f702c"  # baggage
+    "6b38732e706f642e6e616d653d636c69656e74"
+    "0009666f7277617264656416666f723d2231302e3234342e312e323a343030303022"  # forwarded
 )
 
 
@@ -52,10 +55,11 @@ def test_our_answers() -> None:
     server.receive(frames.PREFACE + ENVOY_CLIENT)
     server.take_output()
     server.respond(1, 200)
-    assert server.take_output().hex() == "00000101040000000188"
+    # The Envoy named a size for our header table: 0 in answer, once (RFC 7541 §4.2).
+    assert server.take_output().hex() == "0000020104000000012088"
     server.respond(3, 503)
     # END_STREAM, and RST_STREAM(NO_ERROR): no more of the request is wanted (RFC 9113 §8.1).
-    expected = "00000501050000000348836c0cff00000403000000000300000000"
+    expected = "000005010500000003080335303300000403000000000300000000"
     assert server.take_output().hex() == expected
 
 

@@ -508,17 +508,16 @@ def test_peer_that_breaks_the_connection_window_is_gone() -> None:
     assert found.code == ErrorCode.FLOW_CONTROL_ERROR
 
 
-def test_header_table_of_the_peer_bounds_ours_and_never_enlarges_it() -> None:
-    server, _found = server_after(
-        frames.build_settings({Setting.HEADER_TABLE_SIZE: 2**32 - 1}), request(1)
-    )
-    server.respond(1, 200)
-    # RFC 7541 §6.3: a change of the table's size would be told at the start of the next block.
-    assert frame(FrameType.HEADERS, 4, 1, b"\x88") in server.take_output()
-    assert server.receive(frames.build_settings({Setting.HEADER_TABLE_SIZE: 0})) != []
-    server.receive(request(3))
-    server.respond(3, 200)
-    assert frame(FrameType.HEADERS, 4, 3, b"\x20\x88") in server.take_output()
+def test_size_that_the_peer_names_for_our_header_table_is_answered_once() -> None:
+    for size in (0, 4096, 2**32 - 1):
+        server, _found = server_after(
+            frames.build_settings({Setting.HEADER_TABLE_SIZE: size}), request(1), request(3)
+        )
+        server.respond(1, 200)
+        # RFC 7541 §4.2: the size that we use, which is none, at the start of the next block.
+        assert frame(FrameType.HEADERS, 4, 1, b"\x20\x88") in server.take_output()
+        server.respond(3, 200)
+        assert frame(FrameType.HEADERS, 4, 3, b"\x88") in server.take_output()
 
 
 def test_data_of_a_request_is_handed_on_before_it_is_complete() -> None:
