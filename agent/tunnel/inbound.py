@@ -16,7 +16,7 @@ from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
-from agent.model.capture import LISTENER_PORTS
+from agent.model.capture import LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
@@ -88,6 +88,11 @@ class Inbound:
         if port in LISTENER_PORTS:
             sockets.abort(accepted)
             access.complete("the port is the agent's own")
+            return
+        if accepted.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == REPLY_MARK:
+            # Inherited from the SYN, which is our own: to serve it would dial it once more.
+            sockets.abort(accepted)
+            access.complete("no room in ss_agent_flows for a connection to the application")
             return
         admission = self._gate.admit(served.pod.uid, Connection(source, None, address, port))
 
