@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.support.certificates import PEM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(150)]
 
@@ -35,6 +37,10 @@ ROOT = Path(__file__).parents[2]
 TRAFFIC = ROOT / "tests/support/traffic.py"
 SERVER_ADDRESS, PORT = "10.244.2.3", 7000
 WAIT_SECONDS = 60.0
+TRAFFIC_SECONDS = 120.0
+AWAY_SECONDS = 60.0
+# Renewal is due within the minute (45 to 55 % of it), and its end is well after that minute.
+LONELY_SECONDS = 100
 SIDESTEP = [sys.executable, "-m", "agent.cli"]
 
 
@@ -64,11 +70,11 @@ def namespace(mode: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running(
-    tmp_path: Path, certificate_seconds: int = 3600, mode: str = "ambient"
+    tmp_path: Path, certificate_seconds: int = 3600, mode: str = "ambient", letter: str = "i"
 ) -> Iterator[Lab]:
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump_all(describe(mode)))
-    built = Lab(f"i{os.getpid()}", certificate_seconds)
+    built = Lab(f"{letter}{os.getpid()}", certificate_seconds)
     try:
         built.up(path, lambda _line: None)
         if mode:
@@ -106,6 +112,10 @@ def entries(lab: Lab, node: str, message: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["message"] == message]
 
 
+def agent_pids(lab: Lab) -> list[int | None]:
+    return [lab.agent_pid(node) for node in lab.cluster().nodes]
+
+
 def serials(lab: Lab) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in lab.cluster().nodes:
@@ -125,6 +135,14 @@ class Traffic:
         output, _ = self.process.communicate("", timeout=30)
         self.result = json.loads(output)
         return self.result
+
+
+@dataclass
+class LongRuns:
+    """What goes on in two labs at once."""
+
+    replaced: Future[dict[str, Any]]
+    survived: Future[dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -202,52 +220,6 @@ def wait_seconds(lab: Lab, traffic: Traffic, seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         traffic.process.wait(seconds)
         pytest.fail(f"the traffic ended: {traffic.stop()}; {lab.name}")
-
-
-def test_no_connection_fails_while_certificates_and_the_root_are_replaced(tmp_path: Path) -> None:
-    """Ten-second certificates, three stages of a root rotation, one connection held through all."""
-    with running(tmp_path, certificate_seconds=10) as lab, traffic(lab) as going:
-        first = x509.load_pem_x509_certificate((lab.authority / "root-cert.pem").read_bytes())
-        for stage in ("trust", "sign", "finish"):
-            rotate_root(lab, stage)
-            wait_seconds(lab, going, 10.5)
-        result = going.stop()
-        print(result, counters(lab))  # noqa: T201
-        assert result["failures"] == []
-        assert result["done"] > 500
-        for counted in counters(lab):
-            assert counted["renewed"] >= 5
-            assert counted["failed"] == {}
-        # Each renewal had new tunnels dialed, and those before closed when their streams had ended.
-        closed = entries(lab, "west", "tunnel closed")
-        assert len(closed) >= 5
-        assert {entry["reason"] for entry in closed} == {"the peer closed the tunnel"}
-        last = x509.load_pem_x509_certificate((lab.authority / "root-cert.pem").read_bytes())
-        assert last.subject != first.subject
-        for node in lab.cluster().nodes:
-            roots = next(lab.agent_states(node, "state"))["identity"]["roots"]
-            assert [root["serial"] for root in roots] == [f"{last.serial_number:x}"]
-
-
-def test_ca_killed_and_back_costs_no_connection_and_needs_no_restart(tmp_path: Path) -> None:
-    with running(tmp_path, certificate_seconds=20) as lab, traffic(lab) as going:
-        before = serials(lab)
-        (ca,) = lab.ca_pids()
-        os.kill(ca, signal.SIGKILL)
-        machine.wait_for_exit(ca, 10)
-        wait_for(lab, lambda rows: all(row["failures"] >= 2 for row in rows))
-        for node in lab.cluster().nodes:
-            (row,) = next(lab.agent_states(node, "state"))["identity"]["certificates"]
-            assert row["state"] == "Available"
-            assert row["last_failure"].startswith("authority_unavailable: ")
-        assert serials(lab) == before
-        wait = lab.start_ca()
-        assert wait is not None
-        wait()
-        wait_for(lab, lambda rows: all(row["failures"] == 0 for row in rows))
-        assert not before.items() & serials(lab).items()
-        result = going.stop()
-        assert result["failures"] == []
 
 
 def test_connection_without_a_certificate_waits_for_the_ca(tmp_path: Path) -> None:
@@ -414,3 +386,93 @@ def test_certs_tell_chain_identity_serial_validity_and_renewal(tmp_path: Path) -
         assert [found["serial"] for found in row["roots"]] == [f"{root.serial_number:x}"]
         assert row["chain"][0]["issuer"] == row["roots"][0]["subject"]
         assert row["last_failure"] is None
+
+
+# -- two minutes of traffic: last here, so that the labs go with them
+
+
+def replace_all(lab: Lab, going: Traffic) -> dict[str, Any]:
+    """Three stages of a root rotation, under ten-second certificates and traffic."""
+    first = x509.load_pem_x509_certificate((lab.authority / "root-cert.pem").read_bytes())
+    for stage in ("trust", "sign", "finish"):
+        rotate_root(lab, stage)
+        wait_seconds(lab, going, TRAFFIC_SECONDS / 3)
+    result = going.stop()
+    counted = counters(lab)
+    assert result["failures"] == []
+    assert result["seconds"] >= TRAFFIC_SECONDS
+    assert result["done"] > 2000
+    for each in counted:
+        assert each["renewed"] >= 5
+        assert each["failed"] == {}
+    # Each renewal had new tunnels dialed, and those before closed when their streams had ended.
+    closed = entries(lab, "west", "tunnel closed")
+    assert len(closed) >= 5
+    assert {entry["reason"] for entry in closed} == {"the peer closed the tunnel"}
+    last = x509.load_pem_x509_certificate((lab.authority / "root-cert.pem").read_bytes())
+    assert last.subject != first.subject
+    for node in lab.cluster().nodes:
+        roots = next(lab.agent_states(node, "state"))["identity"]["roots"]
+        assert [root["serial"] for root in roots] == [f"{last.serial_number:x}"]
+    return result | {"rotations": [each["renewed"] for each in counted], "tunnels": len(closed)}
+
+
+def lose_ca(lab: Lab, going: Traffic) -> dict[str, Any]:
+    """The CA is killed and is back after a minute, in which certificates were due for renewal."""
+    before, pids = serials(lab), agent_pids(lab)
+    (ca,) = lab.ca_pids()
+    os.kill(ca, signal.SIGKILL)
+    machine.wait_for_exit(ca, 10)
+    wait_seconds(lab, going, AWAY_SECONDS)
+    failed = []
+    for node in lab.cluster().nodes:
+        (row,) = next(lab.agent_states(node, "state"))["identity"]["certificates"]
+        assert row["state"] == "Available"
+        assert row["failures"] >= 2
+        assert row["last_failure"].startswith("authority_unavailable: ")
+        failed.append(row["failures"])
+    assert serials(lab) == before
+    wait = lab.start_ca()
+    assert wait is not None
+    wait()
+    began = time.monotonic()
+    wait_for(lab, lambda rows: all(row["failures"] == 0 for row in rows))
+    recovered = time.monotonic() - began
+    assert not before.items() & serials(lab).items()
+    assert agent_pids(lab) == pids
+    result = going.stop()
+    assert result["failures"] == []
+    assert result["seconds"] >= AWAY_SECONDS
+    return result | {"failed requests": failed, "renewed after": f"{recovered:.1f} s"}
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LongRuns]:
+    """Both long runs at once, each in a lab of its own, since most of their time is waiting."""
+    with (
+        running(tmp_path_factory.mktemp("renewing"), 10, letter="r") as renewing,
+        running(tmp_path_factory.mktemp("lonely"), LONELY_SECONDS, letter="l") as lonely,
+        traffic(renewing) as through_renewals,
+        traffic(lonely) as through_absence,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        yield LongRuns(
+            pool.submit(replace_all, renewing, through_renewals),
+            pool.submit(lose_ca, lonely, through_absence),
+        )
+
+
+@pytest.mark.timeout(240)
+def test_no_connection_fails_while_certificates_and_the_root_are_replaced(
+    long_runs: LongRuns, measured: Callable[[str], None]
+) -> None:
+    result = long_runs.replaced.result()
+    measured(f"10-second certificates and a new root under traffic: {result}")
+
+
+@pytest.mark.timeout(240)
+def test_ca_killed_and_back_after_a_minute_costs_no_connection_and_needs_no_restart(
+    long_runs: LongRuns, measured: Callable[[str], None]
+) -> None:
+    result = long_runs.survived.result()
+    measured(f"CA away for {AWAY_SECONDS:.0f} s under traffic: {result}")

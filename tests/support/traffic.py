@@ -51,8 +51,14 @@ def exchange(connection: socket.socket) -> None:
 
 def drive(host: str, port: int) -> dict[str, object]:
     """Exchange until stdin ends."""
-    done, failures = 0, []
+    done = 0
+    failures: list[str] = []
     began = time.monotonic()
+
+    def result() -> dict[str, object]:
+        seconds = round(time.monotonic() - began, 1)
+        return {"done": done, "seconds": seconds, "failures": failures}
+
     with socket.create_connection((host, port), PATIENCE_SECONDS) as lasting:
         while not select.select([sys.stdin], [], [], 0.01)[0]:
             for kind in ("short", "lasting"):
@@ -66,8 +72,8 @@ def drive(host: str, port: int) -> dict[str, object]:
                 except OSError as error:
                     failures.append(f"{kind} after {time.monotonic() - began:.1f} s: {error}")
                     if kind == "lasting":
-                        return {"done": done, "failures": failures}
-    return {"done": done, "failures": failures}
+                        return result()
+    return result()
 
 
 if __name__ == "__main__":
