@@ -43,6 +43,7 @@ SEARCH_DEPTH = 3  # <root>/<lab>/<node>/<schema hash>
 MAP_TYPES = {
     1: "hash",
     2: "array",
+    5: "percpu_hash",
     6: "percpu_array",
     9: "lru_hash",
     11: "lpm_trie",

@@ -109,6 +109,8 @@ def open_authority(store: Store, organization: str) -> Authority:
 
 
 def _material(entries: Mapping[str, bytes]) -> Material:
+    if KEY not in entries and CERTIFICATE not in entries:
+        raise NoAuthority(f"there is no CA: neither {CERTIFICATE} nor {KEY} is there")
     for name in (CERTIFICATE, KEY):
         if name not in entries:
             raise NoAuthority(f"{name} is missing, though the other half of the CA is there")
@@ -140,6 +142,7 @@ def rotate_root(
     """Take one stage of the rotation; `patience` is the longest life of a certificate in use.
 
     Raises:
+        NoAuthority: the store holds no CA, or half of one.
         RotationRefused: it is not the next stage, or it is too early.
     """
     entries = store.read()

@@ -67,12 +67,15 @@ def no_compile(staging: Path, directory: Path) -> None:
     raise AssertionError(f"{directory} was compiled again")
 
 
-def test_compile_and_load_is_fast_and_its_child_is_gone(root: Path) -> None:
+def test_compile_and_load_is_fast_and_its_child_is_gone(
+    root: Path, measured: Callable[[str], None]
+) -> None:
     before = children()
     begin = time.monotonic()
     opened = pins.load(root)
     seconds = time.monotonic() - begin
     opened.close()
+    measured(f"compile and load: {seconds:.2f} s")
     assert children() == before
     assert sorted(path.name for path in root.iterdir()) == [opened.directory.name]
     assert seconds < COMPILE_SECONDS

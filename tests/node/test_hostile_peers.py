@@ -18,7 +18,7 @@ from agent.tunnel.connection import Connection, Role
 from agent.tunnel.events import ConnectionTerminated, Event, ResponseReceived, StreamReset
 from agent.tunnel.frames import ErrorCode, FrameType
 from tests.node.conftest import TRUST_DOMAIN, MeshPair, RunningWorker, certificate_for
-from tests.support.namespaces import PEER4, POD4
+from tests.support.namespaces import PEER4, PEER6, POD4, POD6
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +103,7 @@ def test_peer_without_a_certificate_is_dropped(mesh: MeshPair) -> None:
     with pytest.raises((ssl.SSLError, ConnectionResetError)):
         peer.tls.recv(1)
     (line,) = entries(mesh.server.worker, "tunnel closed")
-    assert "certificate" in line["reason"].lower()
+    assert line["code"] == "peer_certificate_missing"
     assert works(mesh)
 
 
@@ -115,6 +115,8 @@ def test_peer_of_another_authority_is_dropped(mesh: MeshPair, tmp_path: Path) ->
     peer = HandMadePeer(mesh, context)
     with pytest.raises((ssl.SSLError, ConnectionResetError)):
         peer.tls.recv(1)
+    (line,) = entries(mesh.server.worker, "tunnel closed")
+    assert line["code"] == "peer_authority_unknown"
     assert works(mesh)
 
 
@@ -122,6 +124,7 @@ def test_peer_of_another_trust_domain_is_dropped(mesh: MeshPair) -> None:
     peer = HandMadePeer(mesh, good_context(mesh, "example.org"))
     assert not any(isinstance(e, ResponseReceived) for e in peer.request(f"{PEER4}:9"))
     (line,) = entries(mesh.server.worker, "tunnel closed")
+    assert line["code"] == "peer_trust_domain"
     assert "example.org" in line["reason"]
 
 
@@ -170,6 +173,8 @@ def test_oversized_headers_end_the_tunnel(mesh: MeshPair) -> None:
     peer = HandMadePeer(mesh, good_context(mesh))
     peer.connection.open_stream(f"{PEER4}:9", {"x": "y" * 40_000})
     assert not any(isinstance(e, ResponseReceived) for e in peer.exchange(ResponseReceived))
+    (line,) = entries(mesh.server.worker, "tunnel closed")
+    assert "broke HTTP/2" in line["reason"]
     assert works(mesh)
 
 
@@ -185,17 +190,21 @@ def test_streams_beyond_the_limit_are_refused(mesh: MeshPair) -> None:
     assert works(mesh)
 
 
-def test_plaintext_that_is_captured_reaches_the_application(mesh: MeshPair) -> None:
+@pytest.mark.parametrize(("server", "client"), [(PEER4, POD4), (PEER6, POD6)], ids=["v4", "v6"])
+def test_plaintext_that_is_captured_reaches_the_application(
+    mesh: MeshPair, server: str, client: str
+) -> None:
     """From outside the mesh, with the client's own address at the application."""
     from agent.datapath.exemption import exempt
 
-    listener = mesh.server.namespace.listen(PEER4, 8080)
-    raw = mesh.client.namespace.open_socket()
+    listener = mesh.server.namespace.listen(server, 8080)
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    raw = mesh.client.namespace.open_socket(family)
     exempt(mesh.exempt_map, raw)
-    raw.connect((PEER4, 8080))
+    raw.connect((server, 8080))
     accepted, address = listener.accept()
     with accepted:
-        assert address[0] == POD4
+        assert address[0] == client
         raw.sendall(b"plain")
         assert accepted.recv(5) == b"plain"
         raw.shutdown(socket.SHUT_WR)

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from agent.commands.agent import default_workers
+from agent.datapath.source import MAPS
 from agent.identity import keys
 from agent.lab import machine
 from agent.lab.lab import Lab
@@ -329,7 +330,12 @@ def test_no_key_is_in_anything_that_is_printed_or_written(tmp_path: Path) -> Non
             ["certs", "-o", "yaml", "--run-dir", str(lab.run.parent.parent)],
             ["lab", "status", "--name", lab.name, "-o", "json"],
             ["maps", "list", "-o", "json"],
+            *(["maps", "dump", name, "-o", "json"] for name in MAPS),
+            ["programs", "-o", "json"],
+            ["pods", "-o", "json"],
+            ["policies", "--lab", lab.name, "-o", "json"],
             ["check"],
+            ["ca", "rotate-root", "--stage", "trust", "--directory", str(lab.authority)],
         ):
             done = subprocess.run(
                 [*SIDESTEP, *command], capture_output=True, text=True, check=False

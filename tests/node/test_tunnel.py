@@ -225,7 +225,9 @@ def test_stalled_reader_does_not_stall_another_stream(mesh: MeshPair, serve: Ser
     stalled.close()
 
 
-def test_bulk_both_ways_at_once_is_intact(mesh: MeshPair, serve: Serve) -> None:
+def test_bulk_both_ways_at_once_is_intact(
+    mesh: MeshPair, serve: Serve, measured: Callable[[str], None]
+) -> None:
     size, chunk = 1 << 30, 1 << 20
     block = hashlib.sha256(b"block").digest() * (chunk // 32)
     expected = hashlib.sha256()
@@ -254,7 +256,7 @@ def test_bulk_both_ways_at_once_is_intact(mesh: MeshPair, serve: Serve) -> None:
     pump(connection)
     thread.join()
     took = time.monotonic() - began
-    print(f"1 GiB each way at once: {took:.1f} s, {2 * 8.6 / took:.2f} Gbit/s")  # noqa: T201
+    measured(f"1 GiB each way at once: {took:.1f} s, {2 * 8.6 / took:.2f} Gbit/s")
     deadline = time.monotonic() + 10
     while len(digests) < 2 and time.monotonic() < deadline:
         thread.join(0.01)
@@ -323,9 +325,9 @@ def test_five_hundred_connections_at_once(mesh: MeshPair) -> None:
     assert answers == [b"all"] * 500
 
 
-def test_idle_worker_is_small(mesh: MeshPair) -> None:
+def test_idle_worker_is_small(mesh: MeshPair, measured: Callable[[str], None]) -> None:
     size = resident_bytes(mesh.client.worker.process.pid)
-    print(f"worker at idle: {size / 1048576:.1f} MiB")  # noqa: T201
+    measured(f"worker at idle: resident {size / 1048576:.1f} MiB")
     assert size < 60 << 20
     maps = Path(f"/proc/{mesh.client.worker.process.pid}/maps").read_text()
     assert "libbcc" not in maps

@@ -101,6 +101,13 @@ def test_half_of_a_ca_is_not_replaced_by_a_new_one(tmp_path: Path, missing: str)
         open_authority(store, "cluster.local")
 
 
+def test_root_of_no_ca_cannot_be_rotated_and_none_is_made(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "wrong")
+    with pytest.raises(NoAuthority, match=r"there is no CA: neither ca-cert\.pem nor ca-key\.pem"):
+        rotate_root(store, "trust", "cluster.local", DAY, NOW)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_leaf_that_is_plugged_in_as_ca_is_refused(tmp_path: Path) -> None:
     maker = Maker()
     leaf = maker.leaf()

@@ -1,0 +1,138 @@
+"""`sidestep maps`, `programs` and `check`, for a user whose agents are alive or dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS
+from agent.lab import machine
+from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from tests.support.labs import PodEnd, is_alive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    built = Lab(f"o{os.getpid()}")
+    try:
+        built.up(DEFAULT_CLUSTER, print)
+        built.label_namespace("shop", "ambient")
+        yield built
+    finally:
+        built.down()
+
+
+@pytest.fixture(scope="module")
+def dead(lab: Lab) -> Lab:
+    """The same lab, whose agents have been killed: the pins are all that is left."""
+    for node in lab.cluster().nodes:
+        for pid in machine.processes_of(lab.cgroup / node.name / "agent"):
+            os.kill(pid, signal.SIGKILL)
+            machine.wait_for_exit(pid, 5)
+    return lab
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "agent.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+
+def rows(lab: Lab, *words: str) -> list[dict[str, Any]]:
+    """Return what a command prints as JSON, having seen that YAML and the table say the same."""
+    words = (*words, "--pins", str(lab.pins))
+    as_json, as_yaml, table = (run(*words, "-o", kind) for kind in ("json", "yaml", "table"))
+    for done in (as_json, as_yaml, table):
+        assert (done.returncode, done.stderr) == (0, "")
+    found: list[dict[str, Any]] = json.loads(as_json.stdout)
+    assert yaml.safe_load(as_yaml.stdout) == found
+    assert len(table.stdout.splitlines()) == 1 + len(found)  # the heading
+    return found
+
+
+def test_flow_of_an_open_connection_is_told_with_its_pod(lab: Lab) -> None:
+    with ExitStack() as stack:
+        PodEnd(lab, "server", stack).echo(9000)
+        assert is_alive(PodEnd(lab, "client", stack).connect("10.244.2.3", 9000))
+        found = rows(lab, "maps", "dump", "ss_origin_flow")
+    (flow,) = [row for row in found if row["destination_port"] == 9000]
+    assert (flow["pod"], flow["destination"]) == ("shop/client", "10.244.2.3")
+
+
+def test_every_map_is_listed(dead: Lab) -> None:
+    found = rows(dead, "maps", "list")
+    nodes = len(dead.cluster().nodes)
+    assert sorted(row["name"] for row in found) == sorted((*MAPS, *RING_BUFFERS) * nodes)
+    assert [row for row in found if row["type"].isdecimal()] == []  # types without a name
+
+
+def test_pods_have_their_names_and_addresses(dead: Lab) -> None:
+    found = rows(dead, "maps", "dump", "ss_pods")
+    assert {(row["pod"], row["address4"], row["address6"]) for row in found} == {
+        (f"{pod.namespace}/{pod.name}", str(pod.address4), str(pod.address6))
+        for pod in dead.cluster().pods
+    }
+
+
+def test_programs_tell_where_they_are_attached(dead: Lab) -> None:
+    found = rows(dead, "programs")
+    assert {row["name"] for row in found} >= set(PROGRAMS)
+    (connect, *_more) = [row for row in found if row["name"] == "ss_connect4"]
+    assert "cgroup" in connect["attached"]
+    lookups = [row["attached"] or "" for row in found if row["type"] == "sk_lookup"]
+    for pod in dead.cluster().pods:
+        assert any(f"pod {pod.namespace}/{pod.name}" in place for place in lookups), lookups
+
+
+def test_every_map_can_be_dumped_or_says_why_not(dead: Lab) -> None:
+    for name in MAPS:
+        done = run("maps", "dump", name, "-o", "json", "--pins", str(dead.pins))
+        if done.returncode == 0:
+            json.loads(done.stdout)
+        else:
+            assert done.returncode == 1
+            (line,) = done.stderr.splitlines()
+            assert line.startswith("error: ")
+            assert name in line
+
+
+def test_unknown_map_is_an_error_that_names_those_there_are() -> None:
+    done = run("maps", "dump", "pods")
+    assert done.returncode == 2
+    assert "there is no map 'pods'" in done.stderr
+    assert "ss_pods" in done.stderr
+
+
+def test_check_finds_all_that_is_required_here() -> None:
+    done = run("check", "-o", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert {row["ok"] for row in found if row["required"]} == {True}
+    assert {"root", "bpffs"} <= {row["check"] for row in found}
+
+
+def test_check_without_root_says_so_in_one_sentence() -> None:
+    # The interpreter may be where only root can read, so the right goes when all is imported.
+    code = (
+        "import os; from agent.cli import main; import agent.commands.check;"
+        " os.seteuid(65534); main(prog_name='sidestep')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", "-o", "json"],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: this machine cannot run Sidestep: root")
