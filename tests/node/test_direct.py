@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from agent import netns
 from agent.demo.evidence import AccessLog
 from agent.lab.lab import Lab
+from tests.support.labs import scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,25 +109,6 @@ def test_direct_connections_survive_the_agent_and_are_logged_by_the_next(lab: La
     assert json.loads(json.dumps(entry))["result"] == "ok"
 
 
-def scrape(lab: Lab) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Return the agent's metrics, asked for on the node's own loopback."""
-    (node,) = lab.cluster().nodes
-    fd = netns.open_netns(lab.node_netns(node))
-    try:
-        connection = netns.run_in(fd, lambda: socket.create_connection(("127.0.0.1", 15020)))
-    finally:
-        os.close(fd)
-    with connection:
-        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        with connection.makefile("rb") as answer:
-            text = answer.read().partition(b"\r\n\r\n")[2].decode()
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
 def test_connections_of_both_paths_are_counted(lab: Lab) -> None:
     entries = visit(lab, "server")
     wanted = {
@@ -138,7 +117,7 @@ def test_connections_of_both_paths_are_counted(lab: Lab) -> None:
     }
     deadline = time.monotonic() + 5
     while True:  # workers tell once a second
-        found = scrape(lab)
+        found = scrape(lab, *lab.cluster().nodes)
         counted = {
             (name, path, outcome): found.get(
                 (

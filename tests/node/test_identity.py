@@ -27,6 +27,7 @@ from agent.identity import keys
 from agent.lab import machine
 from agent.lab.lab import Lab
 from tests.support.certificates import PEM
+from tests.support.labs import scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -257,10 +258,21 @@ def test_revoked_certificate_closes_what_it_carries_and_opens_nothing(tmp_path: 
         codes = [entry["code"] for entry in entries(lab, "west", "tunnel closed")]
         assert codes
         assert set(codes) == {"peer_revoked"}
+        wait_for_refused(lab, "west", "peer_revoked")
         (lab.authority / "revoked.pem").unlink()
         wait_revoked(lab, 0)
         with connect(lab) as connection:
             assert echoes(connection)
+
+
+def wait_for_refused(lab: Lab, node: str, reason: str) -> None:
+    """Wait until the metrics of a node's agent tell of a peer that was refused for a reason."""
+    (found,) = [known for known in lab.cluster().nodes if known.name == node]
+    labels = frozenset({("direction", "inbound"), ("reason", reason)})
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not scrape(lab, found).get(("sidestep_peers_refused_total", labels)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)  # workers tell once a second
 
 
 def wait_revoked(lab: Lab, count: int) -> None:
@@ -349,18 +361,18 @@ def test_no_key_is_in_anything_that_is_printed_or_written(tmp_path: Path) -> Non
         for text in printed:
             assert "PRIVATE KEY" not in text
             assert body not in text
-        secret = [
-            path
+        secret = {
+            path.name
             for path in lab.run.rglob("*")
             if path.is_file() and "PRIVATE KEY" in path.read_text()
-        ]
-        assert secret == [lab.authority / "ca-key.pem"]
+        }
+        assert secret == {"ca-key.pem", "next-key.pem"}  # both the CA's
         modes = {
             path.relative_to(lab.run).as_posix(): path.stat().st_mode & 0o777
             for path in lab.run.rglob("*")
-            if path.name in {"ca-key.pem", "tokens", "token", "agent.sock"}
+            if path.name in secret | {"tokens", "token", "agent.sock"}
         }
-        assert len(modes) == 6
+        assert len(modes) == 7
         assert set(modes.values()) == {0o600}
         nodes = lab.cluster().nodes
         pids = [*lab.ca_pids(), *(pid for node in nodes for pid in lab.agent_processes(node))]

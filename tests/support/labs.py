@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import watchfiles
+from prometheus_client.parser import text_string_to_metric_families
 
 from agent import netns
 
@@ -45,6 +46,24 @@ def wait_for_entry(
         if time.monotonic() > deadline:
             break
     raise AssertionError(f"the agent of {node.name} logs no such {message!r}")
+
+
+def scrape(lab: Lab, node: LabNode) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return the metrics of a node's agent by name and labels, asked for on its own loopback."""
+    fd = netns.open_netns(lab.node_netns(node))
+    try:
+        connection = netns.run_in(fd, lambda: socket.create_connection(("127.0.0.1", 15020)))
+    finally:
+        os.close(fd)
+    with connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            text = answer.read().partition(b"\r\n\r\n")[2].decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 class PodEnd:
