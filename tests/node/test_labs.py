@@ -240,12 +240,28 @@ def annotated_cluster(tmp_path: Path, annotations: dict[str, dict[str, str]]) ->
     return path
 
 
-def test_annotations_exclude_ports_of_both_directions(stack: ExitStack, tmp_path: Path) -> None:
-    annotations = {
-        "client": {EXCLUDE_OUTBOUND_PORTS: "9001,9002"},
-        "server": {EXCLUDE_INBOUND_PORTS: "9002"},
-    }
-    lab = bring_up_mesh(stack, "", annotated_cluster(tmp_path, annotations))
+EXCLUDED_BY_ANNOTATION = {
+    "client": {EXCLUDE_OUTBOUND_PORTS: "9001,9002"},
+    "server": {EXCLUDE_INBOUND_PORTS: "9002"},
+}
+EXCLUDED_BY_SETTING = (
+    "--exclude-outbound-port", "9001", "--exclude-outbound-port", "9002",
+    "--exclude-inbound-port", "9002",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("annotations", "options"),
+    [(EXCLUDED_BY_ANNOTATION, ()), ({}, EXCLUDED_BY_SETTING)],
+    ids=["annotation", "setting"],
+)
+def test_ports_are_excluded_in_both_directions(
+    stack: ExitStack,
+    tmp_path: Path,
+    annotations: dict[str, dict[str, str]],
+    options: tuple[str, ...],
+) -> None:
+    lab = bring_up_mesh(stack, "", annotated_cluster(tmp_path, annotations), *options)
     _east, west = nodes(lab)
     client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
     heard = {port: server.echo(port) for port in (9000, 9001, 9002)}
@@ -275,12 +291,14 @@ def test_annotations_exclude_ports_of_both_directions(stack: ExitStack, tmp_path
     assert f"{server.address}:9002" not in inbound
 
 
-def test_annotation_excludes_networks(stack: ExitStack, tmp_path: Path) -> None:
-    annotations = {
-        "client": {EXCLUDE_OUTBOUND_NETWORKS: "10.244.2.0/24"},
-        "server": {EXCLUDE_INBOUND_PORTS: "9002"},
-    }
-    lab = bring_up(stack, "", annotated_cluster(tmp_path, annotations))
+@pytest.mark.parametrize("by", ["annotation", "setting"])
+def test_networks_are_excluded(stack: ExitStack, tmp_path: Path, by: str) -> None:
+    network = "10.244.2.0/24"
+    annotations = {"server": {EXCLUDE_INBOUND_PORTS: "9002"}}
+    if by == "annotation":
+        annotations["client"] = {EXCLUDE_OUTBOUND_NETWORKS: network}
+    options = ("--exclude-outbound-network", network) if by == "setting" else ()
+    lab = bring_up(stack, "", annotated_cluster(tmp_path, annotations), *options)
     client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
     heard = server.echo(9002)
     with client.connect(server.address, 9002) as connection:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import select
 import socket
 import threading
 import time
@@ -14,12 +16,13 @@ import pytest
 
 from agent import netns
 from agent.tunnel.connection import Limits
-from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network
+from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Namespace, Network
 from tests.node.conftest import MeshPair, resident_bytes
 
 pytestmark = pytest.mark.root
 
 Serve = Callable[..., threading.Thread]
+IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT = 262, 30  # linux/in.h, linux/tcp.h
 LINGER_RESET = b"\1\0\0\0\0\0\0\0"
 
 
@@ -55,6 +58,63 @@ def test_pod_to_pod_goes_through_the_tunnel(
     connection.shutdown(socket.SHUT_WR)
     assert read_all(connection) == b""
     assert seen == [client]
+
+
+def open_mptcp(namespace: Namespace) -> socket.socket:
+    client = namespace.open_socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP)
+    client.connect((PEER4, 8080))
+    client.sendall(b"hello")
+    return client
+
+
+def open_with_data(namespace: Namespace) -> socket.socket:
+    client = namespace.open_socket()
+    client.settimeout(None)
+    client.sendto(b"hello", socket.MSG_FASTOPEN, (PEER4, 8080))
+    return client
+
+
+def open_deferred(namespace: Namespace) -> socket.socket:
+    client = namespace.open_socket()
+    client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+    client.connect((PEER4, 8080))
+    client.sendall(b"hello")
+    return client
+
+
+def open_without_blocking(namespace: Namespace) -> socket.socket:
+    client = namespace.open_socket()
+    client.setblocking(False)
+    assert client.connect_ex((PEER4, 8080)) == errno.EINPROGRESS
+    assert select.select([], [client], [], 5)[1]
+    assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    client.setblocking(True)
+    client.sendall(b"hello")
+    return client
+
+
+@pytest.mark.parametrize(
+    "connect", [open_mptcp, open_with_data, open_deferred, open_without_blocking]
+)
+def test_client_of_any_kind_reaches_the_application(
+    mesh: MeshPair, serve: Serve, connect: Callable[[Namespace], socket.socket]
+) -> None:
+    seen: list[str] = []
+
+    def handle(accepted: socket.socket) -> None:
+        seen.append(accepted.getpeername()[0])
+        echo(accepted)
+
+    serve(mesh.server.namespace.listen(PEER4, 8080), handle)
+    client = connect(mesh.client.namespace)
+    client.settimeout(5)
+    assert client.recv(5) == b"hello"
+    assert client.getpeername() == (PEER4, 8080)
+    client.shutdown(socket.SHUT_WR)
+    assert read_all(client) == b""
+    assert seen == [POD4]
+    mesh.client.worker.settle()
+    assert '"path": "hbone"' in mesh.client.worker.log.read_text()
 
 
 def test_peer_identities_are_in_the_access_log(mesh: MeshPair, serve: Serve) -> None:
