@@ -1,7 +1,4 @@
-"""What workers are told of the mesh: who is where, which services there are.
-
-Pure: states go in, messages come out.
-"""
+"""What workers are told of the mesh: who is where, which services there are."""
 
 from __future__ import annotations
 
