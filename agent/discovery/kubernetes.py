@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 
 ORIGIN = "cluster"
 SECURITY = ("security.istio.io/v1", "security.istio.io/v1beta1")
+NETWORKING = tuple(f"networking.istio.io/{each}" for each in ("v1", "v1beta1", "v1alpha3"))
 PODS = Resource("Pod", "pods", ("v1",))
 RESOURCES = (
     PODS,
     Resource("Namespace", "namespaces", ("v1",)),
     Resource("Service", "services", ("v1",)),
     Resource("EndpointSlice", "endpointslices", ("discovery.k8s.io/v1",)),
+    Resource("ServiceEntry", "serviceentries", NETWORKING, may_be_absent=True),
+    Resource("WorkloadEntry", "workloadentries", NETWORKING, may_be_absent=True),
     Resource("AuthorizationPolicy", "authorizationpolicies", SECURITY, may_be_absent=True),
     Resource("PeerAuthentication", "peerauthentications", SECURITY, may_be_absent=True),
 )
