@@ -151,6 +151,9 @@ class DirectorySource:
         draft.write_text(f"redirection: {redirection}\n")
         draft.replace(path)
 
+    def report(self, pod: LocalPod, reason: str, note: str) -> None:
+        """Do nothing: a directory has no Events, and the log and `sidestep pods` say it."""
+
     async def close(self) -> None:
         """Do nothing: what was published is written."""
 
