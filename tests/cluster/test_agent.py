@@ -17,7 +17,7 @@ import pytest
 from agent.datapath import links, pins
 from agent.lab.machine import kill_cgroup
 from tests.cluster.test_rights import AUDIENCE, annotation, installed, token_of
-from tests.support.api_server import wait_until
+from tests.support.api_server import path_of, wait_until
 from tests.support.cluster_objects import Body, namespace, pod
 from tests.support.namespaces import POD4
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.api_server import ApiServer
-    from tests.support.namespaces import Network
+    from tests.support.namespaces import Namespace, Network
 
 __all__ = ["installed"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
@@ -45,12 +45,16 @@ class Processes:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.pins = pins.DEFAULT_ROOT.parent / f"sidestep-test-{os.getpid()}"
         self.cgroups = links.cgroup_root() / f"sidestep-test-{os.getpid()}"
-        uid = server.must("GET", f"/api/v1/namespaces/{SPACE}/pods/{body['metadata']['name']}")
-        cgroup = self.cgroups / f"pod{uid['metadata']['uid']}"
+        self.start_pod(network.pod, body)
+
+    def start_pod(self, space: Namespace, body: Body) -> None:
+        """Start a process in a namespace, which stands for a pod's."""
+        cgroup = self.cgroups / f"pod{self.server.must('GET', path_of(body))['metadata']['uid']}"
         cgroup.mkdir(parents=True)
-        place = f"/proc/{os.getpid()}/fd/{network.pod.fd}"
+        place = f"/proc/{os.getpid()}/fd/{space.fd}"
         launcher = [sys.executable, "-m", "agent.lab.launch", place, str(cgroup)]
-        self.running["pod"] = subprocess.Popen([*launcher, "sleep", "infinity"])
+        name = f"pod {body['metadata']['name']}"
+        self.running[name] = subprocess.Popen([*launcher, "sleep", "infinity"])
 
     def start(self, name: str, account: str, *options: str) -> None:
         config = self.directory / f"{name}.json"
@@ -115,6 +119,15 @@ class Processes:
             print(f"--- {log.name}\n{log.read_text()[-6000:]}")  # noqa: T201  # shown on failure
 
 
+def agent_token(server: ApiServer, stack: ExitStack) -> str:
+    """Return a token of an agent's pod on node-1; the pod goes with `stack`."""
+    own = pod("sidestep-system/agent-node-1", "10.8.0.1", serviceAccountName="sidestep-agent")
+    reference = {"apiVersion": "v1", "kind": "Pod", "name": "agent-node-1"}
+    reference["uid"] = server.apply(own)["metadata"]["uid"]
+    stack.callback(server.delete, own)
+    return token_of(server, "sidestep-agent", audiences=[AUDIENCE], boundObjectRef=reference)
+
+
 @pytest.fixture
 def pod_body(installed: ApiServer) -> Iterator[Body]:
     """Return the pod of `network` as the API server knows it; its namespace has no label yet."""
@@ -132,11 +145,7 @@ def test_agent_and_ca_live_on_the_api_server_alone(
     tmp_path: Path,
     measured: Callable[[str], None],
 ) -> None:
-    own = pod("sidestep-system/agent-node-1", "10.8.0.1", serviceAccountName="sidestep-agent")
     unstarted = pod(f"{SPACE}/unstarted", "10.8.0.2")
-    reference = {"apiVersion": "v1", "kind": "Pod", "name": "agent-node-1"}
-    reference["uid"] = installed.apply(own)["metadata"]["uid"]
-    token = token_of(installed, "sidestep-agent", audiences=[AUDIENCE], boundObjectRef=reference)
 
     def says(word: str | None, body: Body = pod_body) -> float:
         began = time.monotonic()
@@ -148,7 +157,7 @@ def test_agent_and_ca_live_on_the_api_server_alone(
         return found
 
     with ExitStack() as stack:
-        stack.callback(installed.delete, own)
+        token = agent_token(installed, stack)
         processes = Processes(tmp_path, installed, network, pod_body)
         stack.callback(processes.end)
         processes.start_ca()
