@@ -68,26 +68,34 @@ class Traffic:
         return made
 
     def _run(self) -> None:
+        step = ""
         try:
             with self._open() as lasting:
                 while not self._is_over.wait(0.005):
+                    step = "a new connection"
                     with self._open() as fresh:
-                        for each in (fresh, lasting):
-                            each.sendall(b"ping")
-                            assert each.recv(16) == b"ping"
+                        _exchange(fresh)
+                    step = "the lasting connection"
+                    _exchange(lasting)
                     self.rounds += 1
         except (OSError, AssertionError) as error:
-            self.errors.append(f"after {self.rounds} rounds: {error!r}")
+            self.errors.append(f"after {self.rounds} rounds: {step}: {error!r}")
 
     def wait_rounds(self, count: int) -> None:
         goal = self.rounds + count
         wait_until(lambda: self.rounds >= goal or self.errors)
+        assert self.errors == []
 
     def end(self) -> None:
         self._is_over.set()
         self._threads[1].join(10)
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join(10)
+
+
+def _exchange(connection: socket.socket) -> None:
+    connection.sendall(b"ping")
+    assert connection.recv(16) == b"ping"
 
 
 @pytest.fixture
