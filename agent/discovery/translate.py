@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from agent.model.pod import Address
     from agent.model.policy import AnyPolicy, Labels
 
-    ServiceKey = tuple[str, str]
-
 SERVICE_LABEL = "kubernetes.io/service-name"
 SIDECAR_STATUS = "sidecar.istio.io/status"
 BYPASS_INBOUND = "ambient.istio.io/bypass-inbound-capture"

@@ -37,33 +37,36 @@ SPACE = "meshed"
 
 
 class Processes:
-    """The CA and one agent, on this machine, for the pod of `network`."""
+    """The CA and one agent, on this machine, and the processes that stand for pods."""
 
-    def __init__(self, directory: Path, server: ApiServer, network: Network, body: Body) -> None:
+    def __init__(self, directory: Path, server: ApiServer) -> None:
         self.directory = directory
         self.server = server
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.pins = pins.DEFAULT_ROOT.parent / f"sidestep-test-{os.getpid()}"
         self.cgroups = links.cgroup_root() / f"sidestep-test-{os.getpid()}"
-        self.start_pod(network.pod, body)
+        self.cgroups.mkdir()
 
     def start_pod(self, space: Namespace, body: Body) -> None:
         """Start a process in a namespace, which stands for a pod's."""
         cgroup = self.cgroups / f"pod{self.server.must('GET', path_of(body))['metadata']['uid']}"
-        cgroup.mkdir(parents=True)
+        cgroup.mkdir()
         place = f"/proc/{os.getpid()}/fd/{space.fd}"
         launcher = [sys.executable, "-m", "agent.lab.launch", place, str(cgroup)]
         name = f"pod {body['metadata']['name']}"
         self.running[name] = subprocess.Popen([*launcher, "sleep", "infinity"])
 
-    def start(self, name: str, account: str, *options: str) -> None:
+    def start(self, name: str, account: str | None, *options: str) -> subprocess.Popen[bytes]:
+        """Start a command as an account of ours, or as the administrator."""
         config = self.directory / f"{name}.json"
-        config.write_text(json.dumps(self.server.kubeconfig(token_of(self.server, account))))
+        token = "admin" if account is None else token_of(self.server, account)
+        config.write_text(json.dumps(self.server.kubeconfig(token)))
         with (self.directory / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [*SIDESTEP, name, "--source", "kubernetes", *options],
                 stderr=log, env=os.environ | {"KUBECONFIG": str(config)},
             )  # fmt: skip
+        return self.running[name]
 
     def start_ca(self) -> None:
         keep = self.directory / "ca"
@@ -73,12 +76,14 @@ class Processes:
         )  # fmt: skip
         wait_until((self.directory / "ca.sock").exists)
 
-    def start_agent(self, token: str) -> None:
+    def start_agent(
+        self, token: str, account: str | None = "sidestep-agent"
+    ) -> subprocess.Popen[bytes]:
         path = self.directory / "token"
         path.touch(0o600)
         path.write_text(token)
-        self.start(
-            "agent", "sidestep-agent", "--node", "node-1", "--run-dir", str(self.directory / "run"),
+        return self.start(
+            "agent", account, "--node", "node-1", "--run-dir", str(self.directory / "run"),
             "--metrics-port", "0", "--pins", str(self.pins), "--pod-cgroups", str(self.cgroups),
             "--ca", f"unix:{self.directory}/ca.sock", "--ca-name", CA_HOST,
             "--ca-token", str(path), "--ca-root", str(self.directory / "ca/root-cert.pem"),
@@ -158,8 +163,9 @@ def test_agent_and_ca_live_on_the_api_server_alone(
 
     with ExitStack() as stack:
         token = agent_token(installed, stack)
-        processes = Processes(tmp_path, installed, network, pod_body)
+        processes = Processes(tmp_path, installed)
         stack.callback(processes.end)
+        processes.start_pod(network.pod, pod_body)
         processes.start_ca()
         processes.start_agent(token)
         wait_until(lambda: processes.state()["ready"])
