@@ -197,9 +197,11 @@ def test_whole_agent_in_a_large_cluster(
         share = (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - at)
         measured(
             f"{STEPS[-1]} pods, a whole agent: ready {took:.2f} s after its start, "
+            f"{before:.2f} s of CPU, "
             f"{sizes[agent.pid]:.0f} MB resident and "
             f"{', '.join(f'{sizes[pid]:.0f}' for pid in pids[1:])} MB in its workers; "
             f"{CHANGES_EACH_SECOND} changes a second: {share:.0%} of a core in all"
         )
-    assert took < READY_SECONDS
-    assert sizes[agent.pid] < MOST_MEGABYTES
+    # The server's own work is as large and shares the cores with us, so not the time on the clock.
+    assert before < READY_SECONDS
+    assert sum(sizes.values()) < MOST_MEGABYTES
