@@ -134,7 +134,7 @@ def test_broken_pod_and_absent_server_disturb_no_connection(
         processes.start_pod(broken, broken_body)
         processes.start_ca()
         processes.start_agent(token)
-        wait_until(lambda: processes.state()["ready"])
+        wait_until(lambda: processes.state()["ready"], 60.0)  # the machine may be busy
 
         def states() -> dict[str, str]:
             return {row["name"]: row["state"] for row in processes.state()["pods"]}
