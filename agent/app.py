@@ -297,7 +297,7 @@ class Agent:
         requests = {"issued": counters.issued, **counters.failed}
         states = Counter(status.state for status in self._roster.statuses.values())
         pods = listing.list_pods(self._pins.directory)
-        return families(keeper.expiries(), requests, states, pods)
+        return families(keeper.expiries(), requests, states, self._roster.failures, pods)
 
     def _shut_down(self) -> None:
         self._stop.set()

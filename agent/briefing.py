@@ -25,8 +25,8 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[messages.ToWorker]:
     for uid, workload in wanted.items():
         if workloads.get(uid) != workload:
             yield messages.PutWorkload(workload)
-    services = {(service.namespace, service.name): service for service in before.services}
-    wanted_services = {(service.namespace, service.name): service for service in after.services}
+    services = {service.key: service for service in before.services}
+    wanted_services = {service.key: service for service in after.services}
     for key in services.keys() - wanted_services.keys():
         yield messages.RemoveService(*key)
     for key, service in wanted_services.items():

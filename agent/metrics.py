@@ -116,6 +116,7 @@ def families(
     certificates: Iterable[Mapping[str, float | str | None]],
     requests: Mapping[str, int],
     pod_states: Mapping[str, int],
+    enroll_failures: Mapping[str, int],
     pods: Iterable[Mapping[str, object]],
 ) -> Iterator[Metric]:
     """Yield the families that are read: certificates, pods, and what the guard counted.
@@ -124,6 +125,7 @@ def families(
         certificates: `identity` and `expires`, seconds since the epoch or None.
         requests: how many requests for certificates ended, by outcome.
         pod_states: how many pods are in each state of enrollment.
+        enroll_failures: how many tries to enroll a pod failed, by reason.
         pods: rows of `agent.datapath.listing.list_pods`.
     """
     expiry = GaugeMetricFamily(
@@ -145,6 +147,13 @@ def families(
     )
     for state, count in pod_states.items():
         states.add_metric([state], count)
+    failures = CounterMetricFamily(
+        "sidestep_enroll_failures",
+        "Tries to enroll a pod that failed; each pod is tried again.",
+        labels=["reason"],
+    )
+    for reason, count in enroll_failures.items():
+        failures.add_metric([reason], count)
     packets = CounterMetricFamily(
         "sidestep_pod_packets", "Packets that passed a pod's link.", labels=["pod", "direction"]
     )
@@ -161,7 +170,7 @@ def families(
             octets.add_metric([name, direction], _number(pod[f"{direction}_bytes"]))
         for reason in ("plaintext", "spoofed", "fragment"):
             dropped.add_metric([name, reason], _number(pod[f"dropped_{reason}"]))
-    yield from (expiry, asked, states, packets, octets, dropped)
+    yield from (expiry, asked, states, failures, packets, octets, dropped)
 
 
 def _number(value: object) -> int:

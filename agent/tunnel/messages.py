@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy, PolicyKey
-    from agent.model.service import Service
+    from agent.model.service import Service, ServiceKind
     from agent.model.workload import Workload
     from agent.tunnel.counts import Counted
 
@@ -122,6 +122,7 @@ class RemoveService:
 
     namespace: str
     name: str
+    kind: ServiceKind = "Service"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,13 @@ def read() -> Iterable[Metric]:
         {"identity": "spiffe://td/ns/a/sa/b", "expires": 1700000000.0},
         {"identity": "spiffe://td/ns/a/sa/c", "expires": None},
     ]
-    return families(certificates, {"issued": 3, "authority_unreachable": 1}, {"enrolled": 2}, [POD])
+    return families(
+        certificates,
+        {"issued": 3, "authority_unreachable": 1},
+        {"enrolled": 2},
+        {"enroll_failed": 4},
+        [POD],
+    )
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -62,6 +68,7 @@ def test_what_is_read_is_there() -> None:
     assert value(expiry, identity="spiffe://td/ns/a/sa/c") == 0
     assert value("certificate_requests_total", outcome="authority_unreachable") == 1
     assert value("pods", state="enrolled") == 2
+    assert value("enroll_failures_total", reason="enroll_failed") == 4
     assert value("pod_bytes_total", pod="shop/cart-0", direction="inbound") == 1
     assert value("pod_dropped_packets_total", pod="shop/cart-0", reason="spoofed") == 2
 
