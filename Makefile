@@ -1,15 +1,19 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench check format test test-unit test-root test-cluster coverage-each clean
+.PHONY: help setup shim demo bench check format test test-unit test-root test-cluster coverage-each clean
 
 BIN := .venv/bin
-C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c)
+C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c cni/*.c \
+	cni/*.h tests/unit/cni/*.c)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
 
 setup: ## install the Debian packages and the virtual environment (root)
 	@scripts/setup.sh
+
+shim: ## build the CNI plugin, cni/shim
+	@scripts/build_shim.sh
 
 demo: setup ## see it work, with evidence (root)
 	@$(BIN)/sidestep demo
@@ -50,4 +54,4 @@ coverage-each: setup ## every branch of each pure module, by its own test file
 	$(BIN)/python -m scripts.coverage_each
 
 clean: ## remove what the targets made here
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis sidestep.egg-info
+	rm -rf cni/shim .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis sidestep.egg-info

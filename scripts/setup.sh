@@ -13,10 +13,13 @@ refuse() {
 command -v apt-get >/dev/null || refuse "apt-get is missing: this script prepares Debian 12"
 
 # bcc compiles and loads, libbpf opens pins, linux-libc-dev has the UAPI headers; gcc compares
-# layouts in tests; the rest are the programs of the demo and of the tests.
+# layouts in tests; musl-tools builds the CNI plugin; the rest are the programs of the demo and of the
+# tests, with a container runtime and the plugins of a network for those of the CNI plugin.
 packages=(
 	python3-bpfcc python3-venv libbpf1 linux-libc-dev libc6-dev gcc clang-format openssl shellcheck
+	musl-tools
 	iproute2 iptables nftables conntrack tcpdump nginx-light curl procps
+	containerd runc containernetworking-plugins
 )
 missing=()
 for package in "${packages[@]}"; do
@@ -36,6 +39,8 @@ if [ "${#missing[@]}" -gt 0 ]; then
 	apt-get -qq update
 	apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
 fi
+
+scripts/build_shim.sh
 
 mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf ||
 	refuse "the BPF file system cannot be mounted on /sys/fs/bpf: is CONFIG_BPF_SYSCALL set?"

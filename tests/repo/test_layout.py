@@ -62,7 +62,8 @@ def test_every_package_is_one() -> None:
 
 
 def test_unit_tests_mirror_the_sources() -> None:
-    known = {path_of_tests(module_name(path)) for path in sources()}
+    programs = tracked("cni/*.c")
+    known = {path_of_tests(module_name(path)) for path in (*sources(), *programs)}
     strays = [path for path in tracked("tests/unit/*.py") if path.name.startswith("test_")]
     assert [str(path.relative_to(ROOT)) for path in strays if path not in known] == []
 
@@ -95,7 +96,7 @@ def test_only_netns_changes_the_namespace() -> None:
 
 
 def test_c_files_carry_their_license_and_hooks_are_short() -> None:
-    for path in tracked("bpf/*.c", "bpf/*.h"):
+    for path in tracked("bpf/*.c", "bpf/*.h", "cni/*.c", "cni/*.h"):
         assert "SPDX-License-Identifier:" in path.read_text().splitlines()[0], path
     for path in (ROOT / "bpf").glob("*.c"):
         assert len(path.read_text().splitlines()) <= ENTRY_FILE_LINES, path
