@@ -225,6 +225,12 @@ class SandboxNotFound(EnrollError):
     reason = "sandbox_not_found"
 
 
+class InstallFailed(SidestepError):
+    """The CNI plugin could not be installed on, or taken from, this node."""
+
+    reason = "install_failed"
+
+
 class AdminError(SidestepError):
     """A command could not learn from an agent what it asked for."""
 

@@ -1,0 +1,58 @@
+"""Wait until something in a directory changes: inotify(7), which Python's library has not.
+
+Whatever changes is only a reason to look: what came of it is read from the directory itself, so no
+event need be understood, and none can be missed. Called by the installer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# linux/inotify.h. Written in place, renamed over, made, gone; and the directory itself.
+IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x8, 0x40, 0x80
+IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
+WATCHED = (
+    IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF
+    | IN_MOVE_SELF
+)  # fmt: skip
+EVENTS_BYTES = 1 << 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class DirectoryWatch:
+    """Watches directories from the moment that it is made; close it at the end."""
+
+    def __init__(self, *directories: Path) -> None:
+        """Watch (OSError; FileNotFoundError if one is not there)."""
+        self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise _last_error("inotify")
+        for directory in directories:
+            if _libc.inotify_add_watch(self._fd, os.fsencode(directory), WATCHED) < 0:
+                error = _last_error(str(directory))
+                self.close()
+                raise error
+
+    def wait(self, seconds: float, wake_fd: int) -> bool:
+        """Wait for a change; tell whether one came before the time was up or `wake_fd` readable."""
+        ready, _, _ = select.select([self._fd, wake_fd], [], [], seconds)
+        if self._fd not in ready:
+            return False
+        os.read(self._fd, EVENTS_BYTES)
+        return True
+
+    def close(self) -> None:
+        """Watch no more."""
+        os.close(self._fd)
+
+
+def _last_error(named: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), named)

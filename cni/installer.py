@@ -1,0 +1,359 @@
+"""Put the plugin on a node, keep it there, and take it away without a trace.
+
+    install     plugin into the directory of plugins, record, entry in the primary network
+    uninstall   record, entry, plugin: in this order, so that whatever is left behind is harmless
+    watch       install, and put the entry back when somebody has taken it away
+
+Each file is written beside its name, synced and renamed, so a reader or a power cut sees the old
+one or the new one. Installers and uninstallers take turns by a lock on the directory of networks.
+
+The record says that the plugin is installed: without it the plugin passes every pod on. So it also
+ends a `watch` that goes on while somebody uninstalls.
+
+The first entry on a node waits until the agent serves: a node on which the agent can not run is not
+closed. Later on, also after a reboot, the entry stands whether or not the agent is there: until it
+comes, pods of the mesh wait.
+
+Needs the standard library alone. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import select
+import stat
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cni.conflist import (
+    PLUGIN_TYPE,
+    SUFFIXES,
+    Delete,
+    Write,
+    find_primary,
+    has_entry,
+    plan_install,
+    plan_uninstall,
+)
+from cni.contention import MOST_STRIKES, TRUCE_SECONDS, WINDOW_SECONDS, Contention
+from cni.inotify import DirectoryWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from cni.conflist import Change
+
+log = logging.getLogger(__name__)
+SHIM = Path(__file__).with_name("shim")
+RECORD = "installed"
+# Some networks are written in place, or on file systems that tell nobody.
+RECHECK_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+PLUGIN_MODE = 0o755
+CONFIG_MODE = 0o600  # a new file, as others have it: it may carry credentials
+STATUS_SECONDS = 40.0
+
+
+class InstallError(Exception):
+    """The node cannot be brought to the wished state; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things are on the node; all but `networks` and `plugins` by the host's own names."""
+
+    networks: Path
+    plugins: Path
+    state: Path
+    socket: Path
+    excluded_namespaces: tuple[str, ...] = ()
+    shim: Path = SHIM
+
+    @property
+    def plugin(self) -> Path:
+        return self.plugins / PLUGIN_TYPE
+
+    @property
+    def record(self) -> Path:
+        return self.state / RECORD
+
+    def entry(self) -> dict[str, object]:
+        """Return our entry in a network's list of plugins."""
+        return {
+            "type": PLUGIN_TYPE,
+            "agentSocket": str(self.socket),
+            "installedRecord": str(self.record),
+            "excludeNamespaces": list(self.excluded_namespaces),
+        }
+
+
+def install(places: Places) -> str:
+    """Install now, and return the file that has the entry (InstallError, OSError)."""
+    with _turn(places):
+        _put_plugin(places)
+        files = _read(places.networks)
+        primary = find_primary(files)
+        if primary is None:
+            raise InstallError(
+                f"{places.networks} has no network configuration yet, which the cluster's CNI "
+                "brings: run `sidestep cni watch`, which waits for it"
+            )
+        _put_record(places)
+        _apply(places.networks, plan_install(files, places.entry()))
+        return primary
+
+
+def uninstall(places: Places) -> None:
+    """Take everything away; what is not there is no error (OSError)."""
+    with suppress(FileNotFoundError):
+        places.record.unlink()
+        _sync(places.state)
+    with suppress(FileNotFoundError), _turn(places):
+        _apply(places.networks, plan_uninstall(_read(places.networks)))
+    with suppress(FileNotFoundError):
+        places.plugin.unlink()
+    with suppress(OSError):  # others may keep something there
+        places.state.rmdir()
+
+
+def watch(places: Places, wake_fd: int) -> None:
+    """Install and keep installed, until `wake_fd` is readable or somebody has uninstalled.
+
+    Waits for the first network configuration, and for the agent where the node has no entry yet.
+    Errors are logged and tried again.
+    """
+    keeper = _Keeper(places)
+    while not _is_readable(wake_fd):
+        try:
+            directories = DirectoryWatch(places.networks, places.plugins)
+        except OSError as error:
+            keeper.tell(f"{error.filename}: {error.strerror}")
+            _wait(wake_fd, RETRY_SECONDS)
+            continue
+        try:
+            # Armed before the first look, so that no change falls between.
+            while True:
+                if not keeper.look():
+                    return
+                directories.wait(keeper.patience(), wake_fd)
+                if _is_readable(wake_fd) or not places.networks.is_dir():
+                    break
+        finally:
+            directories.close()
+
+
+class _Keeper:
+    """One look after the other at what should be installed."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._contention = Contention()
+        self._has_begun = False
+        self._had_entry = False
+        self._due = 0.0
+        self._told = ""
+
+    def patience(self) -> float:
+        """Return for how long nothing need be looked at unless something changes."""
+        left = self._due - time.monotonic()
+        if left > 0:
+            return left
+        return RECHECK_SECONDS if self._had_entry or self._contention.gave_up_at else RETRY_SECONDS
+
+    def look(self) -> bool:
+        """Do what is to be done now; False if somebody has uninstalled."""
+        try:
+            with _turn(self._places):
+                return self._look()
+        except (InstallError, OSError) as error:
+            self.tell(str(error))
+            self._had_entry = False
+            self._due = time.monotonic() + RETRY_SECONDS
+            return True
+
+    def _look(self) -> bool:
+        places = self._places
+        if self._has_begun and not places.record.exists():
+            log.info("the plugin was uninstalled; it is kept no more")
+            return False
+        _put_plugin(places)
+        files = _read(places.networks)
+        primary = find_primary(files)
+        if primary is None:
+            self.tell(f"{places.networks} has no network configuration yet; waiting for one")
+            self._had_entry = False
+            return True
+        changes = plan_install(files, places.entry())
+        if not self._has_begun and not has_entry(files) and not places.record.exists():
+            problem = _agent_problem(places)
+            if problem:
+                self.tell(f"the entry waits until the agent serves: {problem}")
+                return True
+        if not changes:
+            self._keep(primary)
+            return True
+        if self._had_entry and self._due <= 0 and not self._may_go_on(primary):
+            return True
+        if time.monotonic() < self._due:
+            return True
+        self._due = 0.0
+        _put_record(places)
+        _apply(places.networks, changes)
+        self._keep(primary)
+        return True
+
+    def _keep(self, primary: str) -> None:
+        if not self._had_entry:
+            log.info("entry is in place", extra={"file": str(self._places.networks / primary)})
+        if not self._places.record.exists():
+            _put_record(self._places)
+        self._had_entry = self._has_begun = True
+        self._due = 0.0
+        self._told = ""
+
+    def _may_go_on(self, primary: str) -> bool:
+        """Whether to put the entry back that somebody has taken, now or when `_due` has come."""
+        now = time.monotonic()
+        was_over = self._contention.gave_up_at
+        wait = self._contention.strike(now)
+        where = str(self._places.networks / primary)
+        if wait is None:
+            if self._contention.gave_up_at != was_over:
+                log.error(
+                    "another program keeps taking our entry away, and we stop putting it back: "
+                    "new pods start outside the mesh, and join it only when the agent sees them. "
+                    "Let that program leave other plugins alone (Cilium: cni.exclusive=false)",
+                    extra={
+                        "file": where,
+                        "times": MOST_STRIKES + 1,
+                        "within_seconds": WINDOW_SECONDS,
+                        "tried_again_after_seconds": TRUCE_SECONDS,
+                    },
+                )
+            return False
+        self._due = now + wait
+        log.warning(
+            "our entry was taken away and is put back",
+            extra={"file": where, "strikes": self._contention.strikes, "after_seconds": wait},
+        )
+        return True
+
+    def tell(self, problem: str) -> None:
+        """Say once what stands in the way."""
+        if problem != self._told:
+            log.warning("not installed yet", extra={"detail": problem})
+            self._told = problem
+
+
+@contextmanager
+def _turn(places: Places) -> Iterator[None]:
+    """Wait for others who install or uninstall here, and hold them off."""
+    fd = os.open(places.networks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(networks: Path) -> dict[str, bytes]:
+    found = {}
+    for path in networks.iterdir():
+        if path.name.endswith(SUFFIXES):
+            with suppress(FileNotFoundError, IsADirectoryError):
+                found[path.name] = path.read_bytes()
+    return found
+
+
+def _apply(networks: Path, changes: Iterable[Change]) -> None:
+    for change in changes:
+        path = networks / change.name
+        match change:
+            case Delete():
+                path.unlink(missing_ok=True)
+                _sync(networks)
+            case Write():
+                # Where a link leads to, since a rename would put a file in place of the link.
+                _replace(path.resolve(), change.content, CONFIG_MODE)
+
+
+def _put_plugin(places: Places) -> None:
+    try:
+        wanted = places.shim.read_bytes()
+    except FileNotFoundError as error:
+        raise InstallError(f"{places.shim} is missing: run scripts/build_shim.sh") from error
+    with suppress(FileNotFoundError):
+        if places.plugin.read_bytes() == wanted and os.access(places.plugin, os.X_OK):
+            return
+    _replace(places.plugin, wanted, PLUGIN_MODE)
+
+
+def _put_record(places: Places) -> None:
+    places.state.mkdir(parents=True, exist_ok=True, mode=0o755)
+    _replace(places.record, json.dumps(places.entry()).encode() + b"\n", 0o644)
+
+
+def _replace(path: Path, content: bytes, mode: int) -> None:
+    """Write a file so that it is there as a whole or not at all; owner and mode are kept."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:  # noqa: PTH123  # a descriptor
+            with suppress(FileNotFoundError):
+                before = path.stat()
+                os.fchown(fd, before.st_uid, before.st_gid)
+                if mode != PLUGIN_MODE:
+                    mode = stat.S_IMODE(before.st_mode)
+            os.fchmod(fd, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _agent_problem(places: Places) -> str:
+    """Ask the agent as a runtime would whether pods can be added; empty if so."""
+    entry = places.entry() | {"cniVersion": "1.1.0", "name": "any"}
+    # Not yet installed, which the plugin would take for leave to pass.
+    del entry["installedRecord"]
+    done = subprocess.run(
+        [places.shim],
+        input=json.dumps(entry).encode(),
+        env={"CNI_COMMAND": "STATUS"},
+        capture_output=True,
+        timeout=STATUS_SECONDS,
+        check=False,
+    )
+    if done.returncode == 0:
+        return ""
+    try:
+        return str(json.loads(done.stdout)["msg"])
+    except (LookupError, TypeError, ValueError):
+        return f"the plugin ended with {done.returncode}"
+
+
+def _wait(fd: int, seconds: float) -> None:
+    select.select([fd], [], [], seconds)
+
+
+def _is_readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
