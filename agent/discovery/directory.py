@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent.model.pod import LocalPod
+    from agent.model.starting import StartingPod
     from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
@@ -173,6 +174,10 @@ class DirectorySource:
             # What is wrong with a file that went away while we read is of no interest.
             problems += parsed.problems if path.exists() else ()
         return status
+
+    async def ask_for_pod(self, _namespace: str, _name: str) -> StartingPod | None:
+        """Know nothing beyond the files that are followed."""
+        return None
 
     def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
         """Say for all agents whether a pod of this node is captured; None takes it back."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import threading
 import time
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from agent.discovery.api import Api
 from agent.discovery.cluster import connect
@@ -24,6 +26,7 @@ from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
 from agent.discovery.redirection import RedirectionWriter
 from agent.discovery.reporting import log_problems
 from agent.discovery.translate import ObjectProblem, SourcedObject, Translator, describe
+from agent.errors import KubernetesError
 from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from agent.discovery.watch import Body
     from agent.model.pod import LocalPod
+    from agent.model.starting import StartingPod
     from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
@@ -54,6 +58,7 @@ PAUSE_SECONDS = 0.02
 PAUSE_MULTIPLE = 4.0
 LONGEST_PAUSE_SECONDS = 0.5
 PATIENCE_SECONDS = 3.0
+ONE_POD_SECONDS = 5.0
 GARBAGE_OBJECTS = 100_000  # one page of a list
 
 
@@ -75,6 +80,7 @@ class KubernetesSource:
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._followers = [Follower(api, resource, self) for resource in self._resources]
+        self._api = api
         self._writer = RedirectionWriter(api)
         self._events = PodEventWriter(api)
         self.problems: tuple[ObjectProblem, ...] = ()
@@ -132,6 +138,25 @@ class KubernetesSource:
         log_problems(self.problems, problems)
         self.problems = problems
         return snapshot
+
+    async def ask_for_pod(self, namespace: str, name: str) -> StartingPod | None:
+        """Ask the API server for one pod, which the follower may not have yet (KubernetesError)."""
+        return await asyncio.to_thread(self._ask_for_pod, namespace, name)
+
+    def _ask_for_pod(self, namespace: str, name: str) -> StartingPod | None:
+        # A list of one: `get` would be one more right.
+        path = f"/api/v1/namespaces/{quote(namespace, safe='')}/pods"
+        query = {"fieldSelector": f"metadata.name={name}"}
+        with self._api.get(path, query, ONE_POD_SECONDS) as response:
+            data = response.read()
+        try:
+            items = json.loads(data)["items"] or ()
+        except (LookupError, TypeError, ValueError) as error:
+            raise KubernetesError(f"{path}: half an answer, or none: {error}") from error
+        with self._lock:
+            for body in items:
+                return self._translator.judge(body)
+        return None
 
     def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
         """Say on the pod whether it is captured, soon; None takes it back."""

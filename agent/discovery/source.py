@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from agent.discovery.translate import ObjectProblem
     from agent.model.pod import LocalPod
+    from agent.model.starting import StartingPod
     from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
@@ -24,6 +25,10 @@ class Source(Protocol):
 
     def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
         """Yield the state now and after each change, until `stop`."""
+        ...
+
+    async def ask_for_pod(self, namespace: str, name: str) -> StartingPod | None:
+        """Ask for one pod now, where the state may be late (KubernetesError); None: not known."""
         ...
 
     def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:

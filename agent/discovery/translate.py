@@ -1,6 +1,6 @@
 """From Kubernetes objects to our model: the one translator, whatever the source. Pure.
 
-    Pod            -> Workload, and LocalPod if it wants the mesh
+    Pod            -> Workload, and LocalPod if it wants the mesh; without an address StartingPod
     Namespace      -> the default of its pods' wish for the mesh
     Service        -> Service
     EndpointSlice  -> the endpoints of a Service
@@ -40,6 +40,7 @@ from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.policy import NO_LABELS, PeerAuthentication, Policy
 from agent.model.service import Service, ServicePort
+from agent.model.starting import StartingPod
 from agent.model.workload import Workload
 from agent.state.store import Snapshot
 
@@ -200,34 +201,56 @@ class Translator:
         """Say what all objects mean together."""
         pods = sorted(self._pods.items(), key=_by_uid)
         local_pods: dict[str, list[LocalPod]] = {}
+        starting = []
         for named, pod in pods:
             local = self._local_pod(named, pod)
-            if local is not None:
+            if not pod.workload.addresses:
+                starting.append(StartingPod(pod.workload, local))
+            elif local is not None:
                 local_pods.setdefault(pod.workload.node, []).append(local)
-        workloads = tuple(pod.workload for _named, pod in pods)
+        workloads = tuple(pod.workload for _named, pod in pods if pod.workload.addresses)
         outside, services = self._services.settle(workloads)
         return Snapshot(
             workloads=workloads + outside,
             services=tuple(sorted(services, key=lambda each: each.key)),
             local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
             policies=tuple(sorted(self._policies.values(), key=lambda policy: policy.key)),
+            starting=tuple(starting),
         )
+
+    def judge(self, body: dict[str, object]) -> StartingPod | None:
+        """Say what one pod means beside all that is known, and keep nothing of it.
+
+        None if that is not known: it has no node yet, is none of ours to care for, cannot be used,
+        or its namespace is not known.
+        """
+        try:
+            pod = _read_pod(Field(body, ""), self._root_namespace)
+        except WrongField:
+            return None
+        namespace = self._namespaces.get(f"Namespace {pod.local.namespace}") if pod else None
+        if pod is None or namespace is None:
+            return None
+        return StartingPod(pod.workload, self._judge(pod, namespace))
 
     def _local_pod(self, named: str, pod: _Pod) -> LocalPod | None:
         namespace = self._namespaces.get(f"Namespace {pod.local.namespace}", NO_NAMESPACE)
         known = self._local_pods.get(named)
         if known is not None and known[0] is namespace:
             return known[1]
-        local = None
-        if not pod.has_sidecar and self._rules.wants(
-            pod.local.namespace, pod.workload.labels, namespace.labels
-        ):
-            word = pod.may_go_direct
-            if word is None:
-                word = namespace.may_go_direct
-            local = replace(pod.local, may_go_direct=word is not False)
+        local = self._judge(pod, namespace)
         self._local_pods[named] = (namespace, local)
         return local
+
+    def _judge(self, pod: _Pod, namespace: _Namespace) -> LocalPod | None:
+        if pod.has_sidecar or not self._rules.wants(
+            pod.local.namespace, pod.workload.labels, namespace.labels
+        ):
+            return None
+        word = pod.may_go_direct
+        if word is None:
+            word = namespace.may_go_direct
+        return replace(pod.local, may_go_direct=word is not False)
 
 
 def translate(
@@ -325,7 +348,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
     is_leaving = metadata.get("deletionTimestamp").value is not None
     is_ready = not is_leaving and _read_is_ready(status)
-    if not addresses or not node:
+    if not node:
         return None
     return _Pod(workload, local, may_go_direct, has_sidecar, is_ready)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,9 +16,11 @@ class Placement:
     __slots__ = ("_accounts",)
 
     def __init__(self, snapshot: Snapshot) -> None:
+        # Those that start, too: their certificate is wanted before their first connection.
+        starting = (pod.workload for pod in snapshot.starting)
         self._accounts = frozenset(
             (workload.node, workload.namespace, workload.service_account)
-            for workload in snapshot.workloads
+            for workload in itertools.chain(snapshot.workloads, starting)
             if workload.node  # a machine outside the cluster has none
         )
 

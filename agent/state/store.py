@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy
     from agent.model.service import Service
+    from agent.model.starting import StartingPod
     from agent.model.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that one source knows; `local_pods` are those that want the mesh, by node."""
+    """All that one source knows; `local_pods` are those that want the mesh, by node.
+
+    Pods that have a node and no address yet are `starting`, and in none of the others.
+    """
 
     workloads: tuple[Workload, ...] = ()
     services: tuple[Service, ...] = ()
     local_pods: Mapping[str, tuple[LocalPod, ...]] = field(default_factory=dict)
     policies: tuple[AnyPolicy, ...] = ()
+    starting: tuple[StartingPod, ...] = ()

@@ -560,3 +560,34 @@ def test_pod_that_an_entry_selects_is_an_endpoint_while_it_is_ready(
     body = pod(labels={"app": "db"}, status=status, deletionTimestamp=deleted)
     (service,) = translated(service_entry, body).snapshot.services
     assert bool(service.endpoints) is is_endpoint
+
+
+def test_pod_without_an_address_is_starting_and_nowhere_else() -> None:
+    unplaced = pod("cart-1", spec={"nodeName": ""}, status={"podIPs": []})
+    starting = pod("cart-0", {"app": "cart"}, status={"podIPs": []})
+    objects = [SourcedObject("a", body) for body in (namespace(), starting, unplaced)]
+    snapshot = translate(objects).snapshot
+    assert snapshot.workloads == ()
+    assert snapshot.local_pods == {}
+    (found,) = snapshot.starting
+    assert (found.uid, found.node, found.workload.addresses) == ("uid-cart-0", "node-1", ())
+    assert found.workload.labels == frozenset({("app", "cart")})
+    assert found.local == LocalPod("uid-cart-0", "shop", "cart-0", "cart", ())
+    unmeshed = translate([SourcedObject("a", starting)]).snapshot.starting
+    assert [each.local for each in unmeshed] == [None]
+
+
+def test_pod_is_judged_alone_beside_what_is_known() -> None:
+    translator = Translator()
+    body = pod("cart-0", status={"podIPs": []})
+    assert translator.judge(body) is None  # its namespace is not known
+    translator.put(SourcedObject("a", namespace()))
+    found = translator.judge(body)
+    assert found is not None
+    assert found.local is not None
+    assert translator.snapshot().starting == ()  # and nothing is kept
+    for unusable in (pod("cart-0", spec={"nodeName": ""}), pod("cart-0", uid=None)):
+        assert translator.judge(unusable) is None
+    optout = translator.judge(pod("cart-0", {MODE_LABEL: "none"}))
+    assert optout is not None
+    assert optout.local is None

@@ -8,6 +8,7 @@ from ipaddress import ip_address
 import pytest
 
 from agent.model.identity import SpiffeId
+from agent.model.starting import StartingPod
 from agent.model.workload import Workload
 from agent.state.placement import Placement
 from agent.state.store import Snapshot
@@ -30,6 +31,14 @@ def test_identity_runs_where_a_pod_with_it_is(
 ) -> None:
     placement = Placement(Snapshot(workloads=(CART,)))
     assert placement.runs_on(node, SpiffeId("cluster.local", namespace, account)) is runs
+
+
+def test_identity_of_a_pod_that_starts_runs_already() -> None:
+    starting = StartingPod(replace(CART, addresses=()), None)
+    placement = Placement(Snapshot(starting=(starting,)))
+    identity = SpiffeId("cluster.local", "shop", "cart")
+    assert placement.runs_on("east", identity)
+    assert not placement.runs_on("west", identity)
 
 
 def test_one_identity_may_run_on_several_nodes() -> None:
