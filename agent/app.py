@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent import briefing, readiness
 from agent.admin import Admin
+from agent.arrivals import Arrivals
+from agent.cni import PluginServer
 from agent.credentials import Credentials
 from agent.datapath import links, listing, pins, records
 from agent.datapath.services import ServiceMaps
@@ -30,6 +32,7 @@ from agent.metrics import Metrics, families
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
 from agent.roster import Roster
+from agent.state.arrival import complete
 from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from agent.discovery.source import Source
     from agent.fleet import Told
     from agent.model.pod import LocalPod
+    from agent.model.starting import StartingPod
     from agent.settings import Settings
     from agent.tunnel.counts import Counted
 
@@ -62,6 +66,7 @@ class Agent:
         self._direct = DirectPath(self._pins, settings.trust_domain, self._add_counts)
         self._enforcement = Enforcement(settings.node, settings.trust_domain)
         self._snapshot = Snapshot()
+        self._told = Snapshot()  # by the source, which knows less of this node's pods than we
         self._desired: dict[str, LocalPod] = {}
         self._stop = asyncio.Event()
         self._is_ready = False
@@ -81,6 +86,12 @@ class Agent:
             source,
             self._enforcement.plaintext_ports,
         )
+        self._arrivals = Arrivals(
+            settings.node, source, self._roster, self._on_arrived, self._on_left
+        )
+        self._plugin_server = PluginServer(
+            settings.run_directory / "cni.sock", self._arrivals, self._add_counts
+        )
         self._metrics = Metrics(self._read_metrics)
         self._admin = Admin(
             settings.run_directory / "agent.sock",
@@ -97,11 +108,14 @@ class Agent:
         self._direct.start()
         self._fleet.start(self._settings.worker_count)
         await self._admin.start()
+        await self._plugin_server.start()
         if self._settings.metrics_port:
             await self._metrics.start(self._settings.metrics_port)
         try:
             await self._follow()
         finally:
+            # First: a pod that comes now waits for the next agent, instead of starting uncaptured.
+            await self._plugin_server.stop()
             self._shut_down()
             await self._source.close()
 
@@ -124,12 +138,14 @@ class Agent:
                     async with asyncio.timeout_at(self._roster.next_retry()):
                         snapshot = await snapshots.get()
                 except TimeoutError:
-                    snapshot = self._snapshot
+                    snapshot = self._told
                 if snapshot is None:
                     return
                 await self._apply(snapshot)
 
-    async def _apply(self, snapshot: Snapshot) -> None:
+    async def _apply(self, told: Snapshot) -> None:
+        self._told = told
+        snapshot = self._arrivals.complete(told)
         for message in briefing.changes(self._snapshot, snapshot):
             self._fleet.tell(message)
         try:
@@ -139,13 +155,10 @@ class Agent:
             log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
         await self._enforce(snapshot)
-        common = self._settings.exclusions
+        self._arrivals.on_enforced(told)
+        snapshot = self._snapshot  # pods may have come and gone meanwhile
         self._desired = {
-            pod.uid: replace(
-                pod,
-                exclusions=_joined(common, pod.exclusions),
-                may_go_direct=pod.may_go_direct and self._settings.has_direct_path,
-            )
+            pod.uid: self._with_settings(pod)
             for pod in snapshot.local_pods.get(self._settings.node, ())
         }
         # Asked for before the pods are enrolled, so that the first connection need not wait.
@@ -159,6 +172,29 @@ class Agent:
             self._is_ready = True
             readiness.notify()
         await self._admin.changed()
+
+    def _with_settings(self, pod: LocalPod) -> LocalPod:
+        return replace(
+            pod,
+            exclusions=_joined(self._settings.exclusions, pod.exclusions),
+            may_go_direct=pod.may_go_direct and self._settings.has_direct_path,
+        )
+
+    def _on_arrived(self, pod: StartingPod) -> LocalPod:
+        """Make known a pod that the runtime brings, and return what is to be enrolled."""
+        assert pod.local is not None
+        self._snapshot = complete(self._snapshot, self._settings.node, [pod])
+        self._fleet.tell(messages.PutWorkload(pod.workload))
+        self._enforcement.learn(pod.workload)
+        wanted = self._desired[pod.uid] = self._with_settings(pod.local)
+        self._credentials.want({self._identity(wanted)})
+        return wanted
+
+    def _on_left(self, uid: str) -> None:
+        """Forget a pod whose sandbox has ended; its address may be another's next."""
+        self._snapshot = complete(self._snapshot, self._settings.node, [], {uid})
+        self._desired.pop(uid, None)
+        self._fleet.tell(messages.RemoveWorkload(uid))
 
     def _introduction(self) -> Iterator[Told]:
         settings = self._settings

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agent.datapath.direct import DirectFlow
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy, Labels, PolicyKey
+    from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
 
@@ -49,6 +50,10 @@ class Enforcement:
         self._unread += removed
         self._unread += changed
         return [] if is_same else list(_told(removed, changed))
+
+    def learn(self, workload: Workload) -> None:
+        """Know the labels of a pod of this node before the next state tells them."""
+        self._labels[workload.uid] = workload.labels
 
     @property
     def rulebook(self) -> Rulebook:

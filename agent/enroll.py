@@ -66,10 +66,13 @@ class Enrollment:
     capture: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     ground: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     plaintext_ports: frozenset[int] = frozenset()
+    is_guarded: bool = False
 
 
-def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
+def enroll(pins: Pins, pod: LocalPod, netns_fd: int, *, is_guarded: bool = True) -> Enrollment:
     """Enroll `pod`, whose network namespace is behind `netns_fd` (stays the caller's).
+
+    Where it is not guarded, `attach_guard` is to follow.
 
     Raises:
         EnrollError: a step failed; all steps before it are undone.
@@ -87,11 +90,24 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int) -> Enrollment:
                 links.attach_lookup(pins, netns_fd, enrollment.netns_cookie)
                 undo.callback(links.detach_lookup, pins, enrollment.netns_cookie)
             _write_pod(pins, enrollment, undo)
-            _attach_guard(pins, enrollment, undo)
+            if is_guarded:
+                _attach_guard(pins, enrollment, undo)
         except (KernelError, OSError) as error:
             raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
         enrollment.capture, enrollment.ground = undo.pop_all(), ground.pop_all()
     return enrollment
+
+
+def attach_guard(pins: Pins, enrollment: Enrollment) -> None:
+    """Do the last step of an enrollment that is not guarded yet (EnrollError).
+
+    May run in a thread of its own, while nobody else touches this enrollment.
+    """
+    try:
+        _attach_guard(pins, enrollment, enrollment.capture)
+    except (KernelError, OSError) as error:
+        pod = enrollment.pod
+        raise EnrollError(f"{pod.namespace}/{pod.name} is not guarded: {error}") from error
 
 
 def release(enrollment: Enrollment) -> None:
@@ -231,6 +247,7 @@ def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack
     for ifindex in guard.node_links(enrollment.netns_fd):
         _put(pins, undo, "ss_guards", {"value": ifindex}, {"value": cookie})
         guard.attach(pins, cookie, ifindex, undo)
+    enrollment.is_guarded = True
 
 
 def _drop_counters(pins: Pins, netns_cookie: int) -> None:

@@ -37,6 +37,10 @@ COUNTERS = {
     "sidestep_sent_bytes": ("Bytes from clients to servers.", ("direction", "path")),
     "sidestep_received_bytes": ("Bytes from servers to clients.", ("direction", "path")),
     "sidestep_connections_denied": ("Connections that a policy denied.", ("policy",)),
+    "sidestep_cni_requests": (
+        "Requests of the CNI plugin, by command and code of the answer; 0 is success.",
+        ("command", "code"),
+    ),
     "sidestep_peers_refused": (
         "Tunnels refused because the peer did not prove what it must.",
         ("direction", "reason"),

@@ -11,15 +11,17 @@ Called by the composition root, one call of `apply` at a time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agent import sandbox
-from agent.enroll import enroll, hand_over, release, set_strict, unenroll
-from agent.errors import MapError, SandboxNotFound, SidestepError
+from agent import netns, sandbox
+from agent.datapath import links
+from agent.enroll import attach_guard, enroll, hand_over, release, set_strict, unenroll
+from agent.errors import KernelError, MapError, SandboxNotFound, SidestepError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.tunnel import messages
@@ -78,6 +80,9 @@ class Roster:
         self._plaintext_ports = plaintext_ports
         self._enrolled: dict[str, Enrollment] = {}
         self._draining: dict[str, Enrollment] = {}
+        # Held for one step of one pod: the runtime brings pods while `apply` goes through others.
+        self._turn = asyncio.Lock()
+        self._coming: set[str] = set()
         self.statuses: dict[str, PodStatus] = {}
         self.failures: Counter[str] = Counter()  # tries that failed, by reason
 
@@ -101,11 +106,86 @@ class Roster:
         for step in diff(desired, observed):
             match step:
                 case Unenroll():
-                    self._unenroll(step.uid, has_ended=step.uid not in alive)
+                    async with self._turn:
+                        if step.uid in self._enrolled:
+                            self._unenroll(step.uid, has_ended=step.uid not in alive)
                 case Enroll() if self._is_due(step.pod):
-                    await self._enroll(step.pod)
+                    async with self._turn:
+                        if step.pod.uid not in self._enrolled.keys() | self._coming:
+                            await self._enroll(step.pod)
                 case Enroll():
                     pass
+
+    async def bring(self, pod: LocalPod, netns_path: Path) -> None:
+        """Enroll a pod whose sandbox the runtime has just made (EnrollError); `settle` follows.
+
+        One that is enrolled in another sandbox, or otherwise, is so no more.
+        """
+        self._coming.add(pod.uid)
+        try:
+            async with self._turn:
+                await self._bring(pod, netns_path)
+        finally:
+            self._coming.discard(pod.uid)
+
+    async def _bring(self, pod: LocalPod, netns_path: Path) -> None:
+        failed = f"{pod.namespace}/{pod.name} was not enrolled"
+        try:
+            netns_fd = netns.open_netns(netns_path)
+        except OSError as error:
+            raise SandboxNotFound(f"{failed}: {netns_path}: {error.strerror}") from error
+        with contextlib.ExitStack() as unless_taken:
+            unless_taken.callback(os.close, netns_fd)
+            try:
+                cookie = netns.netns_cookie(netns_fd)
+            except KernelError as error:
+                raise SandboxNotFound(f"{failed}: {netns_path}: {error}") from error
+            before = self._enrolled.get(pod.uid)
+            if before is not None:
+                if before.netns_cookie == cookie and before.pod == pod:
+                    return
+                self._unenroll(pod.uid, has_ended=True)
+            await self._take_in(pod, netns_fd, is_guarded=False)
+            unless_taken.pop_all()
+
+    async def settle(self, uid: str) -> None:
+        """Guard a pod that was brought: in a thread, since nobody waits for it."""
+        async with self._turn:
+            enrollment = self._enrolled.get(uid)
+            if enrollment is None or enrollment.is_guarded:
+                return
+            try:
+                await asyncio.to_thread(attach_guard, self._pins, enrollment)
+            except SidestepError as error:
+                pod = enrollment.pod
+                self._unenroll(uid, has_ended=True)
+                self._put_off(pod, error)
+
+    async def take_out(self, uid: str) -> None:
+        """Unenroll a pod whose sandbox ends, at once: nobody is left whose connections could."""
+        async with self._turn:
+            if uid in self._enrolled:
+                self._unenroll(uid, has_ended=True)
+
+    def cookie(self, uid: str) -> int | None:
+        """Return the cookie of the namespace in which a pod is enrolled; None if it is not."""
+        enrollment = self._enrolled.get(uid)
+        return None if enrollment is None else enrollment.netns_cookie
+
+    def problem(self, uid: str) -> str:
+        """Say what is missing of a pod's capture, by the kernel's own word; empty if nothing."""
+        enrollment = self._enrolled.get(uid)
+        if enrollment is None:
+            status = self.statuses.get(uid)
+            return f"it is not enrolled: {status.detail if status else 'nobody asked for it'}"
+        cookie = enrollment.netns_cookie
+        if self._pins.maps["ss_pods"].get({"value": cookie}) is None:
+            return "outbound is not captured: ss_pods has no entry for it"
+        if not enrollment.pod.bypasses_inbound and cookie not in set(
+            links.looked_up_cookies(self._pins)
+        ):
+            return "inbound is not captured: the link of the lookup program is gone"
+        return ""
 
     def guard(self) -> None:
         """Tell the kernel which pods are STRICT now."""
@@ -135,13 +215,15 @@ class Roster:
         netns_fd = -1
         try:
             netns_fd = sandbox.open_netns(pod, self._pod_cgroups)
-            await self._take_back(pod.uid)
-            enrollment = enroll(self._pins, pod, netns_fd)
+            await self._take_in(pod, netns_fd)
         except SidestepError as error:
             if netns_fd >= 0:
                 os.close(netns_fd)
             self._put_off(pod, error)
-            return
+
+    async def _take_in(self, pod: LocalPod, netns_fd: int, *, is_guarded: bool = True) -> None:
+        await self._take_back(pod.uid)
+        enrollment = enroll(self._pins, pod, netns_fd, is_guarded=is_guarded)
         self._enrolled[pod.uid] = enrollment
         self._guard(enrollment)
         self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)

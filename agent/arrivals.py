@@ -1,0 +1,327 @@
+"""Pods that the runtime brings and takes: what the CNI plugin's commands mean for the mesh.
+
+    ADD     a pod that is to take part is enrolled before it starts; one that is not may pass
+    DEL     unenroll, if it is the sandbox that we know of the pod
+    CHECK   whether the kernel still captures the pod
+    GC      DEL for each sandbox that the runtime has no more
+    STATUS  whether ADD could be served
+
+At ADD the API server does not know the pod's address yet, and the follower may not even know the
+pod: so the plugin's word is taken for the addresses, and the API server is asked for the pod at
+once if the state has not got it. Without an answer in time ADD fails, and the kubelet tries again:
+a pod does not start outside the mesh because nobody could say whether it belongs there.
+
+ADD may come again for the same sandbox, or for a new one of the same pod; DEL may come late, often,
+or never. What counts is which sandbox of a pod came last.
+
+Called by `agent.cni`; the composition root makes it and completes each state with what it knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent import netns
+from agent.errors import KubernetesError, SandboxNotFound, SidestepError
+from agent.state.arrival import complete, find_pod, pods_of
+from cni.protocol import CniError, Code
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from agent.discovery.source import Source
+    from agent.model.pod import Address, LocalPod
+    from agent.model.starting import StartingPod
+    from agent.roster import Roster
+    from agent.state.store import Snapshot
+    from cni.protocol import Request
+
+log = logging.getLogger(__name__)
+# Less than the plugin waits, so that it can say what the matter is.
+KNOWLEDGE_SECONDS = 10.0
+ASK_AGAIN_SECONDS = 1.0
+# The follower is behind by less, or the pod was deleted before it came to it.
+UNSEEN_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """One sandbox of a pod, as ADD brought it."""
+
+    container_id: str
+    addresses: tuple[Address, ...]
+
+
+class Arrivals:
+    """The sandboxes of this node's pods in the mesh."""
+
+    def __init__(
+        self,
+        node: str,
+        source: Source,
+        roster: Roster,
+        on_arrived: Callable[[StartingPod], LocalPod],
+        on_left: Callable[[str], None],
+    ) -> None:
+        """Know none yet.
+
+        `on_arrived(pod)` makes a pod known at its addresses and returns what to enroll;
+        `on_left(uid)` is for one whose sandbox has ended.
+        """
+        self._node = node
+        self._source = source
+        self._roster = roster
+        self._on_arrived = on_arrived
+        self._on_left = on_left
+        self._told: Snapshot | None = None
+        self._has_told = asyncio.Event()  # replaced at each new state
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._gone: set[str] = set()
+        # Pods that the API server was asked for, which the follower has not come to yet.
+        self._unseen: dict[str, tuple[StartingPod, float]] = {}
+
+    # -- for the composition root -------------------------------------------------------------
+
+    def complete(self, told: Snapshot) -> Snapshot:
+        """Return a state with what is known here, and forget what the state has settled."""
+        if not (self._sandboxes or self._gone or self._unseen):
+            return told
+        known = pods_of(told, self._node)
+        now = asyncio.get_running_loop().time()
+        self._unseen = {
+            uid: (pod, until)
+            for uid, (pod, until) in self._unseen.items()
+            if uid not in known and until > now
+        }
+        known |= {uid: pod for uid, (pod, _until) in self._unseen.items()}
+        self._gone &= known.keys()
+        self._sandboxes = {uid: box for uid, box in self._sandboxes.items() if uid in known}
+        arrived = [known[uid].at(box.addresses) for uid, box in self._sandboxes.items()]
+        return complete(told, self._node, arrived, self._gone)
+
+    def on_enforced(self, told: Snapshot) -> None:
+        """Go on with what waits for a newer state: its policies are in force."""
+        self._told = told
+        self._has_told.set()
+        self._has_told = asyncio.Event()
+
+    # -- for the plugin -----------------------------------------------------------------------
+
+    async def serve(self, request: Request) -> Callable[[], Awaitable[None]] | None:
+        """Do what the plugin is asked for (CniError); return what is left to do afterwards."""
+        match request.command:
+            case "ADD":
+                return await self._add(request)
+            case "DEL":
+                await self._delete(request)
+            case "CHECK":
+                await self._check(request)
+            case "GC":
+                await self._collect(request)
+            case _:
+                self._require_ready()
+        return None
+
+    async def _add(self, request: Request) -> Callable[[], Awaitable[None]] | None:
+        if _is_static(request):
+            log.info("a static pod takes no part", extra=_named(request))
+            return None
+        pod = await self._find(request)
+        if pod.local is None:
+            return None
+        if not request.addresses:
+            raise CniError(
+                Code.INVALID_CONFIG,
+                f"{request.namespace}/{request.name} wants the mesh, and prevResult has no "
+                "address of it: put the plugin that gives addresses before sidestep in the list",
+            )
+        uid = pod.uid
+        before = self._sandboxes.get(uid)
+        self._sandboxes[uid] = Sandbox(request.container_id, request.addresses)
+        self._gone.discard(uid)
+        wanted = self._on_arrived(pod.at(request.addresses))
+        try:
+            await self._roster.bring(wanted, Path(request.netns))
+        except SidestepError as error:
+            self._forget_failed(uid, before)
+            raise CniError(Code.TRY_AGAIN_LATER, f"{error}{_hint(error)}") from error
+        return partial(self._roster.settle, uid)
+
+    def _forget_failed(self, uid: str, before: Sandbox | None) -> None:
+        if before is not None and self._roster.cookie(uid) is not None:
+            self._sandboxes[uid] = before
+            return
+        self._sandboxes.pop(uid, None)
+        # It has no sandbox that works: nothing to look for until the next ADD.
+        self._gone.add(uid)
+        self._on_left(uid)
+
+    async def _find(self, request: Request) -> StartingPod:
+        """Return the pod, from the state or from the API server (CniError)."""
+        problem = "the agent has not heard of it"
+        try:
+            async with asyncio.timeout(KNOWLEDGE_SECONDS):
+                while True:
+                    newer = self._has_told
+                    if (found := self._known(request)) is not None:
+                        return found
+                    try:
+                        asked = await self._ask(request, newer)
+                    except KubernetesError as error:
+                        problem = str(error)
+                        asked = None
+                    if asked is not None:
+                        return asked
+                    try:
+                        async with asyncio.timeout(ASK_AGAIN_SECONDS):
+                            await newer.wait()
+                    except TimeoutError:
+                        continue
+        except TimeoutError as error:
+            raise CniError(
+                Code.TRY_AGAIN_LATER,
+                f"whether {request.namespace}/{request.name} ({request.uid}) takes part in the "
+                f"mesh is not known after {KNOWLEDGE_SECONDS:.0f} s: {problem}. Is the API server "
+                "reachable from the agent?",
+            ) from error
+
+    def _known(self, request: Request) -> StartingPod | None:
+        if self._told is None:
+            return None
+        found = find_pod(self._told, self._node, partial(_is_meant, request))
+        if found is None and request.uid in self._unseen:
+            return self._unseen[request.uid][0]
+        return found
+
+    async def _ask(self, request: Request, newer: asyncio.Event) -> StartingPod | None:
+        """Ask the API server, unless a newer state comes first."""
+
+        async def ask() -> StartingPod | KubernetesError | None:
+            try:
+                return await self._source.ask_for_pod(request.namespace, request.name)
+            except KubernetesError as error:
+                return error
+
+        async with asyncio.TaskGroup() as tasks:
+            asking, waiting = tasks.create_task(ask()), tasks.create_task(newer.wait())
+            await asyncio.wait((asking, waiting), return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            asking.cancel()
+        found = None if asking.cancelled() else asking.result()
+        if isinstance(found, KubernetesError):
+            raise found
+        if found is None or found.node != self._node:
+            return None
+        if not _is_meant(request, found.uid, found.workload.namespace, found.workload.name):
+            return None
+        until = asyncio.get_running_loop().time() + UNSEEN_SECONDS
+        self._unseen[found.uid] = (found, until)
+        return found
+
+    async def _delete(self, request: Request) -> None:
+        uid = request.uid or self._uid_of(request.container_id)
+        sandbox = self._sandboxes.get(uid)
+        if sandbox is not None:
+            if sandbox.container_id != request.container_id:
+                return  # of a sandbox before the one that the pod has now
+        elif not self._is_enrolled_in(uid, request.netns):
+            return
+        await self._take_out(uid)
+
+    def _uid_of(self, container_id: str) -> str:
+        for uid, sandbox in self._sandboxes.items():
+            if sandbox.container_id == container_id:
+                return uid
+        return ""
+
+    def _is_enrolled_in(self, uid: str, path: str) -> bool:
+        """Whether a pod that an agent before us may have brought is enrolled in that namespace."""
+        cookie = self._roster.cookie(uid)
+        return cookie is not None and cookie == _cookie_of(path)
+
+    async def _take_out(self, uid: str) -> None:
+        self._sandboxes.pop(uid, None)
+        self._gone.add(uid)
+        self._on_left(uid)
+        await self._roster.take_out(uid)
+
+    async def _check(self, request: Request) -> None:
+        if _is_static(request):
+            return
+        pod = await self._find(request)
+        if pod.local is None:
+            return
+        cookie = _cookie_of(request.netns)
+        problem = self._roster.problem(pod.uid)
+        if not problem and self._roster.cookie(pod.uid) != cookie:
+            problem = f"it is captured in another network namespace than {request.netns}"
+        if problem:
+            raise CniError(
+                Code.NOT_CAPTURED,
+                f"{request.namespace}/{request.name} is not captured: {problem}. See `sidestep "
+                "pods` and the agent's log; the agent tries again by itself",
+            )
+
+    async def _collect(self, request: Request) -> None:
+        ended = [
+            uid
+            for uid, sandbox in self._sandboxes.items()
+            if sandbox.container_id not in request.valid_containers
+        ]
+        for uid in ended:
+            await self._take_out(uid)
+
+    def _require_ready(self) -> None:
+        if self._told is None:
+            raise CniError(
+                Code.NOT_AVAILABLE,
+                "the agent does not know the cluster's state yet; is the API server reachable "
+                "from it?",
+            )
+
+
+def _is_meant(request: Request, uid: str, namespace: str, name: str) -> bool:
+    """Whether a pod is the one of a request: by uid, since names are used again."""
+    if request.uid:
+        return uid == request.uid
+    return (namespace, name) == (request.namespace, request.name)
+
+
+def _is_static(request: Request) -> bool:
+    """Whether a pod comes from a file of the kubelet's: its uid is a hash, and not the API's.
+
+    The API server may not even run before such pods do, and knows them by another uid.
+    """
+    return request.uid != "" and "-" not in request.uid
+
+
+def _cookie_of(path: str) -> int | None:
+    try:
+        netns_fd = netns.open_netns(Path(path))
+    except OSError:
+        return None
+    try:
+        return netns.netns_cookie(netns_fd)
+    except SidestepError:
+        return None
+    finally:
+        os.close(netns_fd)
+
+
+def _hint(error: SidestepError) -> str:
+    if isinstance(error, SandboxNotFound):
+        return (
+            ". Either the sandbox is gone already, or the agent does not see the node's network "
+            "namespaces: mount /run/netns into it with mountPropagation HostToContainer"
+        )
+    return ""
+
+
+def _named(request: Request) -> dict[str, str]:
+    return {"pod": f"{request.namespace}/{request.name}", "uid": request.uid}
