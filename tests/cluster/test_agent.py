@@ -46,6 +46,7 @@ class Processes:
         self.pins = pins.DEFAULT_ROOT.parent / f"sidestep-test-{os.getpid()}"
         self.cgroups = links.cgroup_root() / f"sidestep-test-{os.getpid()}"
         self.cgroups.mkdir()
+        self.pod_cgroups = self.cgroups  # where the agent looks
 
     def start_pod(self, space: Namespace, body: Body) -> None:
         """Start a process in a namespace, which stands for a pod's."""
@@ -84,7 +85,7 @@ class Processes:
         path.write_text(token)
         return self.start(
             "agent", account, "--node", "node-1", "--run-dir", str(self.directory / "run"),
-            "--metrics-port", "0", "--pins", str(self.pins), "--pod-cgroups", str(self.cgroups),
+            "--metrics-port", "0", "--pins", str(self.pins), "--pod-cgroups", str(self.pod_cgroups),
             "--ca", f"unix:{self.directory}/ca.sock", "--ca-name", CA_HOST,
             "--ca-token", str(path), "--ca-root", str(self.directory / "ca/root-cert.pem"),
         )  # fmt: skip
