@@ -133,7 +133,11 @@ class Arrivals:
             log.info("a static pod takes no part", extra=_named(request))
             return None
         pod = await self._find(request)
+        uid = pod.uid
         if pod.local is None:
+            # What an earlier sandbox of it left here holds no more, should it join later on.
+            self._sandboxes.pop(uid, None)
+            self._gone.discard(uid)
             return None
         if not request.addresses:
             raise CniError(
@@ -141,7 +145,6 @@ class Arrivals:
                 f"{request.namespace}/{request.name} wants the mesh, and prevResult has no "
                 "address of it: put the plugin that gives addresses before sidestep in the list",
             )
-        uid = pod.uid
         before = self._sandboxes.get(uid)
         self._sandboxes[uid] = Sandbox(request.container_id, request.addresses)
         self._gone.discard(uid)

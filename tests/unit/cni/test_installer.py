@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -294,3 +297,36 @@ def test_failing_write_leaves_the_file_and_no_draft(places: Places, conflist: Pa
     with pytest.raises(OSError, match="No such"):
         installer._replace(places.networks / "gone/file", b"", 0o600)
     assert [path.name for path in places.networks.iterdir()] == [conflist.name]
+
+
+def test_commands_install_keep_and_uninstall(places: Places, conflist: Path) -> None:
+    where = [
+        "--networks", str(places.networks), "--plugins", str(places.plugins),
+        "--state", str(places.state),
+    ]  # fmt: skip
+    entry = ["--socket", str(places.socket), "--exclude-namespace", "spared"]
+    command = [sys.executable, "-m", "agent.cli", "cni"]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+
+    conflist.unlink()
+    refused = run("install", *where, *entry)
+    assert refused.returncode == 1
+    assert "has no network configuration yet" in refused.stderr
+    conflist.write_text(CONFLIST)
+    done = run("install", *where, *entry)
+    assert (done.returncode, done.stdout) == (0, f"{conflist} has the plugin\n")
+    installed = conflist.read_text()
+    conflist.write_text(CONFLIST)
+    with subprocess.Popen([*command, "watch", *where, *entry], stderr=subprocess.PIPE) as watcher:
+        try:
+            wait_until(lambda: conflist.read_text() == installed)
+        finally:
+            watcher.send_signal(signal.SIGTERM)
+        assert watcher.wait(10) == 0
+    # Ending is no uninstalling: the agent's pod may only be replaced.
+    assert conflist.read_text() == installed
+    assert run("uninstall", *where).returncode == 0
+    assert conflist.read_text() == CONFLIST
+    assert not places.state.exists()
