@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from agent import netlink, netns
+from agent.model.enrollment import MODE_LABEL
 from cni.installer import SHIM, Places
 from tests.cluster.test_agent import Processes
 from tests.cluster.test_rights import AUDIENCE, annotation, installed, token_of
@@ -222,3 +223,31 @@ def test_add_costs_little(plugin: Plugin, measured: Callable[[str], None]) -> No
         f"most; for a pod of an excluded namespace {spared * 1000:.1f} ms"
     )
     assert meshed < ADD_SECONDS
+
+
+def test_pod_that_left_the_mesh_between_two_sandboxes_joins_again(plugin: Plugin) -> None:
+    kind = "application/merge-patch+json"
+
+    def label(body: Body, mode: str) -> None:
+        change = {"metadata": {"labels": {MODE_LABEL: mode}}}
+        plugin.server.must("PATCH", path_of(body), change, kind)
+
+    def passes() -> bool:
+        """Add it, and tell whether it took no part; the label takes a moment to be known."""
+        assert plugin.run("ADD", body, place)[0] == 0
+        if plugin.states() == {}:
+            return True
+        assert plugin.run("DEL", body, place)[0] == 0
+        return False
+
+    body = plugin.create("back")
+    with sandbox() as place:
+        assert plugin.run("ADD", body, place)[0] == 0
+        assert plugin.run("DEL", body, place)[0] == 0
+        label(body, "none")
+        wait_until(passes)
+        status = {"phase": "Running", "podIP": "10.97.0.9", "podIPs": [{"ip": "10.97.0.9"}]}
+        plugin.server.must("PATCH", f"{path_of(body)}/status", {"status": status}, kind)
+        label(body, "ambient")
+        # Looked for by its cgroup, which it has not got here.
+        wait_until(lambda: plugin.states() == {"back": "pending"})
