@@ -184,7 +184,7 @@ class Translator:
             case _Pod():
                 self._pods[named] = found
                 self._pod_by_uid[found.uid] = named
-                if found.is_ready:
+                if found.is_ready and found.workload.addresses:
                     self._services.put_ready_pod(named, found.workload)
             case EntryWorkload():
                 self._services.put_machine(named, found)
