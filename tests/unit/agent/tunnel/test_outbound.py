@@ -68,7 +68,7 @@ class Scene:
         self.certificates = {
             identity: PutCertificate(str(identity), issued.chain, issued.key, issued.roots)
             for identity in (CLIENT, SERVER)
-            if (issued := authority.issue(identity))
+            for issued in (authority.issue(identity),)
         }
         trust = Trust(self.reactor, TRUST_DOMAIN)
         contexts = Contexts(self.reactor, lambda _identity: None)
@@ -133,7 +133,7 @@ def end_tunnel(session: Session, _stream_id: int) -> None:
 
 def say_goodbye(session: Session, stream_id: int) -> None:
     """GOAWAY for a request that was on its way (RFC 9113 §6.8)."""
-    session.connection._last_peer_stream_id = stream_id - 2
+    session.connection._last_peer_stream_id = max(0, stream_id - 2)
     session.connection.drain()
     session.wants_write()
 
