@@ -76,10 +76,11 @@ class Scene:
         mesh = Mesh()
         mesh.put_workload(SERVER_POD)
         pod_sockets = PodSockets(lambda _own: None)
-        pool = Pool(self.reactor, pod_sockets, trust, bounds)
+        self.pool = Pool(self.reactor, pod_sockets, trust, bounds)
+        self.sessions: list[Session] = []
         asked = Asked()
         self.outbound = Outbound(
-            self.reactor, pod_sockets, asked, mesh, pool, contexts, asked, bounds
+            self.reactor, pod_sockets, asked, mesh, self.pool, contexts, asked, bounds
         )
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.0.0.2"),))
         self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
@@ -98,10 +99,19 @@ class Scene:
         trust = Trust(self.reactor, TRUST_DOMAIN)
         session = Session(self.reactor, accepted, context, Role.SERVER, trust)
         session.on_request = self._on_request
+        self.sessions.append(session)
 
     def _on_request(self, session: Session, event: ConnectRequested) -> None:
         self.requests += 1
         self.answer(session, event.stream_id)
+
+    def close(self) -> None:
+        """End what is open on both sides."""
+        self.reactor.forget(self.listener.fileno())
+        self.listener.close()
+        for session in self.sessions:
+            session.fail("the test is over")
+        run_until(self.reactor, lambda: not self.pool._entries and not self.served.connections)
 
     def connect(self) -> socket.socket:
         """Return the application's end of a captured connection."""
@@ -121,7 +131,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
             stack.callback(os.close, netns_fd)
             netns.run_in(netns_fd, lambda: netlink.set_up("lo"))
             made = Scene(netns_fd, tmp_path, Bounds(**limits))
-            stack.callback(made.listener.close)
+            stack.callback(made.close)
             return made
 
         yield make
