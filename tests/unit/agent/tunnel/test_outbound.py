@@ -212,6 +212,8 @@ def test_pod_gets_no_more_connections_than_it_may_have(
             assert second.recv(1) == b""
         assert stage.served.connections == 1
     assert TOO_MANY in capsys.readouterr().err
+    for channel in list(stage.sessions[0].channels.values()):
+        channel.abort()
     run_until(stage.reactor, lambda: not stage.served.connections)
     with stage.connect():
         run_until(stage.reactor, lambda: stage.requests == 2)
