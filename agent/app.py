@@ -200,7 +200,10 @@ class Agent:
         settings = self._settings
         yield (
             messages.Configure(
-                str(self._pins.directory), settings.trust_domain, settings.trust_domain_aliases
+                str(self._pins.directory),
+                settings.trust_domain,
+                settings.trust_domain_aliases,
+                settings.bounds,
             ),
             [],
         )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from agent.datapath.direct import DirectFlow, FlowEnd
     from agent.datapath.pins import Pins
+    from agent.datapath.ring import Batch
     from agent.model.pod import Address, LocalPod
     from agent.tunnel.counts import Counted
 
@@ -152,20 +153,20 @@ class DirectPath:
     # -- ends ---------------------------------------------------------------------------------
 
     def _on_ends(self) -> None:
-        samples = self._ends.read()
-        for sample in samples[:LINES_AT_ONCE]:
+        batch = self._ends.read()
+        for sample in batch.samples(LINES_AT_ONCE):
             self._log(self._ends.parse(sample))
-        if len(samples) > LINES_AT_ONCE:
-            count = len(samples) - LINES_AT_ONCE
+        if len(batch) > LINES_AT_ONCE:
+            count = len(batch) - LINES_AT_ONCE
             log.info("direct connections not logged, too many at once", extra={"count": count})
-        if samples:
-            self._count(samples)
+        if batch:
+            self._count(batch)
             self._forget_gone()
 
-    def _count(self, samples: list[bytes]) -> None:
-        sent, received, resets = self._ends.totals(samples)
+    def _count(self, batch: Batch) -> None:
+        sent, received, resets = self._ends.totals(batch)
         labels = (("direction", "outbound"), ("path", "direct"))
-        ended = {"ok": len(samples) - resets, "reset": resets}
+        ended = {"ok": len(batch) - resets, "reset": resets}
         self._on_counts(
             (
                 *(("connections", (*labels, ("outcome", name)), ended[name]) for name in ended),

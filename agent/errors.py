@@ -267,6 +267,12 @@ class TunnelError(SidestepError):
     reason = "tunnel"
 
 
+class OutOfDescriptors(TunnelError):
+    """The process may open no more files for connections."""
+
+    reason = "out_of_descriptors"
+
+
 class LocalProtocolError(TunnelError):
     """Our side broke the protocol: a defect of Sidestep."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.pod import Exclusions
 
 if TYPE_CHECKING:
@@ -41,3 +42,4 @@ class Settings:
     has_direct_path: bool = True
     kubelet_cgroup: Path | None = None
     metrics_port: int = 15020  # 0: none
+    bounds: Bounds = DEFAULT_BOUNDS

@@ -28,10 +28,11 @@ from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
 from agent.errors import SidestepError
 from agent.identity.verify import FINGERPRINT_BYTES
+from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.secrecy import keep_memory_private
-from agent.tunnel import messages
+from agent.tunnel import messages, sockets
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
@@ -101,6 +102,8 @@ class Worker:
         self._trust_domain = ""
         self._serve_by_port: dict[int, Serve] = {}
         self._pool: Pool | None = None
+        self._sockets: PodSockets | None = None
+        self._bounds = DEFAULT_BOUNDS
         self._trust: Trust | None = None
 
     def run(self) -> None:
@@ -161,9 +164,13 @@ class Worker:
     def _configure(self, message: messages.Configure) -> None:
         maps = Path(message.pin_directory) / "maps"
         self._trust_domain = message.trust_domain
-        pod_sockets = PodSockets(partial(exempt, Map(maps / "ss_exempt")))
+        self._bounds = bounds = message.bounds
+        soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._sockets = pod_sockets = PodSockets(
+            partial(exempt, Map(maps / "ss_exempt")), soft - bounds.spare_descriptors
+        )
         self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
-        self._pool = Pool(self._reactor, pod_sockets, self._trust)
+        self._pool = Pool(self._reactor, pod_sockets, self._trust, bounds)
         outbound = Outbound(
             self._reactor,
             pod_sockets,
@@ -174,8 +181,11 @@ class Worker:
             Neighbors(
                 Verdicts(Map(maps / "ss_verdicts"), Map(maps / "ss_generation")), self._served
             ),
+            bounds,
         )
-        inbound = Inbound(self._reactor, pod_sockets, self._trust, self._contexts, self._gate)
+        inbound = Inbound(
+            self._reactor, pod_sockets, self._trust, self._contexts, self._gate, bounds
+        )
         self._serve_by_port = {
             OUTBOUND_PORT: outbound.serve,
             INBOUND_PORT: inbound.serve_plaintext,
@@ -233,10 +243,12 @@ class Worker:
                 accepted.setblocking(False)
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 try:
+                    if self._sockets is not None:
+                        self._sockets.require_room(accepted)
                     serve(served, accepted, peer)
                 except (SidestepError, OSError) as error:
                     # One connection's failure is its own.
-                    accepted.close()
+                    sockets.abort(accepted)
                     log("connection failed", pod=served.pod.name, reason=str(error))
 
         # Workers share the listener: one of them is enough for one connection.

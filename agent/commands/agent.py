@@ -17,6 +17,7 @@ from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
 from agent.model.pod import Exclusions
 from agent.secrecy import keep_memory_private
@@ -70,6 +71,46 @@ def default_workers() -> int:
     "--workers", type=click.IntRange(1, 64), default=default_workers,
     show_default="one for each two processors", help="Processes that move bytes.",
 )  # fmt: skip
+@click.option(
+    "--handshake-timeout", type=click.FloatRange(0.1, 300), metavar="SECONDS",
+    default=DEFAULT_BOUNDS.handshake_seconds, show_default=True,
+    help="For TLS, and again for HTTP/2, of a tunnel.",
+)  # fmt: skip
+@click.option(
+    "--tunnel-idle-timeout", type=click.FloatRange(1, 86400), metavar="SECONDS",
+    default=DEFAULT_BOUNDS.idle_seconds, show_default=True,
+    help="A tunnel without a connection is closed after that.",
+)  # fmt: skip
+@click.option(
+    "--streams-per-tunnel", type=click.IntRange(1, 10_000),
+    default=DEFAULT_BOUNDS.streams_per_tunnel, show_default=True,
+    help="Connections that share a tunnel; a peer may open twice as many.",
+)  # fmt: skip
+@click.option(
+    "--tunnels-per-peer", type=click.IntRange(1, 10_000),
+    default=DEFAULT_BOUNDS.tunnels_per_peer, show_default=True,
+    help="From one pod to one workload, in each worker.",
+)  # fmt: skip
+@click.option(
+    "--header-bytes", type=click.IntRange(1024, 1 << 20),
+    default=DEFAULT_BOUNDS.header_bytes, show_default=True,
+    help="Size of a request's headers that a peer may send.",
+)  # fmt: skip
+@click.option(
+    "--stream-buffer-bytes", type=click.IntRange(65_535, 1 << 30),
+    default=DEFAULT_BOUNDS.stream_buffer_bytes, show_default=True,
+    help="What a peer may send ahead of a slow reader, for each connection.",
+)  # fmt: skip
+@click.option(
+    "--connections-per-pod", type=click.IntRange(1, 1 << 20),
+    default=DEFAULT_BOUNDS.connections_per_pod, show_default=True,
+    help="Both directions together, in each worker.",
+)  # fmt: skip
+@click.option(
+    "--spare-descriptors", type=click.IntRange(16, 1 << 16),
+    default=DEFAULT_BOUNDS.spare_descriptors, show_default=True,
+    help="Open files below a worker's hard limit that connections do not get.",
+)  # fmt: skip
 @click.option("--exclude-outbound-port", type=_PORT, multiple=True, help="Never captured.")
 @click.option("--exclude-outbound-network", multiple=True, metavar="CIDR", help="Never captured.")
 @click.option("--exclude-inbound-port", type=_PORT, multiple=True, help="Never captured.")
@@ -118,6 +159,14 @@ def agent(
     trust_domain: str,
     trust_domain_alias: tuple[str, ...],
     workers: int,
+    handshake_timeout: float,
+    tunnel_idle_timeout: float,
+    streams_per_tunnel: int,
+    tunnels_per_peer: int,
+    header_bytes: int,
+    stream_buffer_bytes: int,
+    connections_per_pod: int,
+    spare_descriptors: int,
     exclude_outbound_port: tuple[int, ...],
     exclude_outbound_network: tuple[str, ...],
     exclude_inbound_port: tuple[int, ...],
@@ -154,6 +203,16 @@ def agent(
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
         metrics_port=metrics_port,
+        bounds=Bounds(
+            handshake_timeout,
+            tunnel_idle_timeout,
+            streams_per_tunnel,
+            tunnels_per_peer,
+            header_bytes,
+            stream_buffer_bytes,
+            connections_per_pod,
+            spare_descriptors,
+        ),
     )
     rules = EnrollmentRules(
         DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf, records
+from agent.datapath.ring import HEAD_BYTES, RingBuffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from agent.datapath.btf import Layout, Value
     from agent.datapath.maps import Map, Record
     from agent.datapath.pins import Pins
+    from agent.datapath.ring import Batch
     from agent.model.pod import Address
 
 GENERATION_KEY: dict[str, Value] = {"value": 0}
@@ -83,21 +85,21 @@ class FlowEnds:
         self._flow_layout = pins.maps["ss_direct_flows"].key
         self._direct_layout = pins.maps["ss_direct_flows"].value
         self._map_fd = libbpf.open_pin(pins.directory / "maps" / "ss_flow_ends")
-        self._buffer = libbpf.RingBuffer(self._map_fd)
-        self.fd = self._buffer.fd
+        self._ring = RingBuffer(self._map_fd, self._layout.size)
+        self.fd = self._map_fd
 
-    def read(self) -> list[bytes]:
-        """Return the ends since the last call, for `parse`: a flood is cheap to count."""
-        return self._buffer.read()
+    def read(self) -> Batch:
+        """Return the ends since the last call: a flood is cheap to count."""
+        return self._ring.read()
 
-    def totals(self, samples: Iterable[bytes]) -> tuple[int, int, int]:
-        """Return (bytes sent, bytes received, resets) of many samples, cheaply."""
-        rows = self._totals.iter_unpack(b"".join(samples))
+    def totals(self, batch: Batch) -> tuple[int, int, int]:
+        """Return (bytes sent, bytes received, resets) of many ends, cheaply."""
+        rows = self._totals.iter_unpack(batch.records)
         sent, received, resets = map(sum, zip((0, 0, 0), *rows, strict=True))
         return sent, received, resets
 
     def parse(self, sample: bytes) -> FlowEnd:
-        """Return what one sample of `read` says."""
+        """Return what one sample of a batch says."""
         end = self._layout.decode(sample)
         flow = _flow(
             self._flow_layout.decode(_bytes(end, "flow")),
@@ -113,7 +115,7 @@ class FlowEnds:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        self._buffer.close()
+        self._ring.close()
         os.close(self._map_fd)
 
 
@@ -150,13 +152,13 @@ class Flows:
 
 
 def _totals_layout(layout: Layout) -> struct.Struct:
-    """Return how to read the three sums out of a flow end, at the speed of the kernel's."""
-    offsets = {field.name: field.offset for field in layout.fields}
+    """Return how to read the three sums out of a record, at the speed of the kernel's."""
+    offsets = {field.name: HEAD_BYTES + field.offset for field in layout.fields}
     text, position = "=", 0
     for name, code in (("bytes_sent", "Q"), ("bytes_received", "Q"), ("was_reset", "I")):
         text += f"{offsets[name] - position}x{code}"
         position = offsets[name] + struct.calcsize(f"={code}")
-    return struct.Struct(f"{text}{layout.size - position}x")
+    return struct.Struct(f"{text}{HEAD_BYTES + layout.size - position}x")
 
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:

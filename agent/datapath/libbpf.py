@@ -349,38 +349,3 @@ def update_link(link_fd: int, program_fd: int, what: str) -> None:
     result = _library().bpf_link_update(link_fd, program_fd, None)
     if result < 0:
         raise AttachError(f"{what} cannot be updated: {_errno_text(result)}")
-
-
-_Sample = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class RingBuffer:
-    """A reader of a ring buffer; its `fd` is readable while there is something to read."""
-
-    def __init__(self, map_fd: int) -> None:
-        """Open a reader on a map that stays the caller's (MapError)."""
-        library = _library()
-        library.ring_buffer__new.restype = ctypes.c_void_p
-        self._samples: list[bytes] = []
-        self._on_sample = _Sample(self._take)  # must outlive the reader
-        pointer = library.ring_buffer__new(map_fd, self._on_sample, None, None)
-        if not pointer:
-            raise MapError(f"a ring buffer cannot be read: {_errno_text(0)}")
-        self._reader = ctypes.c_void_p(pointer)
-        self.fd = int(library.ring_buffer__epoll_fd(self._reader))
-
-    def _take(self, _context: int, address: int, size: int) -> int:
-        self._samples.append(ctypes.string_at(address, size))
-        return 0
-
-    def read(self) -> list[bytes]:
-        """Return the samples since the last call, without waiting."""
-        result = _library().ring_buffer__consume(self._reader)
-        if result < 0:
-            raise MapError(f"a ring buffer cannot be read: {_errno_text(result)}")
-        samples, self._samples = self._samples, []
-        return samples
-
-    def close(self) -> None:
-        """Give the reader back."""
-        _library().ring_buffer__free(self._reader)

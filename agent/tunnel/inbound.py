@@ -17,13 +17,14 @@ from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import Access, endpoint, log
+from agent.tunnel.served import TOO_MANY, Access, endpoint, log
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -68,12 +69,14 @@ class Inbound:
         trust: Trust,
         contexts: Contexts,
         gate: Gate,
+        bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
         self._trust = trust
         self._contexts = contexts
         self._gate = gate
+        self._bounds = bounds
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -83,12 +86,16 @@ class Inbound:
         local_host, port = accepted.getsockname()[:2]
         address = plain(local_host)
         access = Access(
-            "inbound", served.pod, endpoint(str(source), peer[1]), endpoint(str(address), port),
+            "inbound", served, endpoint(str(source), peer[1]), endpoint(str(address), port),
             "plaintext",
         )  # fmt: skip
         if port in LISTENER_PORTS:
             sockets.abort(accepted)
             access.complete("the port is the agent's own")
+            return
+        if served.connections > self._bounds.connections_per_pod:
+            sockets.abort(accepted)
+            access.complete(TOO_MANY)
             return
         if accepted.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == REPLY_MARK:
             # Inherited from the SYN, which is our own: to serve it would dial it once more.
@@ -131,7 +138,14 @@ class Inbound:
                 sockets.abort(accepted)
                 log("tunnel refused", pod=served.pod.name, peer=str(source), reason=reason)
                 return
-            session = Session(self._reactor, accepted, context, Role.SERVER, self._trust)
+            session = Session(
+                self._reactor,
+                accepted,
+                context,
+                Role.SERVER,
+                self._trust,
+                bounds=self._bounds,
+            )
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -157,9 +171,7 @@ class Inbound:
     def _on_request(
         self, served: ServedPod, session: Session, event: ConnectRequested, source: Address
     ) -> None:
-        access = Access(
-            "inbound", served.pod, str(source), event.authority, "hbone", str(session.peer)
-        )
+        access = Access("inbound", served, str(source), event.authority, "hbone", str(session.peer))
 
         def refuse(status: int, reason: str) -> None:
             session.respond(event.stream_id, status)
@@ -178,6 +190,9 @@ class Inbound:
             return
         if port in LISTENER_PORTS:
             refuse(503, f"port {port} is the agent's own")
+            return
+        if served.connections > self._bounds.connections_per_pod:
+            refuse(503, TOO_MANY)
             return
         connection = Connection(source, session.peer, address, port)
         admission = self._gate.admit(served.pod.uid, connection)

@@ -16,6 +16,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,11 +35,12 @@ POLICIES_AT_ONCE = 50  # in one message: enough to make its own cost small
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """First message: where the maps are, and who we trust."""
+    """First message: where the maps are, who we trust, and how much anybody may take."""
 
     pin_directory: str
     trust_domain: str
     trust_domain_aliases: tuple[str, ...] = ()
+    bounds: Bounds = DEFAULT_BOUNDS
 
 
 @dataclass(frozen=True, slots=True)

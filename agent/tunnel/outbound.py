@@ -12,9 +12,12 @@ from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 
+from agent.errors import SidestepError
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.tunnel import sockets, tcp
+from agent.tunnel.frames import ErrorCode
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import Access, endpoint
+from agent.tunnel.served import TOO_MANY, Access, endpoint
 from agent.tunnel.tcp import TcpChannel
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
     from agent.tunnel.served import ServedPod
     from agent.tunnel.session import Session
     from agent.tunnel.sockets import PodSockets
+
+# A tunnel may end while a request is on its way: the peer restarts, or says GOAWAY. Nothing of the
+# application was sent before the answer, so the request may be made again.
+TRIES = 3
 
 DENIED = "the peer answered 401: denied by a policy at the destination"
 
@@ -74,6 +81,7 @@ class Outbound:
         pool: Pool,
         contexts: Contexts,
         direct_path: DirectPath,
+        bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
@@ -82,6 +90,7 @@ class Outbound:
         self._pool = pool
         self._contexts = contexts
         self._direct_path = direct_path
+        self._bounds = bounds
 
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
         """Take over one accepted connection."""
@@ -91,8 +100,12 @@ class Outbound:
             sockets.abort(accepted)
             return
         access = Access(
-            "outbound", served.pod, endpoint(host, port), endpoint(str(origin.address), origin.port)
+            "outbound", served, endpoint(host, port), endpoint(str(origin.address), origin.port)
         )
+        if served.connections > self._bounds.connections_per_pod:
+            sockets.abort(accepted)
+            access.complete(TOO_MANY)
+            return
         route = self._mesh.resolve(origin.address, origin.port, partial(_choose, origin.endpoint))
         if route is None:
             sockets.abort(accepted)
@@ -106,7 +119,12 @@ class Outbound:
         self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
     ) -> None:
         family = socket.AF_INET if route.address.version == 4 else socket.AF_INET6
-        dialed = self._sockets.open(served.netns_fd, family)
+        try:
+            dialed = self._sockets.open(served.netns_fd, family)
+        except (SidestepError, OSError) as error:
+            sockets.abort(accepted)
+            access.complete(f"no socket for the destination: {error}")
+            return
 
         def on_connected(error: OSError | None) -> None:
             if error is not None:
@@ -137,9 +155,14 @@ class Outbound:
         baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
         headers = {"baggage": baggage, "forwarded": f'for="{access.source}"'}
 
+        tries_left = TRIES - 1
+
         def refuse(reason: str) -> None:
             sockets.abort(accepted)
             access.complete(reason)
+
+        def acquire() -> None:
+            self._contexts.client(str(served.identity), on_context)
 
         def on_session(session: Session | None, reason: str) -> None:
             if session is None:
@@ -149,7 +172,18 @@ class Outbound:
             grant = self._direct_path.candidate(served, workload.uid, route.address, route.port)
             stream_id = session.open_stream(authority, headers)
             channel = session.channels[stream_id]
-            channel.on_abort = lambda: refuse("the peer reset the stream before it answered")
+
+            def on_abort() -> None:
+                nonlocal tries_left
+                was_heard = channel.reset_code not in (None, ErrorCode.REFUSED_STREAM)
+                if was_heard or not tries_left:
+                    refuse("the peer reset the stream before it answered")
+                    return
+                tries_left -= 1
+                # Later: the session that ends now is still in the pool.
+                self._reactor.call_soon(acquire)
+
+            channel.on_abort = on_abort
 
             def on_response(status: int) -> None:
                 if status != 200:

@@ -2,7 +2,7 @@
 
 A tunnel is shared only within one source pod and identity, so that the peer's view of who connects
 is exact, and only for one destination identity and address. Requests that come while a tunnel is
-being dialed wait for it. An idle tunnel is closed after five minutes.
+being dialed wait for it. An idle tunnel is closed after a while (`Bounds`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agent.errors import SidestepError
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT
 from agent.tunnel import tcp
 from agent.tunnel.connection import Role
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from agent.tunnel.sockets import PodSockets
     from agent.tunnel.trust import Trust
 
-STREAMS_PER_TUNNEL = 100
-IDLE_SECONDS = 300.0
-
 Key = tuple[str, str, str, str]  # source pod, source identity, destination, its address
 
 
@@ -49,10 +48,17 @@ class _Entry:
 class Pool:
     """All outbound tunnels of a worker."""
 
-    def __init__(self, reactor: Reactor, pod_sockets: PodSockets, trust: Trust) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        pod_sockets: PodSockets,
+        trust: Trust,
+        bounds: Bounds = DEFAULT_BOUNDS,
+    ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
         self._trust = trust
+        self._bounds = bounds
         self._entries: dict[Key, list[_Entry]] = {}
 
     def acquire(
@@ -66,18 +72,26 @@ class Pool:
         """Find or dial a tunnel for one stream; `on_session` opens it at once."""
         key = (served.pod.uid, str(served.identity), workload.uid, str(address))
         entries = self._entries.setdefault(key, [])
+        limit = self._bounds.streams_per_tunnel
         for entry in entries:
             if entry.is_ready and entry.session is not None:
                 connection = entry.session.connection
-                if connection.may_open and connection.stream_count < STREAMS_PER_TUNNEL:
+                if connection.may_open and connection.stream_count < limit:
                     if entry.idle is not None:
                         entry.idle.cancel()
                         entry.idle = None
                     on_session(entry.session, "")
                     return
-            elif not entry.is_ready and len(entry.waiters) < STREAMS_PER_TUNNEL:
+            elif not entry.is_ready and len(entry.waiters) < limit:
                 entry.waiters.append(on_session)
                 return
+        if len(entries) >= self._bounds.tunnels_per_peer:
+            on_session(
+                None,
+                f"all {len(entries)} tunnels to {workload.namespace}/{workload.name}"
+                " are full (--tunnels-per-peer)",
+            )
+            return
         entry = _Entry(waiters=[on_session])
         entries.append(entry)
         self._dial(key, entry, served, context, workload, address)
@@ -92,7 +106,11 @@ class Pool:
         address: Address,
     ) -> None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        own = self._sockets.open(served.netns_fd, family)
+        try:
+            own = self._sockets.open(served.netns_fd, family)
+        except (SidestepError, OSError) as error:
+            self._fail(key, entry, f"no socket for a tunnel: {error}")
+            return
         expected = workload.identity(self._trust.trust_domain)
 
         def on_connected(error: OSError | None) -> None:
@@ -100,7 +118,9 @@ class Pool:
                 hint = "; a NetworkPolicy may block it" if isinstance(error, TimeoutError) else ""
                 self._fail(key, entry, f"{address}:{HBONE_PORT} cannot be reached: {error}{hint}")
                 return
-            entry.session = Session(self._reactor, own, context, Role.CLIENT, self._trust, expected)
+            entry.session = Session(
+                self._reactor, own, context, Role.CLIENT, self._trust, expected, self._bounds
+            )
             entry.session.on_ready = on_ready
             entry.session.on_closed = on_closed
             entry.session.on_idle = lambda _session: self._on_idle(entry)
@@ -149,7 +169,7 @@ class Pool:
         if session.connection.is_draining:
             session.close()
         elif entry.idle is None:
-            entry.idle = self._reactor.call_later(IDLE_SECONDS, session.close)
+            entry.idle = self._reactor.call_later(self._bounds.idle_seconds, session.close)
 
     def renew(self, identity: str) -> None:
         """Dial anew for new streams: there is a new certificate for `identity`."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from agent.model.verdict import Verdict
 
 
+TOO_MANY = "the pod has all connections that it may have (--connections-per-pod)"
+
 _encode = json.JSONEncoder(default=str).encode  # json.dumps would make one for each line
 
 
@@ -33,6 +35,7 @@ class ServedPod:
     netns_cookie: int
     listeners: list[tuple[int, socket.socket]]  # with their ports
     is_leaving: bool = False
+    connections: int = 0  # open ones of the pod, both directions, in this worker
 
 
 def log(message: str, **fields: object) -> None:
@@ -53,7 +56,7 @@ class Access:
     """The access log entry of one connection, written when it ends."""
 
     direction: str
-    pod: LocalPod
+    served: ServedPod
     source: str
     destination: str
     path: str = "tcp"
@@ -61,8 +64,13 @@ class Access:
     verdict: Verdict | None = None  # of an inbound connection
     began: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        self.served.connections += 1
+
     def complete(self, result: str, sent: int = 0, received: int = 0) -> None:
-        """Write it, and count it; `sent` counts bytes away from the client."""
+        """Write it, and count it; `sent` counts bytes away from the client. Call it once."""
+        self.served.connections -= 1
+        pod = self.served.pod
         verdict = self.verdict
         is_denied = verdict is not None and not verdict.is_allowed
         outcome = "denied" if is_denied else result if result in ("ok", "reset") else "failed"
@@ -75,7 +83,7 @@ class Access:
         log(
             "connection complete",
             direction=self.direction,
-            pod=f"{self.pod.namespace}/{self.pod.name}",
+            pod=f"{pod.namespace}/{pod.name}",
             source=self.source,
             destination=self.destination,
             path=self.path,

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPeer
 from agent.identity.verify import explain
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.tunnel import sockets
-from agent.tunnel.connection import Connection, Role
+from agent.tunnel.connection import Connection, Limits, Role
 from agent.tunnel.events import (
     ConnectionTerminated,
     ConnectRequested,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from agent.tunnel.reactor import Reactor
     from agent.tunnel.trust import Trust
 
-HANDSHAKE_SECONDS = 5.0
 PING_SECONDS = 10.0
 PONG_SECONDS = 20.0
 READ_BYTES = 512 * 1024  # in one turn, then others get theirs
@@ -80,6 +80,7 @@ class StreamChannel:
         self._stream_id = stream_id
         self._pending: deque[memoryview] = deque()
         self.buffered = 0
+        self.reset_code: int | None = None  # what the peer said when it reset the stream
         self._is_paused = False
         self._unacknowledged = 0
         self._ends = self._has_ended = False
@@ -187,12 +188,21 @@ class Session:
         role: Role,
         trust: Trust,
         expected: SpiffeId | None = None,
+        bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self.on_ready: Callable[[Session], None] = lambda _session: None
         self.on_closed: Callable[[Session, str], None] = lambda _session, _reason: None
         self.on_request: Callable[[Session, ConnectRequested], None] = lambda _session, _event: None
         self.on_idle: Callable[[Session], None] = lambda _session: None
-        self.connection = Connection(role)
+        self.connection = Connection(
+            role,
+            Limits(
+                stream_window=bounds.stream_buffer_bytes,
+                concurrent_streams=bounds.accepted_streams,
+                header_list_bytes=bounds.header_bytes,
+            ),
+        )
+        self._handshake_seconds = bounds.handshake_seconds
         self.peer: SpiffeId | None = None
         self.proof: Peer | None = None
         self.refusal = ""  # the reason code, if it is the peer's certificate that ended it
@@ -213,7 +223,7 @@ class Session:
         self._watched = WRITE if role is Role.CLIENT else READ
         self._is_write_due = False
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
-        self._deadline = reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
+        self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
         reactor.watch(self._fd, self._watched, self._on_io)
 
     # -- streams ------------------------------------------------------------------------------
@@ -328,7 +338,7 @@ class Session:
         self._trust.admit(self)
         self._is_established = True
         self._deadline.cancel()
-        self._deadline = self._reactor.call_later(HANDSHAKE_SECONDS, self._on_deadline)
+        self._deadline = self._reactor.call_later(self._handshake_seconds, self._on_deadline)
         if self._role is Role.SERVER:
             self.on_ready(self)
         self.write_now()
@@ -426,6 +436,7 @@ class Session:
             case StreamReset():
                 channel = self.channels.get(event.stream_id)
                 if channel is not None:
+                    channel.reset_code = event.code
                     channel.on_abort()
                     self.forget_stream(event.stream_id)
             case ConnectRequested():

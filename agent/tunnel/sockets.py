@@ -14,6 +14,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from agent import netns
+from agent.errors import OutOfDescriptors
 from agent.model.capture import LISTENER_PORTS, REPLY_MARK
 
 if TYPE_CHECKING:
@@ -59,10 +60,14 @@ def _borrowed_ports() -> Iterator[int]:
 class PodSockets:
     """Opens sockets in the namespaces of pods, for a process with one thread.
 
-    `exempt` marks a socket as the agent's own, which capture then leaves alone.
+    `exempt` marks a socket as the agent's own, which capture then leaves alone. Descriptors from
+    `first_spare` on are not given to connections.
     """
 
-    def __init__(self, exempt: Callable[[socket.socket], None]) -> None:
+    def __init__(
+        self, exempt: Callable[[socket.socket], None], first_spare: int | None = None
+    ) -> None:
+        self._first_spare = first_spare
         self._exempt = exempt
         self._ports = _borrowed_ports()
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -75,6 +80,7 @@ class PodSockets:
         finally:
             netns.leave(self._own_netns)
         try:
+            self.require_room(made)
             self._exempt(made)
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
@@ -90,6 +96,16 @@ class PodSockets:
         never answered. connect() then may say EADDRNOTAVAIL: the port was used a moment ago.
         """
         borrow_source(own, source, itertools.islice(self._ports, MOST_PORTS))
+
+    def require_room(self, made: socket.socket) -> None:
+        """Raise OutOfDescriptors if a new socket took one of the spare descriptors.
+
+        The kernel gives the lowest free number, so a high one says that all below are in use.
+        """
+        if self._first_spare is not None and made.fileno() >= self._first_spare:
+            raise OutOfDescriptors(
+                f"{self._first_spare} descriptors are in use: raise the hard limit of open files"
+            )
 
 
 def abort(own: socket.socket) -> None:

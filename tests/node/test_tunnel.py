@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -330,12 +331,28 @@ def test_bulk_both_ways_at_once_is_intact(
     assert digests == [expected.hexdigest()] * 2
 
 
-def test_two_thousand_connections_in_a_row(mesh: MeshPair) -> None:
+@dataclass(frozen=True)
+class Holdings:
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+    resident: int
+
+    @classmethod
+    def of(cls, pid: int) -> Holdings:
+        process = Path(f"/proc/{pid}")
+        descriptors = len(list((process / "fd").iterdir()))
+        return cls(descriptors, len(list((process / "task").iterdir())), resident_bytes(pid))
+
+
+def in_a_row(mesh: MeshPair, count: int) -> None:
+    """Open, use and close connections one after the other."""
     listener = mesh.server.namespace.listen(PEER4, 8080)
     listener.listen(64)
 
     def answer() -> None:
-        for _ in range(2000):
+        for _ in range(count):
             accepted, _ = listener.accept()
             with accepted:
                 accepted.sendall(accepted.recv(64))
@@ -345,7 +362,7 @@ def test_two_thousand_connections_in_a_row(mesh: MeshPair) -> None:
     client = mesh.client.namespace
 
     def ask() -> None:
-        for number in range(2000):
+        for number in range(count):
             with socket.socket() as connection:
                 connection.settimeout(5)
                 connection.connect((PEER4, 8080))
@@ -356,6 +373,23 @@ def test_two_thousand_connections_in_a_row(mesh: MeshPair) -> None:
     netns.run_in(client.fd, ask)
     thread.join(10)
     assert not thread.is_alive()
+    listener.close()
+
+
+def test_ten_thousand_connections_leave_nothing_behind(mesh: MeshPair) -> None:
+    workers = [member.worker for member in (mesh.client, mesh.server)]
+    in_a_row(mesh, 1000)  # the tunnel is there, and what a worker allocates once
+    before = [Holdings.of(worker.process.pid) for worker in workers]
+    in_a_row(mesh, 10_000)
+    for worker, old in zip(workers, before, strict=True):
+        deadline = time.monotonic() + 10
+        while (new := Holdings.of(worker.process.pid)).descriptors != old.descriptors:
+            assert time.monotonic() < deadline, (old, new)
+            worker.settle()  # a round of its loop
+        grown = new.resident - old.resident
+        print(f"10,000 connections: {grown / 1024:.0f} KiB more, {new}")  # noqa: T201
+        assert new.threads == old.threads == 1
+        assert grown < 1 << 20
 
 
 def test_five_hundred_connections_at_once(mesh: MeshPair) -> None:

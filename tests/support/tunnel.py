@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.identity.local import LocalAuthority
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
 from agent.tunnel import tls
 from agent.tunnel.connection import Role
@@ -39,12 +40,16 @@ class Authority:
 
 
 def make_session(
-    reactor: Reactor, own: socket.socket, context: ssl.SSLContext, role: Role
+    reactor: Reactor,
+    own: socket.socket,
+    context: ssl.SSLContext,
+    role: Role,
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> Session:
     """Start one end of a tunnel on a connected socket."""
     own.setblocking(False)
     expected = SERVER if role is Role.CLIENT else None
-    return Session(reactor, own, context, role, Trust(reactor, TRUST_DOMAIN), expected)
+    return Session(reactor, own, context, role, Trust(reactor, TRUST_DOMAIN), expected, bounds)
 
 
 @dataclass

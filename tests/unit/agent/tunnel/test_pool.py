@@ -8,15 +8,15 @@ import socket
 from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from agent import netlink, netns
+from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
-from agent.tunnel import pool as pool_module
 from agent.tunnel.connection import Role
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
@@ -69,11 +69,19 @@ class Setup:
         self.peer = Peer(self.reactor, listener, authority)
         self.context = authority.context(CLIENT, Role.CLIENT)
         # Nothing captures in this namespace, so nothing must be exempt.
-        trust = Trust(self.reactor, TRUST_DOMAIN)
-        self.pool = Pool(self.reactor, PodSockets(lambda _own: None), trust)
+        self.bound()
         pod = LocalPod("uid-client", "shop", "client-0", "client", (OTHER_LOOPBACK,))
         self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
         self.answers: list[tuple[Session | None, str]] = []
+
+    def bound(self, first_spare: int | None = None, **limits: Any) -> None:
+        """Begin with a new pool that has these limits."""
+        self.pool = Pool(
+            self.reactor,
+            PodSockets(lambda _own: None, first_spare),
+            Trust(self.reactor, TRUST_DOMAIN),
+            Bounds(**limits),
+        )
 
     def ask(
         self,
@@ -152,8 +160,8 @@ def test_tunnel_is_not_shared_beyond_pod_identity_destination_and_address(setup:
     assert len(set(setup.wait_answers(4))) == 4
 
 
-def test_full_tunnel_gets_a_second_beside_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "STREAMS_PER_TUNNEL", 2)
+def test_full_tunnel_gets_a_second_beside_it(setup: Setup) -> None:
+    setup.bound(streams_per_tunnel=2)
     setup.ask(3)
     first, second, third = setup.wait_answers(3)
     assert first is second
@@ -162,6 +170,37 @@ def test_full_tunnel_gets_a_second_beside_it(setup: Setup, monkeypatch: pytest.M
     assert setup.answers[-1][0] is third
     setup.ask()
     assert len(set(setup.wait_answers(5))) == 3
+
+
+def test_stream_beyond_the_last_tunnel_is_refused_and_fits_again_later(setup: Setup) -> None:
+    setup.bound(streams_per_tunnel=1, tunnels_per_peer=2)
+    setup.ask(3)
+    assert setup.answers == [(None, "all 2 tunnels to shop/server-0 are full (--tunnels-per-peer)")]
+    first, second = setup.wait_answers(3)[1:]
+    assert first is not second
+    assert first is not None
+    setup.end_streams(first)
+    setup.ask()
+    assert setup.answers[-1] == (first, "")
+
+
+def test_tunnel_that_would_take_a_spare_descriptor_is_not_dialed(setup: Setup) -> None:
+    setup.bound(first_spare=3)
+    setup.ask()
+    ((session, reason),) = setup.answers
+    assert session is None
+    assert "raise the hard limit of open files" in reason
+    setup.bound()
+    setup.ask()
+    assert setup.wait_answers(2)[1] is not None
+
+
+def test_peer_that_is_silent_in_the_handshake_is_given_up_in_time(setup: Setup) -> None:
+    setup.bound(handshake_seconds=0.05)
+    setup.reactor.forget(setup.peer.listener.fileno())  # nobody accepts
+    setup.ask()
+    assert setup.wait_answers(1) == [None]
+    assert setup.answers[0][1] == "the peer did not finish the handshake in time"
 
 
 def test_peer_that_allows_fewer_streams_gets_no_more_of_them(setup: Setup) -> None:
@@ -215,10 +254,8 @@ def test_draining_peer_is_left_for_a_new_tunnel(setup: Setup) -> None:
     setup.until(lambda: first.is_closed)
 
 
-def test_idle_tunnel_is_closed_and_a_used_one_is_not(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
+def test_idle_tunnel_is_closed_and_a_used_one_is_not(setup: Setup) -> None:
+    setup.bound(idle_seconds=0.05)
     setup.ask()
     (session,) = setup.wait_answers(1)
     assert session is not None

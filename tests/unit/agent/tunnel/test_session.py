@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.errors import PeerRevoked, PeerUnexpected
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
 from agent.tunnel import session as session_module
 from agent.tunnel.connection import Limits, Role
@@ -256,11 +257,11 @@ def test_peer_without_h2_is_refused(authority: Authority, join: Join) -> None:
 class RawPeer:
     """A server whose peer is a plain socket."""
 
-    def __init__(self, authority: Authority) -> None:
+    def __init__(self, authority: Authority, bounds: Bounds = DEFAULT_BOUNDS) -> None:
         self.reactor = Reactor()
         self.socket, theirs = socket.socketpair()
         context = authority.context(SERVER, Role.SERVER)
-        self.server = Witness(make_session(self.reactor, theirs, context, Role.SERVER))
+        self.server = Witness(make_session(self.reactor, theirs, context, Role.SERVER, bounds))
 
     def wait_closed(self) -> str:
         run_until(self.reactor, lambda: self.server.reasons)
@@ -281,11 +282,9 @@ def test_end_before_the_handshake_is_told(authority: Authority) -> None:
     assert "EOF" in peer.wait_closed()
 
 
-def test_silence_before_the_handshake_has_a_deadline(
-    authority: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_module, "HANDSHAKE_SECONDS", 0.05)
-    assert RawPeer(authority).wait_closed() == "the peer did not finish the handshake in time"
+def test_silence_before_the_handshake_has_a_deadline(authority: Authority) -> None:
+    peer = RawPeer(authority, Bounds(handshake_seconds=0.05))
+    assert peer.wait_closed() == "the peer did not finish the handshake in time"
 
 
 # -- life signs ---------------------------------------------------------------------------------
@@ -370,3 +369,14 @@ def test_refusals_of_the_handshake_have_their_code(
     tunnel = join(server=authority.context(CLIENT, Role.SERVER))
     tunnel.until(lambda: tunnel.client.reasons)
     assert tunnel.client.session.refusal == "peer_unexpected"
+
+
+def test_what_the_peer_may_send_follows_the_bounds(authority: Authority) -> None:
+    bounds = Bounds(header_bytes=4096, streams_per_tunnel=3, stream_buffer_bytes=70_000)
+    peer = RawPeer(authority, bounds)
+    limits = peer.server.session.connection.limits
+    assert limits.header_list_bytes == 4096
+    assert limits.concurrent_streams == 6
+    assert limits.stream_window == 70_000
+    peer.socket.close()
+    run_until(peer.reactor, lambda: peer.server.reasons)
