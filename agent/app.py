@@ -12,12 +12,14 @@ import asyncio
 import itertools
 import logging
 import signal
-from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from agent import briefing, readiness
+from agent import briefing, logs, readiness, web
 from agent.admin import Admin
+from agent.config_dump import build_dump
+from agent.connections import list_connections
 from agent.credentials import Credentials
 from agent.datapath import links, listing, pins, records
 from agent.datapath.services import ServiceMaps
@@ -26,14 +28,17 @@ from agent.enforcement import Enforcement
 from agent.errors import MapError, RequestRefused, SidestepError
 from agent.fleet import Fleet
 from agent.kubelet import Probers
-from agent.metrics import Metrics, families
+from agent.loglines import parse_levels
+from agent.metrics import Metrics, families, gauge_families
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
+from agent.pages import Pages
 from agent.roster import Roster
 from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
+from agent.tunnel.outbound import CLUSTER_DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -42,11 +47,14 @@ if TYPE_CHECKING:
 
     from agent.discovery.source import Source
     from agent.fleet import Told
+    from agent.metrics import Place
     from agent.model.pod import LocalPod
     from agent.settings import Settings
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
+VERSION = version("sidestep")
+GAUGE_SECONDS = 2.0  # for a worker to say what it has; a scrape does not wait longer
 
 
 class Agent:
@@ -65,6 +73,8 @@ class Agent:
         self._desired: dict[str, LocalPod] = {}
         self._stop = asyncio.Event()
         self._is_ready = False
+        self._levels = settings.log_levels
+        self._places: set[Place] = set()
         self._tell_watchers: Callable[[], None] = lambda: None
         self._fleet = Fleet(
             self._introduction,
@@ -81,11 +91,26 @@ class Agent:
             source,
             self._enforcement.plaintext_ports,
         )
-        self._metrics = Metrics(self._read_metrics)
+        self._metrics = Metrics(self._read_metrics, lambda: self._places)
+        pages = Pages(
+            self._pending,
+            self._dump_config,
+            lambda: str(self._levels),
+            self._set_levels,
+            self._fleet,
+        )
+        self._pages = web.Server(pages.routes())
         self._admin = Admin(
             settings.run_directory / "agent.sock",
             self._describe,
-            {"policies": self._list_policies, "explain": self._explain},
+            {
+                "policies": self._list_policies,
+                "explain": self._explain,
+                "connections": self._list_connections,
+                "metrics": self._tell_metrics,
+                "config_dump": self._tell_config,
+            },
+            pages.routes(),
         )
 
     async def run(self) -> None:
@@ -93,12 +118,14 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        await self._admin.start()
         links.attach_cgroup(self._pins, links.cgroup_root())
         self._direct.start()
         self._fleet.start(self._settings.worker_count)
-        await self._admin.start()
         if self._settings.metrics_port:
             await self._metrics.start(self._settings.metrics_port)
+        if self._settings.admin_port:
+            await self._pages.start(self._settings.admin_port, "--admin-port")
         try:
             await self._follow()
         finally:
@@ -138,6 +165,11 @@ class Agent:
             # Those that are missing go through the agent, which knows them all.
             log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
+        self._places = {(each.namespace, each.owner or each.name) for each in snapshot.workloads}
+        node = self._settings.node
+        self._direct.name_workloads(
+            {each.uid: each for each in snapshot.workloads if each.node == node}
+        )
         await self._enforce(snapshot)
         common = self._settings.exclusions
         self._desired = {
@@ -168,12 +200,26 @@ class Agent:
             ),
             [],
         )
+        yield self._how_to_log(), []
         yield from self._credentials.introduction()
         for message in itertools.chain(
             briefing.introduce(self._snapshot), self._enforcement.introduction()
         ):
             yield message, []
         yield from self._roster.introduction()
+
+    def _how_to_log(self) -> messages.SetLogging:
+        settings = self._settings
+        return messages.SetLogging(
+            settings.log_format.value, str(self._levels), settings.access_log_lines
+        )
+
+    def _set_levels(self, text: str) -> None:
+        """Log by other levels from now on (ConfigError)."""
+        self._levels = parse_levels(text, self._levels)
+        logs.set_up(self._settings.log_format, self._levels)
+        self._fleet.tell(self._how_to_log())
+        log.info("log levels changed", extra={"levels": str(self._levels)})
 
     def _correct_words(self, snapshot: Snapshot) -> None:
         """Take back what an agent that did not end in order said of pods of this node."""
@@ -238,7 +284,7 @@ class Agent:
 
     # -- questions ----------------------------------------------------------------------------
 
-    def _list_policies(self, _arguments: dict[str, Any]) -> object:
+    async def _list_policies(self, _arguments: dict[str, Any]) -> object:
         refused: list[dict[str, object]] = [
             {
                 "policy": problem.named,
@@ -254,7 +300,56 @@ class Agent:
         ]
         return refused + self._enforcement.list_policies(self._snapshot)
 
-    def _explain(self, arguments: dict[str, Any]) -> object:
+    async def _list_connections(self, arguments: dict[str, Any]) -> object:
+        namespace, pod = arguments.get("namespace"), arguments.get("pod")
+        found = await list_connections(self._fleet, self._direct, namespace, pod)
+        node = self._settings.node
+        return [{"node": node} | each.row() | {"worker": pid} for pid, each in found]
+
+    async def _tell_metrics(self, _arguments: dict[str, Any]) -> object:
+        return {"text": (await self._metrics.text()).decode()}
+
+    async def _tell_config(self, _arguments: dict[str, Any]) -> object:
+        return await self._dump_config()
+
+    async def _dump_config(self) -> dict[str, object]:
+        """Tell all that is known, in ztunnel's shape; never a key."""
+        settings = self._settings
+        connections = await list_connections(self._fleet, self._direct)
+        return build_dump(
+            self._snapshot,
+            settings.trust_domain,
+            CLUSTER_DOMAIN,
+            self._credentials.keeper.kept(),
+            [(each.pod, each.state == "enrolled") for each in self._roster.statuses.values()],
+            [connection for _pid, connection in connections],
+            VERSION,
+            {
+                "localNode": settings.node,
+                "trustDomain": settings.trust_domain,
+                "numWorkerThreads": settings.worker_count,
+                "caAddress": settings.authority.address,
+                "directPath": settings.has_direct_path,
+                "logLevels": str(self._levels),
+            },
+        )
+
+    def _pending(self) -> dict[str, str]:
+        """Name what keeps this agent from being ready; one pod's trouble is not among it."""
+        pending = {}
+        if not self._is_ready:
+            known = bool(self._snapshot.workloads or self._snapshot.local_pods)
+            pending["objects" if not known else "pods"] = (
+                "the first pass over this node's pods is not done"
+                if known
+                else "no state has come from the source of objects"
+            )
+        missing = self._settings.worker_count - len(self._fleet.pids)
+        if missing > 0:
+            pending["workers"] = f"{missing} of {self._settings.worker_count} do not run"
+        return pending
+
+    async def _explain(self, arguments: dict[str, Any]) -> object:
         explainer = Explainer(
             self._snapshot,
             self._enforcement.rulebook,
@@ -272,6 +367,9 @@ class Agent:
     def _describe(self) -> dict[str, object]:
         return {
             "ready": self._is_ready,
+            "version": VERSION,
+            "pending": self._pending(),
+            "log_levels": str(self._levels),
             "node": self._settings.node,
             "pods": [
                 {
@@ -291,13 +389,33 @@ class Agent:
     def _add_counts(self, counts: Counted) -> None:
         self._metrics.add(counts)
 
-    def _read_metrics(self) -> Iterable[Metric]:
+    async def _read_metrics(self) -> Iterable[Metric]:
+        answers = await self._fleet.ask(messages.AskGauges, GAUGE_SECONDS)
+        gauges = [each.counts for each in answers.values() if isinstance(each, messages.Gauges)]
+        gauges.append((self._direct.gauge(),))
         keeper = self._credentials.keeper
         counters = keeper.counters
-        requests = {"issued": counters.issued, **counters.failed}
-        states = Counter(status.state for status in self._roster.statuses.values())
-        pods = listing.list_pods(self._pins.directory)
-        return families(keeper.expiries(), requests, states, pods)
+        # Walking large maps takes a while, in which this process has other things to do.
+        directory = self._pins.directory
+        pods = await asyncio.to_thread(listing.list_pods, directory)
+        maps = await asyncio.to_thread(listing.list_maps, directory)
+        statuses = [
+            (status.pod.namespace, status.pod.name, status.state, status.reason)
+            for status in self._roster.statuses.values()
+        ]
+        return [
+            *gauge_families(gauges),
+            *families(
+                keeper.expiries(),
+                {"issued": counters.issued, **counters.failed},
+                statuses,
+                pods,
+                maps,
+                (len(self._fleet.pids), self._fleet.replaced),
+                self._direct.lost,
+                VERSION,
+            ),
+        ]
 
     def _shut_down(self) -> None:
         self._stop.set()
@@ -305,6 +423,7 @@ class Agent:
         self._fleet.stop()
         self._admin.stop()
         self._metrics.stop()
+        self._pages.stop()
         self._direct.stop()
         self._pins.close()
 

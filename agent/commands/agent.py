@@ -17,6 +17,7 @@ from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
+from agent.loglines import Format, parse_levels
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
 from agent.model.pod import Exclusions
 from agent.secrecy import keep_memory_private
@@ -90,6 +91,22 @@ def default_workers() -> int:
     help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
 )  # fmt: skip
 @click.option(
+    "--admin-port", type=click.IntRange(0, 65535), default=15000, show_default=True,
+    help="Port of 127.0.0.1 for health, /config_dump and the log level; 0 for none.",
+)  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice([each.value for each in Format]), default="json",
+    show_default=True, help="How each line of the log looks.",
+)  # fmt: skip
+@click.option(
+    "--log-level", "log_levels", default="info", show_default=True, metavar="LEVEL[,SCOPE=LEVEL]",
+    help="debug, info, warning, error or off. access=debug also logs the start of connections.",
+)  # fmt: skip
+@click.option(
+    "--access-log-lines", type=click.IntRange(0), default=1000, show_default=True,
+    help="Of a second and a worker; what is beyond is counted in one line. 0 writes all.",
+)  # fmt: skip
+@click.option(
     "--enrollment-selectors", metavar="YAML",
     help="Which pods take part, as in Istio's enablementSelectors; "
     "by default the label istio.io/dataplane-mode of the pod, then of its namespace.",
@@ -125,6 +142,10 @@ def agent(
     kubelet_cgroup: Path | None,
     root_namespace: str,
     metrics_port: int,
+    admin_port: int,
+    log_format: str,
+    log_levels: str,
+    access_log_lines: int,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -154,6 +175,10 @@ def agent(
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
         metrics_port=metrics_port,
+        admin_port=admin_port,
+        log_format=Format(log_format),
+        log_levels=parse_levels(log_levels),
+        access_log_lines=access_log_lines,
     )
     rules = EnrollmentRules(
         DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),
@@ -161,7 +186,7 @@ def agent(
         own_namespace,
     )
     followed = _open_source(source, objects, root_namespace, rules)
-    logs.set_up()
+    logs.set_up(settings.log_format, settings.log_levels)
 
     async def run() -> None:
         await Agent(settings, followed).run()

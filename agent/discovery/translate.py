@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
+from agent.discovery.ownership import read_owner
 from agent.discovery.policies import (
     DEFAULT_ROOT_NAMESPACE,
     read_authorization_policy,
@@ -331,6 +332,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         addresses=addresses,
         is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
         labels=_read_labels(metadata),
+        owner=read_owner(metadata),
     )
     local = LocalPod(
         uid=uid,

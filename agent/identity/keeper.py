@@ -243,6 +243,13 @@ class CertificateKeeper:
             )
         ]
 
+    def kept(self) -> list[tuple[str, Certificate | None, bytes, str]]:
+        """List identity, certificate, trusted roots and last failure of all that is wanted."""
+        return [
+            (str(identity), self._certificates.get(identity), self.trusted, entry.detail)
+            for identity, entry in self._rotation.entries.items()
+        ]
+
     def describe(self) -> dict[str, object]:
         """Return what is known, for the admin socket: never a key."""
         now = time.time()

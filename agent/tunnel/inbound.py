@@ -16,13 +16,14 @@ from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
-from agent.model.capture import LISTENER_PORTS, REPLY_MARK
+from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
+from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import Access, endpoint, log
+from agent.tunnel.served import SCOPE, endpoint
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.model.pod import Address
+    from agent.tunnel.access import Access, Ledger
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.gate import Admission, Gate
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from agent.tunnel.trust import Trust
 
 
+LONGEST_HOST = 253  # of a name in DNS
+
+
 def parse_authority(authority: str) -> tuple[Address, int]:
     """Return the address and port of `:authority` (ValueError if it is not `ip:port`)."""
     host, separator, port = authority.rpartition(":")
@@ -49,6 +54,15 @@ def parse_authority(authority: str) -> tuple[Address, int]:
     if host.startswith("[") and host.endswith("]"):
         return IPv6Address(host[1:-1]), int(port)
     return ip_address(host), int(port)
+
+
+def forwarded_host(forwarded: str) -> str | None:
+    """Return the host that a peer's `forwarded` header names (RFC 7239): the service asked for."""
+    for part in forwarded.split(";"):
+        name, _, value = part.strip().partition("=")
+        if name.lower() == "host" and len(value) <= LONGEST_HOST:
+            return value.strip('"')
+    return None
 
 
 def plain(host: str) -> Address:
@@ -67,12 +81,15 @@ class Inbound:
         trust: Trust,
         contexts: Contexts,
         gate: Gate,
+        ledger: Ledger,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
         self._trust = trust
         self._contexts = contexts
         self._gate = gate
+        self._ledger = ledger
+        self.tunnels = 0  # that are open, or on the way
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -81,14 +98,12 @@ class Inbound:
         source = plain(peer[0])
         local_host, port = accepted.getsockname()[:2]
         address = plain(local_host)
-        access = Access(
-            "inbound", served.pod, endpoint(str(source), peer[1]), endpoint(str(address), port),
-            "plaintext",
-        )  # fmt: skip
+        ends = endpoint(str(source), peer[1]), endpoint(str(address), port)
         if port in LISTENER_PORTS:
             sockets.abort(accepted)
-            access.complete("the port is the agent's own")
+            self._ledger.refuse(served, "inbound", *ends, f"port {port} is the agent's own")
             return
+        access = self._ledger.inbound(served, ends[0], source, ends[1], "plaintext")
         if accepted.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == REPLY_MARK:
             # Inherited from the SYN, which is our own: to serve it would dial it once more.
             sockets.abort(accepted)
@@ -128,9 +143,11 @@ class Inbound:
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
             if context is None:
                 sockets.abort(accepted)
-                log("tunnel refused", pod=served.pod.name, peer=str(source), reason=reason)
+                ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
+                self._ledger.refuse(served, "inbound", *ends, reason)
                 return
             session = Session(self._reactor, accepted, context, Role.SERVER, self._trust)
+            self.tunnels += 1
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -140,25 +157,30 @@ class Inbound:
 
         self._contexts.server(str(served.identity), on_context)
 
-    @staticmethod
-    def _on_closed(served: ServedPod, session: Session, source: Address, reason: str) -> None:
+    def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
+        self.tunnels -= 1
         if session.refusal:
             COUNTS.add("peers_refused", direction="inbound", reason=session.refusal)
-        log(
-            "tunnel closed",
-            pod=f"{served.pod.namespace}/{served.pod.name}",
-            peer=str(source),
-            peer_identity=str(session.peer) if session.peer else None,
-            code=session.refusal or None,
-            reason=reason,
-        )
+        if session.handshake_failure:
+            failure = session.handshake_failure
+            COUNTS.add("handshakes_failed", direction="inbound", reason=failure)
+        fields: dict[str, object] = {
+            "pod": f"{served.pod.namespace}/{served.pod.name}",
+            "peer": str(source),
+            "peer_identity": str(session.peer) if session.peer else None,
+            "code": session.refusal or None,
+            "reason": reason,
+        }
+        level = "warning" if session.refusal else "info"
+        self._ledger.log(level, "tunnel closed", fields, SCOPE)
 
     def _on_request(
         self, served: ServedPod, session: Session, event: ConnectRequested, source: Address
     ) -> None:
-        access = Access(
-            "inbound", served.pod, str(source), event.authority, "hbone", str(session.peer)
-        )
+        access = self._ledger.inbound(served, str(source), source, event.authority, "hbone")
+        access.hbone_target = event.authority
+        access.prove(str(served.identity), str(session.peer))
+        access.service = service_name(forwarded_host(event.headers.get("forwarded", "")))
 
         def refuse(status: int, reason: str) -> None:
             session.respond(event.stream_id, status)
@@ -268,6 +290,8 @@ def _join(admission: Admission, access: Access, left: Channel, right: Channel) -
         _complete(admission, access, result, sent, received)
 
     relay = Relay(left, right, on_done)
+    access.verdict = admission.verdict
+    access.establish(relay)
     admission.on_revoked = lambda _verdict: relay.abort()
 
 

@@ -69,9 +69,10 @@ class Neighbors:
         assert select.select([self.ends.fd], [], [], 5)[0]
         (sample,) = self.ends.read()
         end = self.ends.parse(sample)
-        assert self.ends.totals([]) == (0, 0, 0)
-        totals = (2 * end.sent, 2 * end.received, 2 * end.was_reset)
-        assert self.ends.totals([sample, sample]) == totals
+        assert self.ends.totals([]) == {}
+        totals = direct.Totals(2, 2 * end.was_reset, 2 * end.sent, 2 * end.received)
+        pair = (end.flow.source_cookie, end.flow.destination_cookie)
+        assert self.ends.totals([sample, sample]) == {pair: totals}
         return end
 
     def is_captured(self, host: str = PEER4, port: int = PORT) -> bool:
