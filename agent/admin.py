@@ -6,7 +6,7 @@
     GET /PATH HTTP/1.1                              a page of `agent.pages`, as on the admin port
 
 An answer that cannot be given is {"error": message, "reason": word}. Below the run directory, mode
-0600: who may read it is root already. `ask` is the other end, for commands.
+0600: who may read it is root already. The other end, for commands, is `agent.question`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from agent import web
-from agent.errors import AgentRunning, AgentUnreachable, RequestRefused, SidestepError
+from agent.errors import AgentRunning, RequestRefused, SidestepError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     State = dict[str, object]
     Question = Callable[[dict[str, Any]], Awaitable[object]]
 
-ANSWER_SECONDS = 10.0
 REQUEST_SECONDS = 5.0  # for a client to say what it wants
 PROBE_SECONDS = 1.0
 
@@ -137,24 +136,3 @@ def _is_served(path: Path) -> bool:
 
 def _line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
-
-
-def ask(path: Path, command: str, **arguments: Any) -> Any:
-    """Ask the agent behind a socket, and return its answer.
-
-    Raises:
-        AgentUnreachable: nobody answers there.
-        RequestRefused: the agent cannot answer this.
-    """
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(ANSWER_SECONDS)
-            connection.connect(str(path))
-            connection.sendall(_line({"command": command, "arguments": arguments}))
-            with connection.makefile("r") as lines:
-                answer = json.loads(lines.readline())
-    except (OSError, ValueError) as error:
-        raise AgentUnreachable(f"no agent answers at {path}: {error}") from error
-    if isinstance(answer, dict) and "error" in answer:
-        raise RequestRefused(str(answer["error"]))
-    return answer

@@ -27,6 +27,7 @@ from agent.direct import DirectPath
 from agent.enforcement import Enforcement
 from agent.errors import MapError, RequestRefused, SidestepError
 from agent.fleet import Fleet
+from agent.inspection import Inspection, rows
 from agent.kubelet import Probers
 from agent.loglines import parse_levels
 from agent.metrics import Metrics, families, gauge_families
@@ -75,6 +76,7 @@ class Agent:
         self._is_ready = False
         self._levels = settings.log_levels
         self._places: set[Place] = set()
+        self._passing = asyncio.Lock()  # one pass over the pods at a time
         self._tell_watchers: Callable[[], None] = lambda: None
         self._fleet = Fleet(
             self._introduction,
@@ -107,6 +109,9 @@ class Agent:
                 "policies": self._list_policies,
                 "explain": self._explain,
                 "connections": self._list_connections,
+                "workloads": self._list_workloads,
+                "services": self._list_services,
+                "diff": self._inspect,
                 "metrics": self._tell_metrics,
                 "config_dump": self._tell_config,
             },
@@ -154,7 +159,8 @@ class Agent:
                     snapshot = self._snapshot
                 if snapshot is None:
                     return
-                await self._apply(snapshot)
+                async with self._passing:
+                    await self._apply(snapshot)
 
     async def _apply(self, snapshot: Snapshot) -> None:
         for message in briefing.changes(self._snapshot, snapshot):
@@ -287,6 +293,7 @@ class Agent:
     async def _list_policies(self, _arguments: dict[str, Any]) -> object:
         refused: list[dict[str, object]] = [
             {
+                "node": self._settings.node,
                 "policy": problem.named,
                 "does": None,
                 "state": "refused",
@@ -305,6 +312,54 @@ class Agent:
         found = await list_connections(self._fleet, self._direct, namespace, pod)
         node = self._settings.node
         return [{"node": node} | each.row() | {"worker": pid} for pid, each in found]
+
+    async def _list_workloads(self, _arguments: dict[str, Any]) -> object:
+        trust_domain = self._settings.trust_domain
+        return [
+            {
+                "workload": f"{each.namespace}/{each.name}",
+                "node": each.node,
+                "addresses": [str(address) for address in each.addresses],
+                "protocol": "hbone" if each.is_hbone else "tcp",
+                "identity": str(each.identity(trust_domain)),
+                "owner": each.owner or None,
+                "labels": dict(sorted(each.labels)),
+            }
+            for each in self._snapshot.workloads
+        ]
+
+    async def _list_services(self, _arguments: dict[str, Any]) -> object:
+        return [
+            {
+                "service": f"{each.namespace}/{each.name}",
+                "addresses": [str(address) for address in each.addresses],
+                "ports": [port.port for port in each.ports],
+                "endpoints": [
+                    f"{address}:{target}" if address.version == 4 else f"[{address}]:{target}"
+                    for port in each.ports
+                    for address, target in each.endpoints_for(port.port)
+                ],
+            }
+            for each in self._snapshot.services
+        ]
+
+    async def _inspect(self, arguments: dict[str, Any]) -> object:
+        """Compare desired state with what is there, and mend what differs if asked to."""
+        async with self._passing:  # a pass of its own would look like a difference
+            inspection = Inspection(
+                self._pins,
+                self._roster,
+                lambda: records.service_ports(self._snapshot.services),
+                links.cgroup_root(),
+            )
+            if arguments.get("repair"):
+                results = await inspection.repair()
+                for finding, problem in results:
+                    fields = {"pod": finding.pod, "what": f"{finding.kind} {finding.name}"}
+                    log.warning("repaired", extra=fields | {"problem": problem})
+            else:
+                results = [(finding, None) for finding in await inspection.find()]
+        return rows(results, self._settings.node)
 
     async def _tell_metrics(self, _arguments: dict[str, Any]) -> object:
         return {"text": (await self._metrics.text()).decode()}

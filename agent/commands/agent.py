@@ -12,6 +12,7 @@ import click
 
 from agent import logs
 from agent.app import Agent
+from agent.commands.examples import examples
 from agent.datapath import features, links, pins
 from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
@@ -37,15 +38,27 @@ def default_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "sidestep agent --node n1 --source kubernetes --ca sidestep-ca.sidestep-system.svc:15012",
+        "sidestep agent --node east --objects ./objects --ca 127.0.0.1:15012 --ca-token token "
+        "--ca-root root.pem",
+    )
+)
 @click.option("--node", required=True, help="Name of this node, as in spec.nodeName of its pods.")
 @click.option(
     "--source", type=click.Choice(["kubernetes"]),
     help="Where the objects come from: the API server of the cluster that this process is in.",
 )  # fmt: skip
 @click.option("--objects", type=_EXISTING, help="Instead of --source: a directory of objects.")
-@click.option("--run-dir", type=_DIRECTORY, default="/run/sidestep", show_default=True)
-@click.option("--pins", "pin_root", type=_DIRECTORY, default=pins.DEFAULT_ROOT, show_default=True)
+@click.option(
+    "--run-dir", type=_DIRECTORY, default="/run/sidestep", show_default=True,
+    help="For the agent's socket; one agent for each.",
+)  # fmt: skip
+@click.option(
+    "--pins", "pin_root", type=_DIRECTORY, default=pins.DEFAULT_ROOT, show_default=True,
+    help="Where programs, maps and links are pinned, on a BPF file system.",
+)  # fmt: skip
 @click.option(
     "--pod-cgroups", type=_EXISTING, default="/sys/fs/cgroup", show_default=True,
     help="Where the cgroups of this node's pods are.",
@@ -65,7 +78,10 @@ def default_workers() -> int:
     metavar="SECONDS", help="How long certificates are to be valid.",
 )  # fmt: skip
 @click.option("--crl", type=_FILE, help="File with revoked certificates, read when it changes.")
-@click.option("--trust-domain", default="cluster.local", show_default=True)
+@click.option(
+    "--trust-domain", default="cluster.local", show_default=True,
+    help="First part of every identity here.",
+)  # fmt: skip
 @click.option("--trust-domain-alias", multiple=True, help="Another one whose pods are let in.")
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=default_workers,

@@ -390,6 +390,11 @@ def dump_map(directory: Path, name: str) -> list[Row]:
     return rows
 
 
+def describe_entry(name: str, key: Record, value: Record, names: PodNames) -> Row:
+    """Return one entry of a map that has `columns`, as `dump_map` lists it."""
+    return _DECODERS[name](key, value, names)
+
+
 def _lookup_length(directory: Path) -> int:
     with _opened(directory, "ss_meta") as opened:
         meta = opened.get({"value": 0}) or {}
