@@ -33,7 +33,7 @@ def parse_revocations(content: bytes, issuers: Iterable[x509.Certificate]) -> fr
             lists = [x509.load_pem_x509_crl(BEGIN + part.partition(END)[0] + END) for part in parts]
         else:
             lists = [x509.load_der_x509_crl(content)]
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise RevocationInvalid(f"it is no list of revoked certificates: {error}") from error
     found: set[bytes] = set()
     for revoked in lists:

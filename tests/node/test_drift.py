@@ -1,4 +1,4 @@
-"""What somebody changed behind the agent's back is named by `diff` and mended by `check --repair`."""
+"""What somebody changed behind the agent's back is named by `diff`, and mended on request."""
 
 from __future__ import annotations
 
