@@ -23,7 +23,7 @@ COLUMNS = (
 @click.command(
     epilog=examples(
         "sidestep bench --quick",
-        "sidestep bench --path direct --measure latency -o json",
+        "sidestep bench --path same-node --measure round-trip -o json",
         "sidestep bench --plot bench.png",
     )
 )
