@@ -31,7 +31,7 @@ def parse_revocations(content: bytes, issuers: Iterable[x509.Certificate]) -> fr
     try:
         return _read(content, known)
     # Parts of a list are read when they are asked for, so what is wrong shows late.
-    except (ValueError, *PARSE_ERRORS) as error:
+    except (ValueError, TypeError, *PARSE_ERRORS) as error:
         raise RevocationInvalid(f"it is no list of revoked certificates: {error}") from error
 
 
