@@ -8,7 +8,7 @@ import click
 
 from agent.commands.asking import agent_options, ask_each, chosen_sockets
 from agent.commands.examples import examples
-from agent.commands.exits import PROBLEM
+from agent.commands.exits import CANNOT_RUN, FINE, PROBLEM
 from agent.datapath import features
 from agent.output import Output, Row, emit, output_option
 
@@ -34,17 +34,16 @@ def check(
     """Check the privileges and kernel features of this machine.
 
     With --repair, mend the differences between desired state and kernel. Exit code 1 if something
-    that is required is missing, or could not be mended.
+    that is required is missing, or could not be mended; 2 without root.
     """
     if is_repairing:
-        is_fine = _repair(chosen_sockets(socket_path, lab, run_dir), output)
+        code = _repair(chosen_sockets(socket_path, lab, run_dir), output)
     else:
-        is_fine = _check(output)
-    if not is_fine:
-        click.get_current_context().exit(PROBLEM)
+        code = _check(output)
+    click.get_current_context().exit(code)
 
 
-def _repair(sockets: list[Path], output: Output) -> bool:
+def _repair(sockets: list[Path], output: Output) -> int:
     rows: list[Row] = []
     for answer in ask_each(sockets, "diff", repair=True):
         rows += [row | {"mended": row["problem"] is None} for row in answer]
@@ -52,10 +51,10 @@ def _repair(sockets: list[Path], output: Output) -> bool:
         emit(rows, REPAIR_COLUMNS, output)
     else:
         click.echo("all is as it ought to be: nothing was done")
-    return all(row["mended"] for row in rows)
+    return FINE if all(row["mended"] for row in rows) else PROBLEM
 
 
-def _check(output: Output) -> bool:
+def _check(output: Output) -> int:
     checks = features.run_checks()
     rows: list[Row] = [
         {
@@ -69,8 +68,10 @@ def _check(output: Output) -> bool:
     ]
     emit(rows, COLUMNS, output)
     missing = [found.name for found in checks if found.is_required and not found.is_ok]
-    if missing:
-        click.echo(
-            f"error: this machine cannot run Sidestep: {', '.join(missing)} is missing", err=True
-        )
-    return not missing
+    if not missing:
+        return FINE
+    click.echo(
+        f"error: this machine cannot run Sidestep: {', '.join(missing)} is missing", err=True
+    )
+    # Without root hardly anything can be found out.
+    return CANNOT_RUN if "root" in missing else PROBLEM
