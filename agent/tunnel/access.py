@@ -62,7 +62,7 @@ class Access:
     __slots__ = (
         "_counted_received",
         "_counted_sent",
-        "_is_counted",
+        "_labels",
         "_ledger",
         "_number",
         "began",
@@ -104,7 +104,7 @@ class Access:
         self._ledger = ledger
         self._number = number
         self._counted_sent = self._counted_received = 0
-        self._is_counted = False
+        self._labels: Labels | None = None  # of what did not fail, once both ends are known
 
     @property
     def reporter(self) -> str:
@@ -130,7 +130,8 @@ class Access:
         """Say that bytes flow from now on."""
         self.carried = carried
         self._count_opened()
-        self._ledger.log("debug", "connection opened", self._fields())
+        if LOG.levels.wants(ACCESS, "debug"):
+            self._ledger.log("debug", "connection opened", self._fields())
 
     def complete(
         self, result: str, sent: int = 0, received: int = 0, flag: Flag = Flag.CONNECT
@@ -145,11 +146,11 @@ class Access:
         is_failed = is_denied or result not in ("ok", "reset")
         found = Flag.DENIED if is_denied else flag_of(result, flag) if is_failed else Flag.NONE
         outcome = "denied" if is_denied else "failed" if is_failed else result
-        self._count_opened()
+        good = self._count_opened()
         self._count_bytes(sent, received)
         labels = _own_labels(direction=self.direction, path=self.path, outcome=outcome)
         COUNTS.put("connections", labels)
-        labels = self._labels(found)
+        labels = self._build_labels(found) if is_failed else good
         COUNTS.put("istio_tcp_connections_closed", labels)
         if is_failed:
             COUNTS.put("istio_tcp_connections_failed", labels)
@@ -199,22 +200,24 @@ class Access:
             age_seconds=round(now - self.began, 1),
         )
 
-    def _labels(self, flag: Flag) -> Labels:
+    def _build_labels(self, flag: Flag) -> Labels:
         return build_labels(
             self.reporter, self.source_party, self.destination_party, self.service, flag
         )
 
-    def _count_opened(self) -> None:
-        if not self._is_counted:
-            self._is_counted = True
-            COUNTS.put("istio_tcp_connections_opened", self._labels(Flag.NONE))
+    def _count_opened(self) -> Labels:
+        """Count it as opened, once; return the labels of a connection that did not fail."""
+        if self._labels is None:
+            self._labels = self._build_labels(Flag.NONE)
+            COUNTS.put("istio_tcp_connections_opened", self._labels)
+        return self._labels
 
     def _count_bytes(self, sent: int, received: int) -> None:
         more_sent, more_received = sent - self._counted_sent, received - self._counted_received
         if not (more_sent or more_received):
             return
         self._counted_sent, self._counted_received = sent, received
-        own, labels = _own_labels(direction=self.direction, path=self.path), self._labels(Flag.NONE)
+        own, labels = _own_labels(direction=self.direction, path=self.path), self._count_opened()
         COUNTS.put("sent_bytes", own, more_sent)
         COUNTS.put("received_bytes", own, more_received)
         COUNTS.put("istio_tcp_received_bytes", labels, more_sent)
