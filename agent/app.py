@@ -453,6 +453,7 @@ class Agent:
         # Walking large maps takes a while, in which this process has other things to do.
         directory = self._pins.directory
         pods = await asyncio.to_thread(listing.list_pods, directory)
+        captures = await asyncio.to_thread(listing.dump_map, directory, "ss_captures")
         maps = await asyncio.to_thread(listing.list_maps, directory)
         statuses = [
             (status.pod.namespace, status.pod.name, status.state, status.reason)
@@ -465,6 +466,7 @@ class Agent:
                 {"issued": counters.issued, **counters.failed},
                 statuses,
                 pods,
+                captures,
                 maps,
                 (len(self._fleet.pids), self._fleet.replaced),
                 self._direct.lost,

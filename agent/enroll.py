@@ -233,9 +233,10 @@ def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack
 
 
 def _drop_counters(pins: Pins, netns_cookie: int) -> None:
-    counters = pins.maps["ss_counters"]
-    for key in [key for key, _counter in counters.items() if key["netns_cookie"] == netns_cookie]:
-        counters.delete(key)
+    for counters in (pins.maps["ss_counters"], pins.maps["ss_captures"]):
+        own = [key for key, _counter in counters.items() if key["netns_cookie"] == netns_cookie]
+        for key in own:
+            counters.delete(key)
 
 
 def set_strict(pins: Pins, enrollment: Enrollment, *, is_strict: bool, but: frozenset[int]) -> None:

@@ -183,6 +183,7 @@ def families(
     requests: Mapping[str, int],
     statuses: Iterable[tuple[str, str, str, str]],
     pods: Iterable[Mapping[str, object]],
+    captures: Iterable[Mapping[str, object]],
     maps: Iterable[Mapping[str, object]],
     workers: tuple[int, int],
     lost_flow_ends: int,
@@ -195,6 +196,7 @@ def families(
         requests: how many requests for certificates ended, by outcome.
         statuses: namespace, pod, state of enrollment, and reason for each pod that wants the mesh.
         pods: rows of `agent.datapath.listing.list_pods`.
+        captures: rows of the map ss_captures, as `agent.datapath.listing.dump_map` lists them.
         maps: rows of `agent.datapath.listing.list_maps`.
         workers: how many run, and how many were replaced since the start.
         lost_flow_ends: ends of direct connections that the kernel could not tell.
@@ -203,6 +205,15 @@ def families(
     yield from _certificates(certificates, requests)
     yield from _enrollment(list(statuses))
     yield from _guard(pods)
+    connects = CounterMetricFamily(
+        "sidestep_pod_captures",
+        "New connections of a pod, by what the kernel decided.",
+        labels=["pod", "direction", "decision"],
+    )
+    for row in captures:
+        labels = [str(row[name]) for name in ("pod", "direction", "decision")]
+        connects.add_metric(labels, _number(row["connections"]))
+    yield connects
     entries = GaugeMetricFamily("sidestep_map_entries", "Entries of a BPF map.", labels=["map"])
     most = GaugeMetricFamily(
         "sidestep_map_max_entries", "How many entries a BPF map can have.", labels=["map"]

@@ -440,6 +440,19 @@ def test_metrics_carry_istios_labels_and_workloads_by_their_owner(watched: Watch
     assert watched.wait_for_sample(watched.west, "istio_tcp_received_bytes_total", **theirs) >= 100
 
 
+def test_kernel_counts_what_it_decides(watched: Watched) -> None:
+    talk(watched.client, watched.neighbor.address, 9000)
+    talk(watched.client, watched.neighbor.address, 9000)
+    for decision in ("captured", "direct"):
+        assert watched.wait_for_sample(
+            watched.east,
+            "sidestep_pod_captures_total",
+            pod="shop/client",
+            direction="outbound",
+            decision=decision,
+        )
+
+
 # -- archive ------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,9 @@ STATUSES = [
     ("shop", "cart-0", "enrolled", ""),
     ("shop", "cart-1", "failed", "enroll_failed"),
 ]
+CAPTURES: list[dict[str, object]] = [
+    {"pod": "shop/cart-0", "direction": "outbound", "decision": "captured", "connections": 9}
+]
 MAPS: list[dict[str, object]] = [
     {"name": "ss_pods", "type": "hash", "entries": 2, "max_entries": 1024},
     {"name": "ss_exempt", "type": "sk_storage", "entries": None, "max_entries": None},
@@ -59,7 +62,7 @@ async def read() -> Iterable[Metric]:
     requests = {"issued": 3, "authority_unreachable": 1}
     return [
         *gauge_families(GAUGED),
-        *families(certificates, requests, STATUSES, [POD], MAPS, (2, 1), 5, "1.2.3"),
+        *families(certificates, requests, STATUSES, [POD], CAPTURES, MAPS, (2, 1), 5, "1.2.3"),
     ]
 
 
@@ -107,6 +110,8 @@ def test_what_is_read_is_there() -> None:
     assert value("pods", state="enrolled") == 1
     assert value("pod_enrollment", namespace="shop", pod="cart-1", state="failed",
                  reason="enroll_failed") == 1  # fmt: skip
+    assert value("pod_captures_total", pod="shop/cart-0", direction="outbound",
+                 decision="captured") == 9  # fmt: skip
     assert value("map_entries", map="ss_pods") == 2
     assert value("map_max_entries", map="ss_pods") == 1024
     assert ("sidestep_map_entries", frozenset({("map", "ss_meta")})) not in found
