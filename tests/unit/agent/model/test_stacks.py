@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+from typing import get_args
 
-if TYPE_CHECKING:
-    from agent.model.stacks import Frame, Stacks
+from agent.model import stacks
 
 
 def test_stacks_travel_as_they_are() -> None:
-    frame: Frame = ("read", "/a.py", 3)
-    stacks: Stacks = (((frame,), 2),)
-    assert pickle.loads(pickle.dumps(stacks)) == stacks
+    frame: stacks.Frame = ("read", "/a.py", 3)
+    found: stacks.Stacks = (((frame,), 2),)
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert get_args(stacks.Frame) == (str, str, int)
