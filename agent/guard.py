@@ -55,9 +55,11 @@ def attach(
 
 
 def renew(pins: Pins, netns_cookie: int, ifindex: int) -> None:
-    """Attach the guard anew; what enrollment noted to take it off again stays good."""
-    if features.has_tcx():
-        links.detach_guard(pins, netns_cookie, ifindex)
+    """Attach what is not attached; what enrollment noted to take it off again stays good.
+
+    A link that is there is kept: the kernel takes one away a moment after its pin, and refuses the
+    same program at the same place until then.
+    """
     with contextlib.ExitStack() as undo:
         attach(pins, netns_cookie, ifindex, undo)
         undo.pop_all()
