@@ -465,6 +465,7 @@ class Agent:
                 keeper.expiries(),
                 {"issued": counters.issued, **counters.failed},
                 statuses,
+                self._roster.failures,
                 pods,
                 captures,
                 maps,

@@ -1,7 +1,4 @@
-"""What workers are told of the mesh: who is where, which services there are.
-
-Pure: states go in, messages come out.
-"""
+"""What workers are told of the mesh: who is where, which services there are."""
 
 from __future__ import annotations
 
@@ -28,8 +25,8 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[messages.ToWorker]:
     for uid, workload in wanted.items():
         if workloads.get(uid) != workload:
             yield messages.PutWorkload(workload)
-    services = {(service.namespace, service.name): service for service in before.services}
-    wanted_services = {(service.namespace, service.name): service for service in after.services}
+    services = {service.key: service for service in before.services}
+    wanted_services = {service.key: service for service in after.services}
     for key in services.keys() - wanted_services.keys():
         yield messages.RemoveService(*key)
     for key, service in wanted_services.items():

@@ -182,6 +182,7 @@ def families(
     certificates: Iterable[Mapping[str, float | str | None]],
     requests: Mapping[str, int],
     statuses: Iterable[tuple[str, str, str, str]],
+    enroll_failures: Mapping[str, int],
     pods: Iterable[Mapping[str, object]],
     captures: Iterable[Mapping[str, object]],
     maps: Iterable[Mapping[str, object]],
@@ -195,6 +196,7 @@ def families(
         certificates: `identity` and `expires`, seconds since the epoch or None.
         requests: how many requests for certificates ended, by outcome.
         statuses: namespace, pod, state of enrollment, and reason for each pod that wants the mesh.
+        enroll_failures: how many tries to enroll a pod failed, by reason.
         pods: rows of `agent.datapath.listing.list_pods`.
         captures: rows of the map ss_captures, as `agent.datapath.listing.dump_map` lists them.
         maps: rows of `agent.datapath.listing.list_maps`.
@@ -203,7 +205,7 @@ def families(
         version: of Sidestep.
     """
     yield from _certificates(certificates, requests)
-    yield from _enrollment(list(statuses))
+    yield from _enrollment(list(statuses), enroll_failures)
     yield from _guard(pods)
     connects = CounterMetricFamily(
         "sidestep_pod_captures",
@@ -258,7 +260,9 @@ def _certificates(
     yield from (expiry, asked)
 
 
-def _enrollment(statuses: list[tuple[str, str, str, str]]) -> Iterator[Metric]:
+def _enrollment(
+    statuses: list[tuple[str, str, str, str]], enroll_failures: Mapping[str, int]
+) -> Iterator[Metric]:
     states = GaugeMetricFamily(
         "sidestep_pods", "Pods of this node that want the mesh, by state.", labels=["state"]
     )
@@ -282,7 +286,14 @@ def _enrollment(statuses: list[tuple[str, str, str, str]]) -> Iterator[Metric]:
         "Pods that want to be in the mesh.",
         value=len(statuses) - counted["enrolled"],
     )
-    yield from (states, each, active, pending)
+    failures = CounterMetricFamily(
+        "sidestep_enroll_failures",
+        "Tries to enroll a pod that failed; each pod is tried again.",
+        labels=["reason"],
+    )
+    for reason, count in enroll_failures.items():
+        failures.add_metric([reason], count)
+    yield from (states, each, failures, active, pending)
 
 
 def _guard(pods: Iterable[Mapping[str, object]]) -> Iterator[Metric]:

@@ -2,8 +2,8 @@
 
     wanted -> diff with what is captured -> enroll | unenroll -> tell the workers -> publish
 
-One pod's failure is that pod's: it is logged, shown by the admin socket, and tried again when the
-pod changes or some time has passed.
+One pod's failure is that pod's: it is logged, counted, shown by the admin socket and on the pod
+itself, and tried again when the pod changes or some time has passed.
 
 Called by the composition root, one call of `apply` at a time.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 30.0
+PATIENT_TRIES = 10
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Roster:
         self._enrolled: dict[str, Enrollment] = {}
         self._draining: dict[str, Enrollment] = {}
         self.statuses: dict[str, PodStatus] = {}
+        self.failures: Counter[str] = Counter()  # tries that failed, by reason
 
     def captured(self) -> set[str]:
         """Return the uids of the pods that are captured."""
@@ -186,6 +189,10 @@ class Roster:
         retry_at = asyncio.get_running_loop().time() + wait
         self.statuses[pod.uid] = PodStatus(pod, state, error.reason, str(error), failures, retry_at)
         self._source.publish(pod, "pending")
+        self.failures[error.reason] += 1
+        # A sandbox that is on its way is no problem of the pod, for a while.
+        if state == "failed" or failures > PATIENT_TRIES:
+            self._source.report(pod, error.reason, str(error))
         if before is None or before.detail != str(error):
             log.warning("pod not enrolled", extra=_named(pod) | {"error": str(error)})
 

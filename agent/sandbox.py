@@ -1,12 +1,17 @@
 """Find the network namespace of a pod of this node, from its cgroup.
 
-The runtime names a pod's cgroup after the pod's uid (`pod<uid>`, with `_` for `-` under systemd).
-Any process in it is in the pod's namespace. Nothing of the container runtime is asked.
+The kubelet names a pod's cgroup after the pod's uid (`pod<uid>`, with `_` for `-` under systemd),
+in cgroup v2 or below each controller of v1. Of the namespaces that its processes are in, the pod's
+has the pod's address: a container engine inside the pod makes others, and a privileged process may
+have gone to the node's. Nothing of the container runtime is asked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,27 +19,52 @@ from agent import netns
 from agent.errors import SandboxNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from agent.model.pod import LocalPod
+    from agent.model.pod import Address, LocalPod
 
 
 def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
     """Return a descriptor of the pod's namespace, the caller's (SandboxNotFound)."""
-    spellings = (f"pod{pod.uid}", f"pod{pod.uid.replace('-', '_')}")
+    strange: set[tuple[int, int]] = set()
+    for pid in _processes_of(pod.uid, pod_cgroups):
+        try:
+            fd = netns.open_netns(Path(f"/proc/{pid}/ns/net"))
+        except OSError:
+            continue  # ended meanwhile: the next one will do
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) not in strange:
+            if netns.run_in(fd, lambda: _has_any(pod.addresses)):
+                return fd
+            strange.add((found.st_dev, found.st_ino))
+        os.close(fd)
+    named = f"{pod.namespace}/{pod.name}"
+    if strange:
+        shown = ", ".join(map(str, pod.addresses))
+        raise SandboxNotFound(
+            f"{named}: none of its processes is in a network namespace that has {shown}"
+        )
+    raise SandboxNotFound(f"{named} has no process below {pod_cgroups}; is it running here?")
+
+
+def _has_any(addresses: Iterable[Address]) -> bool:
+    """Tell whether the current namespace has one of the addresses."""
+    for address in addresses:
+        family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+            return True
+    return False
+
+
+def _processes_of(uid: str, pod_cgroups: Path) -> Iterator[str]:
+    # Not a part of another pod's uid, which ends or begins with this one.
+    name = re.compile(rf"(.*-)?pod({re.escape(uid)}|{re.escape(uid.replace('-', '_'))})(\.slice)?")
     # Cgroups come and go while we look: os.walk() passes over what is gone, rglob() does not.
     for parent, names, _files in os.walk(pod_cgroups):
-        for name in names:
-            if not any(spelling in name for spelling in spellings):
-                continue
-            for pid in _processes_below(Path(parent, name)):
-                try:
-                    return netns.open_netns(Path(f"/proc/{pid}/ns/net"))
-                except OSError:
-                    continue  # ended meanwhile: the next one will do
-    raise SandboxNotFound(
-        f"{pod.namespace}/{pod.name} has no process below {pod_cgroups}; is it running here?"
-    )
+        for each in names:
+            if name.fullmatch(each):
+                yield from _processes_below(Path(parent, each))
 
 
 def all_netns(pod_cgroups: Path) -> Iterator[int]:

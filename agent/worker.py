@@ -154,7 +154,7 @@ class Worker:
             case messages.PutService():
                 self._mesh.put_service(message.service)
             case messages.RemoveService():
-                self._mesh.remove_service(message.namespace, message.name)
+                self._mesh.remove_service(message.namespace, message.name, message.kind)
             case messages.PutPolicies():
                 # Cyclic garbage is not looked for while very many values come and none go.
                 gc.disable()

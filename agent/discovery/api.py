@@ -4,7 +4,8 @@ The client knows where the server is, whom to trust and how to renew a token. It
 kind are left aside: they cost many times what the JSON does, and fail on what a newer server adds
 (docs/decisions/0009-json-lines-instead-of-classes.md).
 
-Called by `follow` and `redirection`, each in threads of its own. Beyond here only ours travel.
+Called by `follow`, `redirection` and `pod_events`, each in threads of its own. Beyond here only
+ours travel.
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ class Api:
         """Ask, and yield the answer unread; no byte for `read_seconds` is an error."""
         with self._request("GET", path, read_seconds, fields=query) as response:
             yield response
+
+    def create(self, path: str, body: Mapping[str, Any]) -> None:
+        """Add an object to a collection."""
+        data = json.dumps(body).encode()
+        kind = {"Content-Type": "application/json"}
+        with self._request("POST", path, CALL_SECONDS, body=data, headers=kind) as response:
+            response.read()
 
     def patch(self, path: str, body: Mapping[str, Any]) -> None:
         """Merge `body` into an object (RFC 7386)."""

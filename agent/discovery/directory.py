@@ -10,6 +10,9 @@ annotation that an agent patches on a pod in a real cluster: its own agent write
 
 from __future__ import annotations
 
+import asyncio
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import watchfiles
@@ -22,7 +25,6 @@ from agent.errors import ConfigError
 from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator
     from pathlib import Path
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
+MOST_BYTES = 8 << 20
+UNSETTLED_NANOSECONDS = 1_000_000_000
 SUFFIXES = (".yaml", ".yml", ".json")
 STATUS = "status"
 # Writers often touch several files at once; half a second late would break the promise of one.
@@ -43,7 +47,12 @@ def read_objects(path: Path) -> list[SourcedObject]:
     """Return the objects of one file (ObjectProblem if it is not YAML of objects)."""
     name = str(path)
     try:
-        documents = list(yaml.load_all(path.read_text(), Loader=_Loader))
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            detail = f"is larger than {MOST_BYTES >> 20} MiB; split it into several files"
+            raise ObjectProblem(name, "file", "size", detail)
+        documents = list(yaml.load_all(data.decode(), Loader=_Loader))
     # A ValueError is also what PyYAML says to the date 2001-13-01 and to very long numbers.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
@@ -58,8 +67,17 @@ def read_objects(path: Path) -> list[SourcedObject]:
     return objects
 
 
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """What a file said at one time, and when that was, by what the kernel says of it."""
+
+    stamp: tuple[int, ...] | None  # None: it may have changed unseen since
+    objects: list[SourcedObject]
+    problems: tuple[ObjectProblem, ...]
+
+
 class DirectorySource:
-    """Reads the directory at each change; remembers the last good content of each file."""
+    """Reads what changed at each change; remembers the last good content of each file."""
 
     def __init__(
         self,
@@ -76,6 +94,7 @@ class DirectorySource:
         self._status = directory / STATUS
         self._status.mkdir(exist_ok=True)
         self._good: dict[Path, list[SourcedObject]] = {}
+        self._parsed: dict[Path, _Parsed] = {}
         self.problems: tuple[ObjectProblem, ...] = ()
 
     async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
@@ -94,50 +113,65 @@ class DirectorySource:
         latest: Snapshot | None = None
         async for change in changes:
             if change or latest is None:
-                snapshot = self.read()
+                # Some thousand objects take a second, in which the loop has others to serve.
+                snapshot = await asyncio.to_thread(self.read)
                 if snapshot != latest:
                     latest = snapshot
                     yield snapshot
 
     def read(self) -> Snapshot:
-        """Read everything now."""
+        """Say what the directory says now; only files that changed are read and parsed again."""
         problems: list[ObjectProblem] = []
         good: dict[Path, list[SourcedObject]] = {}
+        before, self._parsed = self._parsed, {}
         for path in sorted(self._directory.iterdir()):
             if path.suffix not in SUFFIXES or not path.is_file():
                 continue
-            try:
-                objects = read_objects(path)
-                wrong = translate(objects, self._root_namespace).problems
-            except ObjectProblem as problem:
-                objects, wrong = [], (problem,)
-            problems += wrong
+            parsed = self._parse(path, before.get(path))
+            problems += parsed.problems
             # A file that was never good still says what its usable objects say.
-            good[path] = self._good.get(path, objects) if wrong else objects
+            is_good = not parsed.problems
+            good[path] = parsed.objects if is_good else self._good.get(path, parsed.objects)
         self._good = good
-        status = self._read_status(problems)
+        status = self._read_status(problems, before)
         translation = translate(
             [_with_status(source, status) for objects in good.values() for source in objects],
             self._root_namespace,
             self._rules,
         )
         named = {str(problem): problem for problem in (*problems, *translation.problems)}
-        before, self.problems = self.problems, tuple(named.values())
-        log_problems(before, self.problems)
+        known, self.problems = self.problems, tuple(named.values())
+        log_problems(known, self.problems)
         return translation.snapshot
 
-    def _read_status(self, problems: list[ObjectProblem]) -> dict[tuple[str, str], str]:
+    def _parse(self, path: Path, known: _Parsed | None) -> _Parsed:
+        """Return what a file says, from memory if it is the one that was parsed before."""
+        stamp = _stamp(path)
+        if known is None or stamp is None or known.stamp != stamp:
+            try:
+                objects = read_objects(path)
+                # What an agent published is no Kubernetes object.
+                is_status = path.parent == self._status
+                problems = () if is_status else translate(objects, self._root_namespace).problems
+            except ObjectProblem as problem:
+                objects, problems = [], (problem,)
+            known = _Parsed(stamp, objects, problems)
+        self._parsed[path] = known
+        return known
+
+    def _read_status(
+        self, problems: list[ObjectProblem], before: dict[Path, _Parsed]
+    ) -> dict[tuple[str, str], str]:
         status = {}
         for path in sorted(self._status.glob("*.yaml")):
             if not path.is_file():  # reading a FIFO would wait for somebody who writes
                 continue
             namespace, _, pod = path.stem.partition(".")
-            try:
-                for source in read_objects(path):
-                    status[namespace, pod] = str(source.body.get("redirection"))
-            except ObjectProblem as problem:
-                if path.exists():  # else it went away while we read
-                    problems.append(problem)
+            parsed = self._parse(path, before.get(path))
+            for source in parsed.objects:
+                status[namespace, pod] = str(source.body.get("redirection"))
+            # What is wrong with a file that went away while we read is of no interest.
+            problems += parsed.problems if path.exists() else ()
         return status
 
     def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
@@ -151,8 +185,27 @@ class DirectorySource:
         draft.write_text(f"redirection: {redirection}\n")
         draft.replace(path)
 
+    def report(self, pod: LocalPod, reason: str, note: str) -> None:
+        """Do nothing: a directory has no Events, and the log and `sidestep pods` say it."""
+
     async def close(self) -> None:
         """Do nothing: what was published is written."""
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes whenever a file does; None if the next change might not show.
+
+    A file's times move in steps of some milliseconds, so one that was written a moment ago may be
+    written again without a trace.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    if time.time_ns() - found.st_ctime_ns < UNSETTLED_NANOSECONDS:
+        return None
+    # The time of the last change of the inode, too: copying tools set the other one back.
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _with_status(source: SourcedObject, status: dict[tuple[str, str], str]) -> SourcedObject:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from agent.discovery.api import Api
 from agent.discovery.cluster import connect
 from agent.discovery.follow import Follower, Resource
+from agent.discovery.occurrences import Occurrence
+from agent.discovery.pod_events import PodEventWriter
 from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
 from agent.discovery.redirection import RedirectionWriter
 from agent.discovery.reporting import log_problems
@@ -34,12 +36,15 @@ if TYPE_CHECKING:
 
 ORIGIN = "cluster"
 SECURITY = ("security.istio.io/v1", "security.istio.io/v1beta1")
+NETWORKING = tuple(f"networking.istio.io/{each}" for each in ("v1", "v1beta1", "v1alpha3"))
 PODS = Resource("Pod", "pods", ("v1",))
 RESOURCES = (
     PODS,
     Resource("Namespace", "namespaces", ("v1",)),
     Resource("Service", "services", ("v1",)),
     Resource("EndpointSlice", "endpointslices", ("discovery.k8s.io/v1",)),
+    Resource("ServiceEntry", "serviceentries", NETWORKING, may_be_absent=True),
+    Resource("WorkloadEntry", "workloadentries", NETWORKING, may_be_absent=True),
     Resource("AuthorizationPolicy", "authorizationpolicies", SECURITY, may_be_absent=True),
     Resource("PeerAuthentication", "peerauthentications", SECURITY, may_be_absent=True),
 )
@@ -71,6 +76,7 @@ class KubernetesSource:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._followers = [Follower(api, resource, self) for resource in self._resources]
         self._writer = RedirectionWriter(api)
+        self._events = PodEventWriter(api)
         self.problems: tuple[ObjectProblem, ...] = ()
 
     @classmethod
@@ -94,6 +100,7 @@ class KubernetesSource:
         for follower in self._followers:
             follower.start()
         self._writer.start()
+        self._events.start()
         latest: Snapshot | None = None
         try:
             while True:
@@ -130,8 +137,14 @@ class KubernetesSource:
         """Say on the pod whether it is captured, soon; None takes it back."""
         self._writer.publish(pod.uid, pod.namespace, pod.name, redirection)
 
+    def report(self, pod: LocalPod, reason: str, note: str) -> None:
+        """Say on the pod why it is not captured, as an Event."""
+        word = "".join(part.capitalize() for part in reason.split("_"))
+        self._events.report(Occurrence(pod.namespace, pod.name, pod.uid, word, note))
+
     async def close(self) -> None:
         """Wait, but not for long, until all that was published is written."""
+        self._events.close()
         await asyncio.to_thread(self._writer.close, PATIENCE_SECONDS)
 
     # -- called by the followers --------------------------------------------------------------

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Where state comes from, and where is said which pods are captured."""
+    """Where state comes from, and where is said how pods fare."""
 
     @property
     def problems(self) -> tuple[ObjectProblem, ...]:
@@ -28,6 +28,10 @@ class Source(Protocol):
 
     def publish(self, pod: LocalPod | Workload, redirection: str | None) -> None:
         """Say for all whether a pod is captured (enabled) or will be (pending); None: it is not."""
+        ...
+
+    def report(self, pod: LocalPod, reason: str, note: str) -> None:
+        """Say on a pod why it is not captured; as often as it happens, and nobody is flooded."""
         ...
 
     async def close(self) -> None:

@@ -4,6 +4,8 @@
     Namespace      -> the default of its pods' wish for the mesh
     Service        -> Service
     EndpointSlice  -> the endpoints of a Service
+    WorkloadEntry  -> Workload without a node, and endpoints of what selects it, see `entries`
+    ServiceEntry   -> Service
     AuthorizationPolicy, PeerAuthentication -> policies, see `policies`
 
 Other kinds are not read. An object that cannot be used is left out and becomes a problem
@@ -17,7 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from agent.discovery.entries import REDIRECTION as REDIRECTION
+from agent.discovery.entries import (
+    EntryWorkload,
+    ReadService,
+    read_labels,
+    read_service_entry,
+    read_service_selection,
+    read_workload_entry,
+)
 from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
+from agent.discovery.joining import Joiner, Slice
 from agent.discovery.ownership import read_owner
 from agent.discovery.policies import (
     DEFAULT_ROOT_NAMESPACE,
@@ -28,7 +40,7 @@ from agent.errors import ManifestError
 from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.policy import NO_LABELS, PeerAuthentication, Policy
-from agent.model.service import Endpoint, Service, ServicePort
+from agent.model.service import Service, ServicePort
 from agent.model.workload import Workload
 from agent.state.store import Snapshot
 
@@ -38,10 +50,7 @@ if TYPE_CHECKING:
     from agent.model.pod import Address
     from agent.model.policy import AnyPolicy, Labels
 
-    ServiceKey = tuple[str, str]
-
 SERVICE_LABEL = "kubernetes.io/service-name"
-REDIRECTION = "ambient.istio.io/redirection"
 SIDECAR_STATUS = "sidecar.istio.io/status"
 BYPASS_INBOUND = "ambient.istio.io/bypass-inbound-capture"
 DNS_CAPTURE = "ambient.istio.io/dns-capture"
@@ -99,16 +108,11 @@ class _Pod:
     local: LocalPod
     may_go_direct: bool | None
     has_sidecar: bool
+    is_ready: bool
 
     @property
     def uid(self) -> str:
         return self.workload.uid
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    service: ServiceKey
-    endpoints: dict[Address, dict[str, int]]
 
 
 class Translator:
@@ -125,13 +129,10 @@ class Translator:
         self._pod_by_uid: dict[str, str] = {}
         self._pods: dict[str, _Pod] = {}
         self._namespaces: dict[str, _Namespace] = {}
-        self._services: dict[str, Service] = {}
-        self._slices: dict[str, _Slice] = {}
-        self._slices_of: dict[ServiceKey, dict[str, _Slice]] = {}
+        self._services = Joiner()
         self._policies: dict[str, AnyPolicy] = {}
         # What need not be worked out again, by the objects that it came from.
         self._local_pods: dict[str, tuple[_Namespace, LocalPod | None]] = {}
-        self._whole_services: dict[ServiceKey, Service] = {}
 
     def put(self, source: SourcedObject, *, is_new: bool = False) -> ObjectProblem | None:
         """Take an object in place of what is known of it, unless it should be new.
@@ -170,16 +171,7 @@ class Translator:
         pod = self._pods.pop(named, None)
         if pod is not None:
             del self._pod_by_uid[pod.uid]
-        service = self._services.pop(named, None)
-        if service is not None:
-            self._whole_services.pop((service.namespace, service.name), None)
-        part = self._slices.pop(named, None)
-        if part is not None:
-            self._whole_services.pop(part.service, None)
-            others = self._slices_of[part.service]
-            del others[named]
-            if not others:
-                del self._slices_of[part.service]
+        self._services.remove(named)
 
     def names(self, kind: str) -> set[str]:
         """List what is known of a kind, as `describe` names it."""
@@ -192,14 +184,16 @@ class Translator:
             case _Pod():
                 self._pods[named] = found
                 self._pod_by_uid[found.uid] = named
+                if found.is_ready:
+                    self._services.put_ready_pod(named, found.workload)
+            case EntryWorkload():
+                self._services.put_machine(named, found)
             case _Namespace():
                 self._namespaces[named] = found
-            case Service():
-                self._services[named] = found
-            case _Slice():
-                self._slices[named] = found
-                self._slices_of.setdefault(found.service, {})[named] = found
-                self._whole_services.pop(found.service, None)
+            case ReadService():
+                self._services.put_service(named, found)
+            case Slice():
+                self._services.put_slice(named, found)
             case _:
                 self._policies[named] = found
 
@@ -211,10 +205,11 @@ class Translator:
             local = self._local_pod(named, pod)
             if local is not None:
                 local_pods.setdefault(pod.workload.node, []).append(local)
-        services = [self._whole_service(service) for service in self._services.values()]
+        workloads = tuple(pod.workload for _named, pod in pods)
+        outside, services = self._services.settle(workloads)
         return Snapshot(
-            workloads=tuple(pod.workload for _named, pod in pods),
-            services=tuple(sorted(services, key=lambda each: (each.namespace, each.name))),
+            workloads=workloads + outside,
+            services=tuple(sorted(services, key=lambda each: each.key)),
             local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
             policies=tuple(sorted(self._policies.values(), key=lambda policy: policy.key)),
         )
@@ -234,24 +229,6 @@ class Translator:
             local = replace(pod.local, may_go_direct=word is not False)
         self._local_pods[named] = (namespace, local)
         return local
-
-    def _whole_service(self, service: Service) -> Service:
-        key = (service.namespace, service.name)
-        whole = self._whole_services.get(key)
-        if whole is None:
-            # One endpoint may be in several slices for a while (KEP-752), and is one endpoint.
-            merged: dict[Address, dict[str, int]] = {}
-            for part in self._slices_of.get(key, {}).values():
-                for address, ports in part.endpoints.items():
-                    merged.setdefault(address, {}).update(ports)
-            endpoints = tuple(
-                Endpoint(address, tuple(sorted(ports.items())))
-                for address, ports in sorted(
-                    merged.items(), key=lambda item: (item[0].version, item[0].packed)
-                )
-            )
-            whole = self._whole_services[key] = replace(service, endpoints=endpoints)
-        return whole
 
 
 def translate(
@@ -290,14 +267,12 @@ def _by_uid(item: tuple[str, _Pod]) -> str:
     return item[1].uid
 
 
-def _read_labels(metadata: Field) -> Labels:
-    return frozenset((str(name), item.text()) for name, item in metadata.get("labels").members())
-
-
 def _read_namespace(body: Field, _root_namespace: str) -> _Namespace:
     metadata = body.get("metadata")
     metadata.get("name").name(LABEL_NAME)
-    return _Namespace(_read_labels(metadata), _read_direct_path(metadata.get("annotations")))
+    return _Namespace(
+        read_labels(metadata.get("labels")), _read_direct_path(metadata.get("annotations"))
+    )
 
 
 def _read_direct_path(annotations: Field) -> bool | None:
@@ -331,7 +306,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         service_account=account,
         addresses=addresses,
         is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
-        labels=_read_labels(metadata),
+        labels=read_labels(metadata.get("labels")),
         owner=read_owner(metadata),
     )
     local = LocalPod(
@@ -350,9 +325,21 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
     )
     may_go_direct = _read_direct_path(annotations)
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
+    is_leaving = metadata.get("deletionTimestamp").value is not None
+    is_ready = not is_leaving and _read_is_ready(status)
     if not addresses or not node:
         return None
-    return _Pod(workload, local, may_go_direct, has_sidecar)
+    return _Pod(workload, local, may_go_direct, has_sidecar, is_ready)
+
+
+def _read_is_ready(status: Field) -> bool:
+    """Tell whether a pod is ready; without a word of the kubelet, as in a file, it counts as so."""
+    found = [
+        item.get("status").text()
+        for item in status.get("conditions").items()
+        if item.get("type").text("") == "Ready"
+    ]
+    return found in ([], ["True"])
 
 
 def _read_word(entry: Field) -> bool | None:
@@ -367,7 +354,7 @@ def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
     return addresses
 
 
-def _read_service(body: Field, _root_namespace: str) -> Service:
+def _read_service(body: Field, _root_namespace: str) -> ReadService:
     metadata, spec = body.get("metadata"), body.get("spec")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     name = metadata.get("name").name(SUBDOMAIN_NAME)
@@ -378,10 +365,11 @@ def _read_service(body: Field, _root_namespace: str) -> Service:
         if item.get("protocol").text("TCP") == "TCP"
     )
     addresses = tuple(item.address() for item in clusters if item.text("") not in {"", "None"})
-    return Service(namespace, name, addresses, ports, ())
+    service = Service(namespace, name, addresses, ports, ())
+    return ReadService(service, read_service_selection(spec))
 
 
-def _read_endpoint_slice(body: Field, _root_namespace: str) -> _Slice | None:
+def _read_endpoint_slice(body: Field, _root_namespace: str) -> Slice | None:
     metadata = body.get("metadata")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     metadata.get("name").name(SUBDOMAIN_NAME)
@@ -400,16 +388,24 @@ def _read_endpoint_slice(body: Field, _root_namespace: str) -> _Slice | None:
         if item.get("conditions").get("ready").flag(default=True)
         for address in item.get("addresses").items()
     }
-    return _Slice((namespace, service), endpoints)
+    return Slice((namespace, service), endpoints)
 
 
-_Read = _Pod | _Namespace | Service | _Slice | Policy | PeerAuthentication | None
+_Read = _Pod | _Namespace | ReadService | EntryWorkload | Slice | Policy | PeerAuthentication | None
 
 READERS: dict[tuple[str, str], Callable[[Field, str], _Read]] = {
     ("v1", "Pod"): _read_pod,
     ("v1", "Namespace"): _read_namespace,
     ("v1", "Service"): _read_service,
     ("discovery.k8s.io/v1", "EndpointSlice"): _read_endpoint_slice,
+    **{
+        (f"networking.istio.io/{version}", kind): read
+        for version in ("v1", "v1beta1", "v1alpha3")
+        for kind, read in (
+            ("ServiceEntry", read_service_entry),
+            ("WorkloadEntry", read_workload_entry),
+        )
+    },
     ("security.istio.io/v1", "AuthorizationPolicy"): read_authorization_policy,
     ("security.istio.io/v1beta1", "AuthorizationPolicy"): read_authorization_policy,
     ("security.istio.io/v1", "PeerAuthentication"): read_peer_authentication,

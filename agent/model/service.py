@@ -1,4 +1,4 @@
-"""A Kubernetes Service and the endpoints behind it, TCP only. Pure.
+"""A Kubernetes Service or a ServiceEntry, and the endpoints behind it, TCP only. Pure.
 
 A service's port leads to a target port by name, because each endpoint may listen
 elsewhere; an endpoint that lacks the name does not serve that port. Choosing one endpoint
@@ -8,10 +8,12 @@ among several is not done here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from agent.model.pod import Address
+
+ServiceKind = Literal["Service", "ServiceEntry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,20 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One service; a headless one has no addresses."""
+    """One service; a headless one has no addresses. `hosts` are a ServiceEntry's names."""
 
     namespace: str
     name: str
     addresses: tuple[Address, ...]
     ports: tuple[ServicePort, ...]
     endpoints: tuple[Endpoint, ...]
+    kind: ServiceKind = "Service"
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, ServiceKind]:
+        """Return what no other service shares."""
+        return self.namespace, self.name, self.kind
 
     def endpoints_for(self, port: int) -> tuple[tuple[Address, int], ...]:
         """List where a connection to `port` of the service may go; empty if nowhere."""

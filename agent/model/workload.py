@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One pod that has addresses of its own and has not ended."""
+    """One pod that has addresses of its own and has not ended, or a machine outside the cluster.
+
+    A machine has no node (an empty name), and its uid is no pod's.
+    """
 
     uid: str
     namespace: str

@@ -298,6 +298,8 @@ def _facing(origins: list[_End], destination: _End) -> _End:
 
 
 def _names_of(service: Service) -> set[str]:
+    if service.kind == "ServiceEntry":
+        return {*service.hosts, f"{service.namespace}/{service.name}"}
     full = f"{service.name}.{service.namespace}.svc"
     short = {service.name, f"{service.namespace}/{service.name}", full.removesuffix(".svc")}
     return short | {full, f"{full}.cluster.local"}

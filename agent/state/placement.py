@@ -18,6 +18,7 @@ class Placement:
         self._accounts = frozenset(
             (workload.node, workload.namespace, workload.service_account)
             for workload in snapshot.workloads
+            if workload.node  # a machine outside the cluster has none
         )
 
     def runs_on(self, node: str, identity: SpiffeId) -> bool:

@@ -11,6 +11,7 @@ denies it, whether the application has been reached yet or not.
 
 from __future__ import annotations
 
+import errno
 import socket
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
@@ -255,6 +256,8 @@ class Inbound:
         address: Address,
         port: int,
         on_dialed: Callable[[TcpChannel | None, str], None],
+        *,
+        is_any_port: bool = False,
     ) -> None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         try:
@@ -266,13 +269,18 @@ class Inbound:
         def on_connected(error: OSError | None) -> None:
             if error is None:
                 on_dialed(TcpChannel(self._reactor, own), "")
+            elif error.errno == errno.EADDRNOTAVAIL and not is_any_port:
+                self._dial(served, source, address, port, on_dialed, is_any_port=True)
             else:
                 on_dialed(None, f"the application cannot be reached: {error}")
 
         # Not from the pod's own address: a client that is the pod itself is plain enough.
         if source not in served.pod.addresses:
             try:
-                sockets.borrow_source(own, source)
+                if is_any_port:
+                    sockets.borrow_source(own, source)
+                else:
+                    self._sockets.borrow_source(own, source)
             except OSError as error:
                 own.close()
                 on_dialed(None, f"the client's address {source} cannot be used: {error}")

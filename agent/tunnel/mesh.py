@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from agent.model.pod import Address
-    from agent.model.service import Service
+    from agent.model.service import Service, ServiceKind
     from agent.model.workload import Workload
 
     Choose = Callable[[Sequence[tuple[Address, int]]], tuple[Address, int]]
@@ -38,7 +38,7 @@ class Mesh:
     def __init__(self) -> None:
         self._workloads: dict[str, Workload] = {}
         self._by_address: dict[Address, Workload] = {}
-        self._services: dict[tuple[str, str], Service] = {}
+        self._services: dict[tuple[str, str, ServiceKind], Service] = {}
         self._service_by_address: dict[Address, Service] = {}
 
     def put_workload(self, workload: Workload) -> None:
@@ -65,14 +65,14 @@ class Mesh:
 
     def put_service(self, service: Service) -> None:
         """Add or replace a service."""
-        self.remove_service(service.namespace, service.name)
-        self._services[service.namespace, service.name] = service
+        self.remove_service(*service.key)
+        self._services[service.key] = service
         for address in service.addresses:
             self._service_by_address[address] = service
 
-    def remove_service(self, namespace: str, name: str) -> None:
+    def remove_service(self, namespace: str, name: str, kind: ServiceKind = "Service") -> None:
         """Forget a service, if it is known."""
-        known = self._services.pop((namespace, name), None)
+        known = self._services.pop((namespace, name, kind), None)
         for address in known.addresses if known else ():
             if self._service_by_address.get(address) is known:
                 del self._service_by_address[address]

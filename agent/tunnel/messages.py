@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agent.model.open_connection import OpenConnection
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy, PolicyKey
-    from agent.model.service import Service
+    from agent.model.service import Service, ServiceKind
     from agent.model.stacks import Stacks
     from agent.model.workload import Workload
     from agent.tunnel.counts import Counted
@@ -124,6 +124,7 @@ class RemoveService:
 
     namespace: str
     name: str
+    kind: ServiceKind = "Service"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,34 +6,54 @@ cannot come back it ends: a worker left in a pod's namespace would dial from the
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import random
 import socket
 from typing import TYPE_CHECKING
 
 from agent import netns
-from agent.model.capture import REPLY_MARK
+from agent.model.capture import LISTENER_PORTS, REPLY_MARK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from agent.model.pod import Address
 
 IP_TRANSPARENT, IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT = 19, 75, 24  # linux/in.h, in6.h
+# Below what Linux gives to clients (net.ipv4.ip_local_port_range), above what needs a privilege.
+BORROWED_PORTS = range(1024, 32768)
+MOST_PORTS = 16  # a pod that listens on so many in a row leaves the choice to the kernel
 LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # struct linger {on, 0 seconds}: close() sends RST
 
 
-def borrow_source(own: socket.socket, source: Address) -> None:
+def borrow_source(own: socket.socket, source: Address, ports: Iterable[int] = ()) -> None:
     """Make a socket inside the pod connect from a client's address, which the pod has not.
 
     The mark comes back with the application's answers (tcp_fwmark_accept) and finds the reply
-    route. The port is chosen at connect, so that one address serves more than 28,000 connections.
+    route. The first port of `ports` that nobody listens on is taken; without any it is chosen at
+    connect, so that one address serves more than 28,000 connections.
     """
     is_v4 = source.version == 4
     level = socket.IPPROTO_IP if is_v4 else socket.IPPROTO_IPV6
     own.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, REPLY_MARK)
     own.setsockopt(level, IP_TRANSPARENT if is_v4 else IPV6_TRANSPARENT, 1)
+    # Only connect() asks whether somebody has the port towards the same destination.
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for port in ports:
+        with contextlib.suppress(OSError):
+            own.bind((str(source), port))
+            return
     own.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     own.bind((str(source), 0))
+
+
+def _borrowed_ports() -> Iterator[int]:
+    """Yield ports for ever; from a place of its own, since workers share the clients."""
+    ports = [port for port in BORROWED_PORTS if port not in LISTENER_PORTS]
+    start = random.randrange(len(ports))
+    return itertools.cycle(ports[start:] + ports[:start])
 
 
 class PodSockets:
@@ -44,6 +64,7 @@ class PodSockets:
 
     def __init__(self, exempt: Callable[[socket.socket], None]) -> None:
         self._exempt = exempt
+        self._ports = _borrowed_ports()
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def open(self, netns_fd: int, family: int) -> socket.socket:
@@ -60,6 +81,15 @@ class PodSockets:
             made.close()
             raise
         return made
+
+    def borrow_source(self, own: socket.socket, source: Address) -> None:
+        """Connect from a client's address, and a port that the client hardly uses itself.
+
+        The client's own connections to the pod end in the pod, too: captured ones here, others at
+        the application. From the port of one of those our SYN would be taken for a part of it, and
+        never answered. connect() then may say EADDRNOTAVAIL: the port was used a moment ago.
+        """
+        borrow_source(own, source, itertools.islice(self._ports, MOST_PORTS))
 
 
 def abort(own: socket.socket) -> None:

@@ -17,7 +17,7 @@ import pytest
 from agent.datapath import links, pins
 from agent.lab.machine import kill_cgroup
 from tests.cluster.test_rights import AUDIENCE, annotation, installed, token_of
-from tests.support.api_server import wait_until
+from tests.support.api_server import path_of, wait_until
 from tests.support.cluster_objects import Body, namespace, pod
 from tests.support.namespaces import POD4
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.api_server import ApiServer
-    from tests.support.namespaces import Network
+    from tests.support.namespaces import Namespace, Network
 
 __all__ = ["installed"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
@@ -37,29 +37,36 @@ SPACE = "meshed"
 
 
 class Processes:
-    """The CA and one agent, on this machine, for the pod of `network`."""
+    """The CA and one agent, on this machine, and the processes that stand for pods."""
 
-    def __init__(self, directory: Path, server: ApiServer, network: Network, body: Body) -> None:
+    def __init__(self, directory: Path, server: ApiServer) -> None:
         self.directory = directory
         self.server = server
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.pins = pins.DEFAULT_ROOT.parent / f"sidestep-test-{os.getpid()}"
         self.cgroups = links.cgroup_root() / f"sidestep-test-{os.getpid()}"
-        uid = server.must("GET", f"/api/v1/namespaces/{SPACE}/pods/{body['metadata']['name']}")
-        cgroup = self.cgroups / f"pod{uid['metadata']['uid']}"
-        cgroup.mkdir(parents=True)
-        place = f"/proc/{os.getpid()}/fd/{network.pod.fd}"
-        launcher = [sys.executable, "-m", "agent.lab.launch", place, str(cgroup)]
-        self.running["pod"] = subprocess.Popen([*launcher, "sleep", "infinity"])
+        self.cgroups.mkdir()
 
-    def start(self, name: str, account: str, *options: str) -> None:
+    def start_pod(self, space: Namespace, body: Body) -> None:
+        """Start a process in a namespace, which stands for a pod's."""
+        cgroup = self.cgroups / f"pod{self.server.must('GET', path_of(body))['metadata']['uid']}"
+        cgroup.mkdir()
+        place = f"/proc/{os.getpid()}/fd/{space.fd}"
+        launcher = [sys.executable, "-m", "agent.lab.launch", place, str(cgroup)]
+        name = f"pod {body['metadata']['name']}"
+        self.running[name] = subprocess.Popen([*launcher, "sleep", "infinity"])
+
+    def start(self, name: str, account: str | None, *options: str) -> subprocess.Popen[bytes]:
+        """Start a command as an account of ours, or as the administrator."""
         config = self.directory / f"{name}.json"
-        config.write_text(json.dumps(self.server.kubeconfig(token_of(self.server, account))))
+        token = "admin" if account is None else token_of(self.server, account)
+        config.write_text(json.dumps(self.server.kubeconfig(token)))
         with (self.directory / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [*SIDESTEP, name, "--source", "kubernetes", *options],
                 stderr=log, env=os.environ | {"KUBECONFIG": str(config)},
             )  # fmt: skip
+        return self.running[name]
 
     def start_ca(self) -> None:
         keep = self.directory / "ca"
@@ -69,12 +76,14 @@ class Processes:
         )  # fmt: skip
         wait_until((self.directory / "ca.sock").exists)
 
-    def start_agent(self, token: str) -> None:
+    def start_agent(
+        self, token: str, account: str | None = "sidestep-agent"
+    ) -> subprocess.Popen[bytes]:
         path = self.directory / "token"
         path.touch(0o600)
         path.write_text(token)
-        self.start(
-            "agent", "sidestep-agent", "--node", "node-1", "--run-dir", str(self.directory / "run"),
+        return self.start(
+            "agent", account, "--node", "node-1", "--run-dir", str(self.directory / "run"),
             "--metrics-port", "0", "--pins", str(self.pins), "--pod-cgroups", str(self.cgroups),
             "--ca", f"unix:{self.directory}/ca.sock", "--ca-name", CA_HOST,
             "--ca-token", str(path), "--ca-root", str(self.directory / "ca/root-cert.pem"),
@@ -115,6 +124,15 @@ class Processes:
             print(f"--- {log.name}\n{log.read_text()[-6000:]}")  # noqa: T201  # shown on failure
 
 
+def agent_token(server: ApiServer, stack: ExitStack) -> str:
+    """Return a token of an agent's pod on node-1; the pod goes with `stack`."""
+    own = pod("sidestep-system/agent-node-1", "10.8.0.1", serviceAccountName="sidestep-agent")
+    reference = {"apiVersion": "v1", "kind": "Pod", "name": "agent-node-1"}
+    reference["uid"] = server.apply(own)["metadata"]["uid"]
+    stack.callback(server.delete, own)
+    return token_of(server, "sidestep-agent", audiences=[AUDIENCE], boundObjectRef=reference)
+
+
 @pytest.fixture
 def pod_body(installed: ApiServer) -> Iterator[Body]:
     """Return the pod of `network` as the API server knows it; its namespace has no label yet."""
@@ -132,11 +150,7 @@ def test_agent_and_ca_live_on_the_api_server_alone(
     tmp_path: Path,
     measured: Callable[[str], None],
 ) -> None:
-    own = pod("sidestep-system/agent-node-1", "10.8.0.1", serviceAccountName="sidestep-agent")
     unstarted = pod(f"{SPACE}/unstarted", "10.8.0.2")
-    reference = {"apiVersion": "v1", "kind": "Pod", "name": "agent-node-1"}
-    reference["uid"] = installed.apply(own)["metadata"]["uid"]
-    token = token_of(installed, "sidestep-agent", audiences=[AUDIENCE], boundObjectRef=reference)
 
     def says(word: str | None, body: Body = pod_body) -> float:
         began = time.monotonic()
@@ -148,9 +162,10 @@ def test_agent_and_ca_live_on_the_api_server_alone(
         return found
 
     with ExitStack() as stack:
-        stack.callback(installed.delete, own)
-        processes = Processes(tmp_path, installed, network, pod_body)
+        token = agent_token(installed, stack)
+        processes = Processes(tmp_path, installed)
         stack.callback(processes.end)
+        processes.start_pod(network.pod, pod_body)
         processes.start_ca()
         processes.start_agent(token)
         wait_until(lambda: processes.state()["ready"])

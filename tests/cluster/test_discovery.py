@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from functools import partial
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,11 +22,13 @@ from tests.support.cluster_objects import (
     endpoint_slice,
     enrolled,
     following,
+    machine,
     names,
     namespace,
     pod,
     policy,
     service,
+    service_entry,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ POLICY_KINDS = (
     ("AuthorizationPolicy", "authorizationpolicies"),
     ("PeerAuthentication", "peerauthentications"),
 )
+ENTRY_KINDS = (("ServiceEntry", "serviceentries"), ("WorkloadEntry", "workloadentries"))
 
 
 def source_of(server: ApiServer, token: str = "admin") -> KubernetesSource:
@@ -217,6 +221,63 @@ def test_policies_are_followed_when_their_kind_appears(
             await seen.until(lambda snapshot: snapshot.policies == ())
 
     asyncio.run(run())
+
+
+def test_machines_and_their_services_are_followed_when_their_kinds_appear(
+    api_server: ApiServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("agent.discovery.follow.ABSENT_SECONDS", 0.2)
+    monkeypatch.setattr("agent.discovery.follow.BELIEVED_ABSENT_SECONDS", 1.0)
+    source = source_of(api_server)
+    definitions = [definition(*each, "networking.istio.io") for each in ENTRY_KINDS]
+    vip = ip_address("192.0.2.100")
+
+    def endpoints(snapshot: Snapshot, name: str = "db") -> list[str]:
+        found = [each for each in snapshot.services if each.name == name]
+        return [f"{address}:{port}" for each in found for address, port in each.endpoints_for(5432)]
+
+    async def run() -> None:
+        api_server.apply(namespace("machines", None))
+        async with following(source) as seen:
+            await seen.until(lambda snapshot: names(snapshot, "machines") == set())
+            for body in definitions:
+                api_server.apply(body)
+            vm = machine("machines", "vm", "192.0.2.1", app="db")
+            api_server.apply_when_served(vm)
+            await seen.until(lambda snapshot: names(snapshot, "machines") == {"vm"})
+            selecting = {"workloadSelector": {"labels": {"app": "db"}}, "addresses": [str(vip)]}
+            api_server.apply_when_served(service_entry("machines", "db", **selecting))
+            found = await seen.until(lambda found: endpoints(found) == ["192.0.2.1:5432"])
+            (service,) = (each for each in found.services if each.name == "db")
+            assert (service.addresses, service.hosts) == ((vip,), ("db.example.com",))
+            # A pod with the label joins, and the machine moves to another port.
+            api_server.apply(pod("machines/db-0", "10.10.0.1", {"app": "db"}))
+            vm["spec"]["ports"] = {"db": 15432}
+            api_server.apply(vm)
+            expected = ["10.10.0.1:5432", "192.0.2.1:15432"]
+            await seen.until(lambda found: endpoints(found) == expected)
+            # What cannot be honoured is named, and disturbs nothing else.
+            needs_names = {"resolution": "DNS", "addresses": ["192.0.2.101"]}
+            api_server.apply(service_entry("machines", "named", **needs_names))
+            static = {"endpoints": [{"address": "192.0.2.2"}]}
+            api_server.apply(service_entry("machines", "static", **static))
+            await seen.until(lambda found: endpoints(found, "static") == ["192.0.2.2:5432"])
+            (problem,) = source.problems
+            assert (problem.named, problem.path) == (
+                "ServiceEntry machines/named",
+                "spec.resolution",
+            )
+            for body in definitions:
+                api_server.delete(body)
+            await seen.until(
+                lambda found: names(found, "machines") == {"db-0"} and not endpoints(found)
+            )
+            assert source.problems == ()
+
+    asyncio.run(run())
+    assert "DNS would need names to be resolved" in str(
+        [vars(each).get("detail") for each in caplog.records]
+    )
 
 
 @pytest.mark.usefixtures("policy_kinds")

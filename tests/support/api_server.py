@@ -181,6 +181,8 @@ PLURALS = {
     "EndpointSlice": "endpointslices",
     "AuthorizationPolicy": "authorizationpolicies",
     "PeerAuthentication": "peerauthentications",
+    "ServiceEntry": "serviceentries",
+    "WorkloadEntry": "workloadentries",
 }
 
 

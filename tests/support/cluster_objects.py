@@ -54,16 +54,16 @@ def endpoint_slice(space: str, name: str, *addresses: str) -> Body:
     }
 
 
-def definition(kind: str, plural: str) -> Body:
-    """Describe a kind of security.istio.io that takes any content."""
+def definition(kind: str, plural: str, group: str = "security.istio.io") -> Body:
+    """Describe a kind that takes any content."""
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.security.istio.io"},
+        "metadata": {"name": f"{plural}.{group}"},
         "spec": {
-            "group": "security.istio.io",
+            "group": group,
             "scope": "Namespaced",
             "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
             "versions": [version],
@@ -78,6 +78,31 @@ def policy(space: str, name: str) -> Body:
         "kind": "AuthorizationPolicy",
         "metadata": {"namespace": space, "name": name},
         "spec": {},
+    }
+
+
+def machine(space: str, name: str, address: str, **labels: str) -> Body:
+    """Describe what is in the mesh and no pod."""
+    return {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "WorkloadEntry",
+        "metadata": {"namespace": space, "name": name},
+        "spec": {"address": address, "labels": labels, "serviceAccount": name},
+    }
+
+
+def service_entry(space: str, name: str, **spec: Any) -> Body:
+    """Describe a service by its host name."""
+    common = {
+        "hosts": [f"{name}.example.com"],
+        "ports": [{"number": 5432, "name": "db", "protocol": "TCP"}],
+        "resolution": "STATIC",
+    }
+    return {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "ServiceEntry",
+        "metadata": {"namespace": space, "name": name},
+        "spec": common | spec,
     }
 
 

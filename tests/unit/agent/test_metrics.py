@@ -62,7 +62,7 @@ async def read() -> Iterable[Metric]:
     requests = {"issued": 3, "authority_unreachable": 1}
     return [
         *gauge_families(GAUGED),
-        *families(certificates, requests, STATUSES, [POD], CAPTURES, MAPS, (2, 1), 5, "1.2.3"),
+        *families(certificates, requests, STATUSES, {"enroll_failed": 4}, [POD], CAPTURES, MAPS, (2, 1), 5, "1.2.3"),
     ]
 
 
@@ -119,6 +119,7 @@ def test_what_is_read_is_there() -> None:
     assert value("workers_replaced_total") == 1
     assert value("lost_flow_ends_total") == 5
     assert found["istio_build", frozenset({("component", "sidestep"), ("tag", "1.2.3")})] == 1
+    assert value("enroll_failures_total", reason="enroll_failed") == 4
     assert value("pod_bytes_total", pod="shop/cart-0", direction="inbound") == 1
     assert value("pod_dropped_packets_total", pod="shop/cart-0", reason="spoofed") == 2
 

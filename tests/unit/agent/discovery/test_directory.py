@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.discovery.directory import DirectorySource
+from agent.discovery import directory
+from agent.discovery.directory import MOST_BYTES, DirectorySource
 from agent.errors import ConfigError
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from agent.discovery.translate import SourcedObject
 
 NAMESPACE = """
 apiVersion: v1
@@ -50,6 +55,7 @@ def test_published_status_makes_a_workload_speak_hbone(tmp_path: Path) -> None:
     (pod,) = source.read().local_pods["n1"]
     source.publish(pod, "enabled")
     assert source.read().workloads[0].is_hbone
+    assert source.problems == ()
     source.publish(pod, None)
     assert not source.read().workloads[0].is_hbone
 
@@ -140,3 +146,102 @@ def test_changes_arrive_within_a_second(tmp_path: Path) -> None:
 def test_missing_directory_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         DirectorySource(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files that are parsed from now on."""
+    names = []
+    read = directory.read_objects
+
+    def remember(path: Path) -> list[SourcedObject]:
+        names.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(directory, "read_objects", remember)
+    return names
+
+
+def settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let time go by until no file counts as just written."""
+    later = time.time_ns() + 10 * directory.UNSETTLED_NANOSECONDS
+    monkeypatch.setattr("agent.discovery.directory.time.time_ns", lambda: later)
+
+
+def test_only_files_that_changed_are_parsed_again(
+    tmp_path: Path, parsed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    (tmp_path / "wrong.yaml").write_text("kind: [")
+    source = DirectorySource(tmp_path)
+    settle(monkeypatch)
+    first = source.read()
+    source.publish(first.local_pods["n1"][0], "enabled")
+    source.read()
+    assert sorted(parsed) == ["shop.cart.yaml", "shop.yaml", "wrong.yaml"]
+    assert source.read().workloads[0].is_hbone
+    assert len(source.problems) == 1  # still said, though not found again
+    parsed.clear()
+    (tmp_path / "more.yaml").write_text(POD.replace("cart", "more").replace("u-1", "u-2"))
+    assert len(source.read().workloads) == 2
+    (tmp_path / "more.yaml").unlink()
+    assert len(source.read().workloads) == 1
+    assert parsed == ["more.yaml"]
+
+
+def test_change_that_keeps_size_and_time_is_seen(
+    tmp_path: Path, parsed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    path = tmp_path / "shop.yaml"
+    before = path.stat()
+    source = DirectorySource(tmp_path)
+    settle(monkeypatch)
+    source.read()
+    path.write_text(path.read_text().replace("10.0.0.1", "10.0.0.2"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert str(source.read().workloads[0].addresses[0]) == "10.0.0.2"
+    assert len(parsed) == 2
+
+
+def test_file_that_was_just_written_is_read_again(tmp_path: Path, parsed: list[str]) -> None:
+    # Its next change may come within the same step of the file system's clock.
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    source.read()
+    source.read()
+    assert parsed == ["shop.yaml", "shop.yaml"]
+
+
+def test_file_that_is_too_large_is_named_and_not_read(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    source = DirectorySource(tmp_path)
+    assert len(source.read().workloads) == 1
+    (problem,) = source.problems
+    assert str(problem).endswith(
+        "large.yaml: file: size: is larger than 8 MiB; split it into several files"
+    )
+
+
+def test_reading_holds_up_no_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    threads = []
+    read = source.read
+
+    def remember() -> Snapshot:
+        threads.append(threading.current_thread())
+        return read()
+
+    monkeypatch.setattr(source, "read", remember)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        async for _snapshot in source.watch(stop):
+            stop.set()
+
+    asyncio.run(run())
+    assert threading.main_thread() not in threads
+    assert len(threads) == 1

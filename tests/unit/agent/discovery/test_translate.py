@@ -505,3 +505,58 @@ def test_names_are_listed_by_kind() -> None:
     put(translator, pod(), pod("ended", status={"phase": "Failed"}), namespace())
     assert translator.names("Pod") == {"Pod shop/cart-0", "Pod shop/ended"}
     assert translator.names("Po") == set()
+
+
+def test_machine_and_its_service_are_known() -> None:
+    entry = {
+        "apiVersion": "networking.istio.io/v1beta1",
+        "kind": "WorkloadEntry",
+        "metadata": {"namespace": "shop", "name": "vm"},
+        "spec": {"address": "192.0.2.1", "labels": {"app": "db"}},
+    }
+    service_entry = {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "ServiceEntry",
+        "metadata": {"namespace": "shop", "name": "db"},
+        "spec": {
+            "hosts": ["db.example.com"],
+            "addresses": ["192.0.2.100"],
+            "resolution": "STATIC",
+            "ports": [{"number": 5432, "name": "db"}],
+            "workloadSelector": {"labels": {"app": "db"}},
+        },
+    }
+    found = translated(entry, service_entry)
+    assert found.problems == ()
+    (workload,), (service,) = found.snapshot.workloads, found.snapshot.services
+    assert (workload.name, workload.node) == ("vm", "")
+    assert service.endpoints_for(5432) == ((ip_address("192.0.2.1"), 5432),)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "deleted", "is_endpoint"),
+    [
+        (None, None, True),
+        ([{"type": "Ready", "status": "True"}], None, True),
+        ([{"type": "Ready", "status": "False"}], None, False),
+        ([{"type": "Initialized", "status": "False"}], None, True),
+        ([{"type": "Ready", "status": "True"}], "2026-01-01T00:00:00Z", False),
+    ],
+)
+def test_pod_that_an_entry_selects_is_an_endpoint_while_it_is_ready(
+    conditions: Any, deleted: str | None, is_endpoint: bool
+) -> None:
+    service_entry = {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "ServiceEntry",
+        "metadata": {"namespace": "shop", "name": "db"},
+        "spec": {
+            "hosts": ["db.example.com"],
+            "resolution": "STATIC",
+            "workloadSelector": {"labels": {"app": "db"}},
+        },
+    }
+    status = {"podIPs": [{"ip": str(POD4)}], "conditions": conditions}
+    body = pod(labels={"app": "db"}, status=status, deletionTimestamp=deleted)
+    (service,) = translated(service_entry, body).snapshot.services
+    assert bool(service.endpoints) is is_endpoint

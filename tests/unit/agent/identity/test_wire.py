@@ -98,6 +98,11 @@ def test_bytes_that_are_no_request_are_an_error_and_nothing_else(data: bytes) ->
         }
 
 
+def test_numbers_of_fixed_size_are_skipped() -> None:
+    fields = b"\x49" + bytes(8) + b"\x55" + bytes(4)  # fields 9 and 10, which we do not know
+    assert wire.parse_request(fields + b"\x0a\x03csr").csr == "csr"
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 from agent.model.service import Endpoint, Service, ServicePort
@@ -29,3 +30,8 @@ def test_endpoint_without_the_name_does_not_serve_the_port() -> None:
 
 def test_port_that_the_service_has_not_leads_nowhere() -> None:
     assert SERVICE.endpoints_for(8080) == ()
+
+
+def test_entry_of_the_same_name_is_another_service() -> None:
+    assert SERVICE.key == ("shop", "cart", "Service")
+    assert replace(SERVICE, kind="ServiceEntry").key != SERVICE.key

@@ -47,6 +47,11 @@ SERVICES = (
         (Endpoint(ip_address("10.0.0.3"), (("http", 8080),)),),
     ),
     Service("default", "far", (), (ServicePort("http", 80),), ()),
+    Service(
+        "default", "entry", (), (ServicePort("http", 80),),
+        (Endpoint(ip_address("10.0.0.3"), (("http", 8080),)),),
+        "ServiceEntry", ("db.example.com",),
+    ),
 )  # fmt: skip
 SNAPSHOT = Snapshot(
     tuple(map(workload, ADDRESSES)),
@@ -199,3 +204,14 @@ def test_policies_are_described(policy: AnyPolicy, expected: tuple[str, str]) ->
 def test_dry_run_is_described() -> None:
     assert isinstance(NOT_CLIENT, Policy)
     assert describe_policy(replace(NOT_CLIENT, is_dry_run=True)) == ("DENY", "dry run")
+
+
+@pytest.mark.parametrize("name", ["db.example.com", "service:default/entry"])
+def test_entry_is_found_by_its_hosts_and_by_its_name(name: str) -> None:
+    (found,) = explain("client", name)
+    assert found.destination.endswith("10.0.0.3:8080")
+
+
+def test_entry_has_no_name_of_the_cluster() -> None:
+    with pytest.raises(NameUnknown):
+        explain("client", "service:entry.default.svc")

@@ -37,3 +37,8 @@ def test_one_identity_may_run_on_several_nodes() -> None:
     identity = SpiffeId("cluster.local", "shop", "cart")
     assert placement.runs_on("east", identity)
     assert placement.runs_on("west", identity)
+
+
+def test_no_node_vouches_for_a_machine_outside_the_cluster() -> None:
+    placement = Placement(Snapshot(workloads=(replace(CART, node=""),)))
+    assert not placement.runs_on("", SpiffeId("cluster.local", "shop", "cart"))
