@@ -62,7 +62,18 @@ async def read() -> Iterable[Metric]:
     requests = {"issued": 3, "authority_unreachable": 1}
     return [
         *gauge_families(GAUGED),
-        *families(certificates, requests, STATUSES, {"enroll_failed": 4}, [POD], CAPTURES, MAPS, (2, 1), 5, "1.2.3"),
+        *families(
+            certificates,
+            requests,
+            STATUSES,
+            {"enroll_failed": 4},
+            [POD],
+            CAPTURES,
+            MAPS,
+            (2, 1),
+            5,
+            "1.2.3",
+        ),
     ]
 
 
