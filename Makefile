@@ -1,6 +1,7 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup shim demo bench check format test test-unit test-root test-cluster coverage-each clean
+.PHONY: help setup shim demo bench check format test test-unit test-root test-cluster coverage-each \
+	fuzz clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c cni/*.c \
@@ -52,6 +53,10 @@ test-cluster: setup ## the tests against a real API server, which is built the f
 
 coverage-each: setup ## every branch of each pure module, by its own test file
 	$(BIN)/python -m scripts.coverage_each
+
+fuzz: setup ## fuzz what takes bytes from outside (FUZZ="TARGET... --seconds N"; a minute each)
+	@$(BIN)/python -m pip install -q --group fuzz
+	$(BIN)/python -m scripts.fuzz $(FUZZ)
 
 clean: ## remove what the targets made here
 	rm -rf cni/shim .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis sidestep.egg-info

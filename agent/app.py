@@ -12,14 +12,16 @@ import asyncio
 import itertools
 import logging
 import signal
-from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from agent import briefing, readiness
+from agent import briefing, logs, readiness, web
 from agent.admin import Admin
 from agent.arrivals import Arrivals
 from agent.cni import PluginServer
+from agent.config_dump import build_dump
+from agent.connections import list_connections
 from agent.credentials import Credentials
 from agent.datapath import links, listing, pins, records
 from agent.datapath.services import ServiceMaps
@@ -27,16 +29,20 @@ from agent.direct import DirectPath
 from agent.enforcement import Enforcement
 from agent.errors import MapError, RequestRefused, SidestepError
 from agent.fleet import Fleet
+from agent.inspection import Inspection, rows
 from agent.kubelet import Probers
-from agent.metrics import Metrics, families
+from agent.loglines import parse_levels
+from agent.metrics import Metrics, families, gauge_families
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
+from agent.pages import Pages
 from agent.roster import Roster
 from agent.state.arrival import complete
 from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
+from agent.tunnel.outbound import CLUSTER_DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -45,12 +51,15 @@ if TYPE_CHECKING:
 
     from agent.discovery.source import Source
     from agent.fleet import Told
+    from agent.metrics import Place
     from agent.model.pod import LocalPod
     from agent.model.starting import StartingPod
     from agent.settings import Settings
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
+VERSION = version("sidestep")
+GAUGE_SECONDS = 2.0  # for a worker to say what it has; a scrape does not wait longer
 
 
 class Agent:
@@ -70,6 +79,9 @@ class Agent:
         self._desired: dict[str, LocalPod] = {}
         self._stop = asyncio.Event()
         self._is_ready = False
+        self._levels = settings.log_levels
+        self._places: set[Place] = set()
+        self._passing = asyncio.Lock()  # one pass over the pods at a time
         self._tell_watchers: Callable[[], None] = lambda: None
         self._fleet = Fleet(
             self._introduction,
@@ -92,11 +104,29 @@ class Agent:
         self._plugin_server = PluginServer(
             settings.run_directory / "cni.sock", self._arrivals, self._add_counts
         )
-        self._metrics = Metrics(self._read_metrics)
+        self._metrics = Metrics(self._read_metrics, lambda: self._places)
+        pages = Pages(
+            self._pending,
+            self._dump_config,
+            lambda: str(self._levels),
+            self._set_levels,
+            self._fleet,
+        )
+        self._pages = web.Server(pages.routes())
         self._admin = Admin(
             settings.run_directory / "agent.sock",
             self._describe,
-            {"policies": self._list_policies, "explain": self._explain},
+            {
+                "policies": self._list_policies,
+                "explain": self._explain,
+                "connections": self._list_connections,
+                "workloads": self._list_workloads,
+                "services": self._list_services,
+                "diff": self._inspect,
+                "metrics": self._tell_metrics,
+                "config_dump": self._tell_config,
+            },
+            pages.routes(),
         )
 
     async def run(self) -> None:
@@ -104,13 +134,15 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        await self._admin.start()
         links.attach_cgroup(self._pins, links.cgroup_root())
         self._direct.start()
         self._fleet.start(self._settings.worker_count)
-        await self._admin.start()
         await self._plugin_server.start()
         if self._settings.metrics_port:
             await self._metrics.start(self._settings.metrics_port)
+        if self._settings.admin_port:
+            await self._pages.start(self._settings.admin_port, "--admin-port")
         try:
             await self._follow()
         finally:
@@ -141,7 +173,8 @@ class Agent:
                     snapshot = self._told
                 if snapshot is None:
                     return
-                await self._apply(snapshot)
+                async with self._passing:
+                    await self._apply(snapshot)
 
     async def _apply(self, told: Snapshot) -> None:
         self._told = told
@@ -154,6 +187,11 @@ class Agent:
             # Those that are missing go through the agent, which knows them all.
             log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
+        self._places = {(each.namespace, each.owner or each.name) for each in snapshot.workloads}
+        node = self._settings.node
+        self._direct.name_workloads(
+            {each.uid: each for each in snapshot.workloads if each.node == node}
+        )
         await self._enforce(snapshot)
         self._arrivals.on_enforced(told)
         snapshot = self._snapshot  # pods may have come and gone meanwhile
@@ -207,12 +245,26 @@ class Agent:
             ),
             [],
         )
+        yield self._how_to_log(), []
         yield from self._credentials.introduction()
         for message in itertools.chain(
             briefing.introduce(self._snapshot), self._enforcement.introduction()
         ):
             yield message, []
         yield from self._roster.introduction()
+
+    def _how_to_log(self) -> messages.SetLogging:
+        settings = self._settings
+        return messages.SetLogging(
+            settings.log_format.value, str(self._levels), settings.access_log_lines
+        )
+
+    def _set_levels(self, text: str) -> None:
+        """Log by other levels from now on (ConfigError)."""
+        self._levels = parse_levels(text, self._levels)
+        logs.set_up(self._settings.log_format, self._levels)
+        self._fleet.tell(self._how_to_log())
+        log.info("log levels changed", extra={"levels": str(self._levels)})
 
     def _correct_words(self, snapshot: Snapshot) -> None:
         """Take back what an agent that did not end in order said of pods of this node."""
@@ -277,9 +329,10 @@ class Agent:
 
     # -- questions ----------------------------------------------------------------------------
 
-    def _list_policies(self, _arguments: dict[str, Any]) -> object:
+    async def _list_policies(self, _arguments: dict[str, Any]) -> object:
         refused: list[dict[str, object]] = [
             {
+                "node": self._settings.node,
                 "policy": problem.named,
                 "does": None,
                 "state": "refused",
@@ -293,7 +346,104 @@ class Agent:
         ]
         return refused + self._enforcement.list_policies(self._snapshot)
 
-    def _explain(self, arguments: dict[str, Any]) -> object:
+    async def _list_connections(self, arguments: dict[str, Any]) -> object:
+        namespace, pod = arguments.get("namespace"), arguments.get("pod")
+        found = await list_connections(self._fleet, self._direct, namespace, pod)
+        node = self._settings.node
+        return [{"node": node} | each.row() | {"worker": pid} for pid, each in found]
+
+    async def _list_workloads(self, _arguments: dict[str, Any]) -> object:
+        trust_domain = self._settings.trust_domain
+        return [
+            {
+                "workload": f"{each.namespace}/{each.name}",
+                "node": each.node,
+                "addresses": [str(address) for address in each.addresses],
+                "protocol": "hbone" if each.is_hbone else "tcp",
+                "identity": str(each.identity(trust_domain)),
+                "owner": each.owner or None,
+                "labels": dict(sorted(each.labels)),
+            }
+            for each in self._snapshot.workloads
+        ]
+
+    async def _list_services(self, _arguments: dict[str, Any]) -> object:
+        return [
+            {
+                "service": f"{each.namespace}/{each.name}",
+                "addresses": [str(address) for address in each.addresses],
+                "ports": [port.port for port in each.ports],
+                "endpoints": [
+                    f"{address}:{target}" if address.version == 4 else f"[{address}]:{target}"
+                    for port in each.ports
+                    for address, target in each.endpoints_for(port.port)
+                ],
+            }
+            for each in self._snapshot.services
+        ]
+
+    async def _inspect(self, arguments: dict[str, Any]) -> object:
+        """Compare desired state with what is there, and mend what differs if asked to."""
+        async with self._passing:  # a pass of its own would look like a difference
+            inspection = Inspection(
+                self._pins,
+                self._roster,
+                lambda: records.service_ports(self._snapshot.services),
+                links.cgroup_root(),
+            )
+            if arguments.get("repair"):
+                results = await inspection.repair()
+                for finding, problem in results:
+                    fields = {"pod": finding.pod, "what": f"{finding.kind} {finding.name}"}
+                    log.warning("repaired", extra=fields | {"problem": problem})
+            else:
+                results = [(finding, None) for finding in await inspection.find()]
+        return rows(results, self._settings.node)
+
+    async def _tell_metrics(self, _arguments: dict[str, Any]) -> object:
+        return {"text": (await self._metrics.text()).decode()}
+
+    async def _tell_config(self, _arguments: dict[str, Any]) -> object:
+        return await self._dump_config()
+
+    async def _dump_config(self) -> dict[str, object]:
+        """Tell all that is known, in ztunnel's shape; never a key."""
+        settings = self._settings
+        connections = await list_connections(self._fleet, self._direct)
+        return build_dump(
+            self._snapshot,
+            settings.trust_domain,
+            CLUSTER_DOMAIN,
+            self._credentials.keeper.kept(),
+            [(each.pod, each.state == "enrolled") for each in self._roster.statuses.values()],
+            [connection for _pid, connection in connections],
+            VERSION,
+            {
+                "localNode": settings.node,
+                "trustDomain": settings.trust_domain,
+                "numWorkerThreads": settings.worker_count,
+                "caAddress": settings.authority.address,
+                "directPath": settings.has_direct_path,
+                "logLevels": str(self._levels),
+            },
+        )
+
+    def _pending(self) -> dict[str, str]:
+        """Name what keeps this agent from being ready; one pod's trouble is not among it."""
+        pending = {}
+        if not self._is_ready:
+            known = bool(self._snapshot.workloads or self._snapshot.local_pods)
+            pending["objects" if not known else "pods"] = (
+                "the first pass over this node's pods is not done"
+                if known
+                else "no state has come from the source of objects"
+            )
+        missing = self._settings.worker_count - len(self._fleet.pids)
+        if missing > 0:
+            pending["workers"] = f"{missing} of {self._settings.worker_count} do not run"
+        return pending
+
+    async def _explain(self, arguments: dict[str, Any]) -> object:
         explainer = Explainer(
             self._snapshot,
             self._enforcement.rulebook,
@@ -311,6 +461,9 @@ class Agent:
     def _describe(self) -> dict[str, object]:
         return {
             "ready": self._is_ready,
+            "version": VERSION,
+            "pending": self._pending(),
+            "log_levels": str(self._levels),
             "node": self._settings.node,
             "pods": [
                 {
@@ -330,13 +483,36 @@ class Agent:
     def _add_counts(self, counts: Counted) -> None:
         self._metrics.add(counts)
 
-    def _read_metrics(self) -> Iterable[Metric]:
+    async def _read_metrics(self) -> Iterable[Metric]:
+        answers = await self._fleet.ask(messages.AskGauges, GAUGE_SECONDS)
+        gauges = [each.counts for each in answers.values() if isinstance(each, messages.Gauges)]
+        gauges.append((self._direct.gauge(),))
         keeper = self._credentials.keeper
         counters = keeper.counters
-        requests = {"issued": counters.issued, **counters.failed}
-        states = Counter(status.state for status in self._roster.statuses.values())
-        pods = listing.list_pods(self._pins.directory)
-        return families(keeper.expiries(), requests, states, self._roster.failures, pods)
+        # Walking large maps takes a while, in which this process has other things to do.
+        directory = self._pins.directory
+        pods = await asyncio.to_thread(listing.list_pods, directory)
+        captures = await asyncio.to_thread(listing.dump_map, directory, "ss_captures")
+        maps = await asyncio.to_thread(listing.list_maps, directory)
+        statuses = [
+            (status.pod.namespace, status.pod.name, status.state, status.reason)
+            for status in self._roster.statuses.values()
+        ]
+        return [
+            *gauge_families(gauges),
+            *families(
+                keeper.expiries(),
+                {"issued": counters.issued, **counters.failed},
+                statuses,
+                self._roster.failures,
+                pods,
+                captures,
+                maps,
+                (len(self._fleet.pids), self._fleet.replaced),
+                self._direct.lost,
+                VERSION,
+            ),
+        ]
 
     def _shut_down(self) -> None:
         self._stop.set()
@@ -344,6 +520,7 @@ class Agent:
         self._fleet.stop()
         self._admin.stop()
         self._metrics.stop()
+        self._pages.stop()
         self._direct.stop()
         self._pins.close()
 

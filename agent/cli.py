@@ -3,24 +3,27 @@
 A command is imported when it is asked for, so that each costs what it needs and no more: the agent
 does not carry the libraries of the other commands, and the answer to a mistyped word is quick.
 
-Here errors end: one of ours becomes `error: <message>` on stderr and an exit code, 2 if the
-operator must correct a setting or the machine, else 1. Anything else is a defect and shows its
-traceback.
+Exit codes are the same everywhere: 0 fine, 1 a problem was found, 2 the command could not do its
+work. Here errors end: one of ours becomes `error: <message>` on stderr and exit code 2. Anything
+else is a defect, shows its traceback, and ends with 2 as well, since nothing was found out.
 """
 
 from __future__ import annotations
 
 import importlib
+import traceback
 from typing import Any
 
 import click
 
-from agent.errors import ConfigError, FeatureMissing, SidestepError
+from agent.commands.examples import examples
+from agent.commands.exits import CANNOT_RUN
+from agent.errors import SidestepError
 
 # The command NAME is the object NAME of agent.commands.NAME.
 COMMANDS = (
-    "agent", "ca", "lab", "demo", "bench", "pods", "policies", "explain", "certs", "maps",
-    "programs", "check", "cni",
+    "agent", "ca", "cni", "lab", "demo", "bench", "check", "pods", "workloads", "services",
+    "policies", "certs", "connections", "explain", "diff", "maps", "programs", "bundle",
 )  # fmt: skip
 
 
@@ -42,12 +45,30 @@ class _Edge(click.Group):
             return super().invoke(ctx)
         except SidestepError as error:
             click.echo(f"error: {error}", err=True)
-            ctx.exit(2 if isinstance(error, (ConfigError, FeatureMissing)) else 1)
+            ctx.exit(CANNOT_RUN)
+        except (click.exceptions.Exit, click.Abort, click.ClickException):
+            raise
+        except Exception:
+            click.echo(traceback.format_exc(), err=True, nl=False)
+            ctx.exit(CANNOT_RUN)
 
 
-@click.group(cls=_Edge)
+@click.group(
+    cls=_Edge,
+    epilog=examples(
+        "sidestep check                  # can this machine run it?",
+        "sidestep lab up                 # a cluster on this machine, to try it",
+        "sidestep connections -n shop    # what is open, and who it is",
+        "sidestep explain shop/client shop/server:8080",
+        "sidestep diff                   # is the kernel as it ought to be?",
+    ),
+)
+@click.version_option(package_name="sidestep", message="sidestep %(version)s")
 def main() -> None:
-    """Mutual TLS and identity for pods, without sidecars and without iptables."""
+    """Mutual TLS and identity for pods, without sidecars and without iptables.
+
+    Exit codes: 0 fine, 1 a problem was found, 2 the command could not do its work.
+    """
 
 
 if __name__ == "__main__":

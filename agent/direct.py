@@ -12,26 +12,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from agent import netns, sock_diag
-from agent.datapath.direct import FlowEnds, Flows, Verdicts, live_flows
+from agent.datapath.direct import FlowEnds, Flows, Totals, Verdicts, live_flows
 from agent.errors import NetlinkError
+from agent.loglines import ACCESS
+from agent.model.flag import Flag
 from agent.model.identity import SpiffeId
+from agent.model.open_connection import OpenConnection
+from agent.model.workload import Workload
+from agent.tunnel.labels import Party, build_labels
 from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from agent.datapath.direct import DirectFlow, FlowEnd
     from agent.datapath.pins import Pins
     from agent.datapath.ring import Batch
     from agent.model.pod import Address, LocalPod
-    from agent.tunnel.counts import Counted
+    from agent.sock_diag import TcpSocket
+    from agent.tunnel.counts import Counted, Labels
 
 log = logging.getLogger(__name__)
+access_log = logging.getLogger(ACCESS)
+REPORTERS = ("source", "destination")  # this agent speaks for both ends
 # Ends are read together: one wake-up for many, so that the kernel's speed is not ours.
 GATHER_SECONDS = 0.1
 LINES_AT_ONCE = 100  # of the access log for each reading; what is beyond is counted
@@ -48,6 +57,7 @@ class DirectPath:
         self._ends = FlowEnds(pins)
         self._flows = Flows(pins)
         self._pods: dict[int, LocalPod] = {}
+        self._workloads: Mapping[str, Workload] = {}
         self._netns_fds: dict[int, int] = {}
         self._gone: set[int] = set()
         self._reading: asyncio.TimerHandle | None = None
@@ -92,6 +102,10 @@ class DirectPath:
         self._pods[netns_cookie] = pod
         if not pod.may_go_direct:
             self.renew()  # it may have gone direct until now
+
+    def name_workloads(self, workloads: Mapping[str, Workload]) -> None:
+        """Know the pods' labels and owners, by uid, for metrics."""
+        self._workloads = workloads
 
     def remove_pod(self, netns_cookie: int) -> None:
         """Let a pod go; its open connections go on.
@@ -158,22 +172,45 @@ class DirectPath:
             self._log(self._ends.parse(sample))
         if len(batch) > LINES_AT_ONCE:
             count = len(batch) - LINES_AT_ONCE
-            log.info("direct connections not logged, too many at once", extra={"count": count})
+            access_log.warning("connections not logged, too many at once", extra={"count": count})
         if batch:
             self._count(batch)
             self._forget_gone()
 
     def _count(self, batch: Batch) -> None:
-        sent, received, resets = self._ends.totals(batch)
+        counts: list[tuple[str, Labels, int]] = []
+        every = Totals()
+        for (source, destination), found in self._ends.totals(batch).items():
+            every.connections += found.connections
+            every.resets += found.resets
+            every.sent += found.sent
+            every.received += found.received
+            for reporter in REPORTERS:
+                ends = self._party(source), self._party(destination)
+                labels = build_labels(reporter, *ends, None, Flag.NONE, is_tls=False)
+                counts += [
+                    ("istio_tcp_connections_opened", labels, found.connections),
+                    ("istio_tcp_connections_closed", labels, found.connections),
+                    # Istio's names: what came from the client was received.
+                    ("istio_tcp_received_bytes", labels, found.sent),
+                    ("istio_tcp_sent_bytes", labels, found.received),
+                ]
         labels = (("direction", "outbound"), ("path", "direct"))
-        ended = {"ok": len(batch) - resets, "reset": resets}
+        ended = {"ok": every.connections - every.resets, "reset": every.resets}
         self._on_counts(
             (
                 *(("connections", (*labels, ("outcome", name)), ended[name]) for name in ended),
-                ("sent_bytes", labels, sent),
-                ("received_bytes", labels, received),
+                ("sent_bytes", labels, every.sent),
+                ("received_bytes", labels, every.received),
+                *counts,
             )
         )
+
+    def _party(self, cookie: int) -> Party:
+        pod = self._pods.get(cookie)
+        if pod is None:
+            return Party()
+        return Party(self._workloads.get(pod.uid) or _bare(pod), self._identity(pod))
 
     def _forget_gone(self) -> None:
         unused = self._gone.copy()
@@ -190,26 +227,98 @@ class DirectPath:
 
     def _log(self, end: FlowEnd) -> None:
         flow = end.flow
+        fields: dict[str, object] = {}
+        for prefix, cookie, ends in (
+            ("src", flow.source_cookie, (flow.source, flow.source_port)),
+            ("dst", flow.destination_cookie, (flow.destination, flow.destination_port)),
+        ):
+            pod = self._pods.get(cookie)
+            fields |= {
+                f"{prefix}.addr": endpoint(str(ends[0]), ends[1]),
+                f"{prefix}.workload": pod and pod.name,
+                f"{prefix}.namespace": pod and pod.namespace,
+                f"{prefix}.identity": pod and self._identity(pod),
+            }
+        fields |= {
+            "dst.original": fields["dst.addr"],
+            "direction": "outbound",
+            "path": "direct",
+            "bytes_sent": end.sent,
+            "bytes_recv": end.received,
+            "duration": f"{end.seconds * 1000:.1f}ms",
+            "result": "reset" if end.was_reset else "ok",
+            "response_flags": Flag.NONE.value,
+        }
+        access_log.info("connection complete", extra=fields)
+
+    def gauge(self) -> tuple[str, Labels, int]:
+        """Count the connections that are open now, as workers count theirs."""
+        count = sum(1 for flow in live_flows(self._pins) if flow.source_cookie in self._pods)
+        return "connections_open", (("path", "direct"), ("reporter", "source")), count
+
+    @property
+    def lost(self) -> int:
+        """How many ends the kernel could not tell since it began."""
+        value = (self._pins.maps["ss_lost"].get({"value": 0}) or {"value": 0})["value"]
+        assert isinstance(value, int)
+        return value
+
+    def list_connections(self) -> list[OpenConnection]:
+        """List the connections that are open now, with the bytes that their client's end tells."""
+        flows = list(live_flows(self._pins))
+        now = time.monotonic_ns()
+        found = []
+        for cookie, grouped in _grouped(flows, lambda flow: flow.source_cookie):
+            sockets = self._sockets_of(cookie)
+            found += [self._listed(flow, sockets.get(flow.socket_cookie), now) for flow in grouped]
+        return [connection for connection in found if connection is not None]
+
+    def _sockets_of(self, cookie: int) -> dict[int, TcpSocket]:
+        netns_fd = self._netns_fds.get(cookie)
+        if netns_fd is None:
+            return {}
+        try:
+            listed = netns.run_in(netns_fd, lambda: list(sock_diag.list_tcp(with_bytes=True)))
+        except NetlinkError as error:
+            log.warning("bytes of direct connections are not known", extra={"error": str(error)})
+            return {}
+        return {found.cookie: found for found in listed}
+
+    def _listed(self, flow: DirectFlow, end: TcpSocket | None, now: int) -> OpenConnection | None:
         source = self._pods.get(flow.source_cookie)
         destination = self._pods.get(flow.destination_cookie)
-        log.info(
-            "connection complete",
-            extra={
-                "direction": "outbound",
-                "pod": source and f"{source.namespace}/{source.name}",
-                "source": endpoint(str(flow.source), flow.source_port),
-                "destination": endpoint(str(flow.destination), flow.destination_port),
-                "path": "direct",
-                "peer_identity": destination and self._identity(destination),
-                "bytes_sent": end.sent,
-                "bytes_received": end.received,
-                "duration_ms": round(end.seconds * 1000, 1),
-                "result": "reset" if end.was_reset else "ok",
-            },
+        if source is None:
+            return None  # of another agent
+        target = endpoint(str(flow.destination), flow.destination_port)
+        return OpenConnection(
+            namespace=source.namespace,
+            pod=source.name,
+            direction="outbound",
+            path="direct",
+            state="open",
+            source=endpoint(str(flow.source), flow.source_port),
+            original=target,
+            destination=target,
+            service=None,
+            source_pod=f"{source.namespace}/{source.name}",
+            destination_pod=f"{destination.namespace}/{destination.name}" if destination else None,
+            source_identity=self._identity(source),
+            destination_identity=self._identity(destination) if destination else None,
+            policy=None,
+            sent=end.sent if end else None,
+            received=end.received if end else None,
+            age_seconds=round((now - flow.began_ns) / 1e9, 1),
         )
 
     def _identity(self, pod: LocalPod) -> str:
         return str(SpiffeId(self._trust_domain, pod.namespace, pod.service_account))
+
+
+def _bare(pod: LocalPod) -> Workload:
+    """Return what is known of a pod without its object."""
+    return Workload(
+        pod.uid, pod.namespace, pod.name, "", pod.service_account, pod.addresses, is_hbone=True
+    )
 
 
 def _grouped(

@@ -87,6 +87,7 @@ class Enforcement:
             does, state = describe_policy(policy)
             rows.append(
                 {
+                    "node": self._node,
                     "policy": str(key),
                     "does": does,
                     "state": state,

@@ -205,9 +205,8 @@ def _fill_slot(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -
     _put(pins, undo, "ss_listeners", key, {"value": listener.fileno()})
 
 
-def _exclusion_entries(
-    enrollment: Enrollment,
-) -> Iterator[tuple[str, dict[str, Value]]]:
+def exclusion_entries(enrollment: Enrollment) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Yield map and key of everything that bypasses capture for a pod."""
     cookie, exclusions = enrollment.netns_cookie, enrollment.pod.exclusions
     own = tuple(ip_network(address) for address in enrollment.pod.addresses)
     for network in own + exclusions.outbound_networks:
@@ -219,7 +218,7 @@ def _exclusion_entries(
 
 
 def _write_addresses(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
-    for name, entry in _exclusion_entries(enrollment):
+    for name, entry in exclusion_entries(enrollment):
         _put(pins, undo, name, entry, {"value": 1})
     local = pins.maps["ss_local"]
     value: dict[str, Value] = {"value": enrollment.netns_cookie}
@@ -251,9 +250,10 @@ def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack
 
 
 def _drop_counters(pins: Pins, netns_cookie: int) -> None:
-    counters = pins.maps["ss_counters"]
-    for key in [key for key, _counter in counters.items() if key["netns_cookie"] == netns_cookie]:
-        counters.delete(key)
+    for counters in (pins.maps["ss_counters"], pins.maps["ss_captures"]):
+        own = [key for key, _counter in counters.items() if key["netns_cookie"] == netns_cookie]
+        for key in own:
+            counters.delete(key)
 
 
 def set_strict(pins: Pins, enrollment: Enrollment, *, is_strict: bool, but: frozenset[int]) -> None:

@@ -237,6 +237,12 @@ class AdminError(SidestepError):
     reason = "admin"
 
 
+class AgentRunning(AdminError):
+    """Another agent listens at the socket that this one was to have."""
+
+    reason = "agent_running"
+
+
 class AgentUnreachable(AdminError):
     """No agent answers at its socket."""
 

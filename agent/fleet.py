@@ -7,6 +7,7 @@ Nothing but a dead worker's own connections is lost. Does not know what the mess
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from agent.tunnel.counts import Counted
-    from agent.tunnel.messages import ToWorker
+    from agent.tunnel.messages import Answer, ToWorker
 
 log = logging.getLogger(__name__)
 Told = tuple["ToWorker", list[int]]  # a message, and the descriptors that go with it
@@ -44,6 +45,7 @@ class Fleet:
         self._workers: list[WorkerProcess] = []
         self._draining: dict[str, tuple[set[WorkerProcess], Callable[[], None]]] = {}
         self._is_stopping = False
+        self.replaced = 0  # workers that died
 
     def start(self, count: int) -> None:
         """Start `count` workers."""
@@ -63,6 +65,22 @@ class Fleet:
         """Wait until every worker acts by everything that it was told."""
         for worker in list(self._workers):
             await worker.wait_in_force()
+
+    @property
+    def members(self) -> tuple[WorkerProcess, ...]:
+        """The workers that are there now, for questions to each."""
+        return tuple(self._workers)
+
+    async def ask(
+        self, build: Callable[[int], ToWorker], seconds: float
+    ) -> dict[int, Answer | None]:
+        """Ask every worker the same; return each one's answer by its pid, None if it gives none."""
+        async with asyncio.TaskGroup() as tasks:
+            asked = {
+                worker.pid: tasks.create_task(worker.ask(build, seconds))
+                for worker in self._workers
+            }
+        return {pid: task.result() for pid, task in asked.items()}
 
     def expect_drained(self, uid: str, on_drained: Callable[[], None]) -> None:
         """Call `on_drained` when each worker that is there now serves a pod no more, or is gone."""
@@ -103,5 +121,6 @@ class Fleet:
                 "worker died and is replaced",
                 extra={"pid": worker.pid, "exit_code": worker.process.returncode},
             )
+            self.replaced += 1
             self._add()
             self._on_replaced()

@@ -9,6 +9,7 @@ Called by enroll. Works from the node's namespace, which must be the agent's own
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,8 +18,6 @@ from agent import netlink, netns
 from agent.datapath import features, links
 
 if TYPE_CHECKING:
-    import contextlib
-
     from agent.datapath.pins import Pins
 
 # The node sees what leaves the pod as it enters by the link, and the other way round.
@@ -53,6 +52,17 @@ def attach(
             undo.callback(netns.run_aside, partial(netlink.delete_filter, ifindex, parent))
         finally:
             os.close(program_fd)
+
+
+def renew(pins: Pins, netns_cookie: int, ifindex: int) -> None:
+    """Attach what is not attached; what enrollment noted to take it off again stays good.
+
+    A link that is there is kept: the kernel takes one away a moment after its pin, and refuses the
+    same program at the same place until then.
+    """
+    with contextlib.ExitStack() as undo:
+        attach(pins, netns_cookie, ifindex, undo)
+        undo.pop_all()
 
 
 def detach(pins: Pins, netns_cookie: int, ifindex: int) -> None:

@@ -1,15 +1,25 @@
-"""The control process's log: one JSON object a line on stderr, fields beside the message."""
+"""The log of a control process: one line for each record on stderr, fields beside the message."""
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import UTC, datetime
 
+from agent.loglines import Format, Levels, build_line
+
 _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+DEFAULT = Levels()
+# It tells of every change of a file, which we tell in our words where it matters.
+QUIET = (("watchfiles", "warning"),)
 
 
-class _JsonLines(logging.Formatter):
+class Lines(logging.Formatter):
+    """Writes records as `agent.loglines` does."""
+
+    def __init__(self, form: Format) -> None:
+        super().__init__()
+        self.form = form
+
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
         entry = {
@@ -21,13 +31,31 @@ class _JsonLines(logging.Formatter):
         entry |= {key: value for key, value in record.__dict__.items() if key not in _OWN}
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
+        return build_line(self.form, entry)
 
 
-def set_up() -> None:
-    """Send every log record to stderr as JSON."""
+class _Wanted(logging.Filter):
+    def __init__(self, levels: Levels) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        level = "error" if record.levelno >= logging.ERROR else record.levelname.lower()
+        return self.levels.wants(record.name, level)
+
+
+def set_up(form: Format = Format.JSON, levels: Levels = DEFAULT) -> None:
+    """Send the log to stderr, from now on in this form and at these levels."""
+    given = dict(levels.scopes)
+    quiet = tuple((scope, level) for scope, level in QUIET if scope not in given)
+    levels = Levels(levels.default, tuple(sorted((*levels.scopes, *quiet))))
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # It tells of every change of a file, which we tell in our words where it matters.
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    handler.setFormatter(Lines(form))
+    handler.addFilter(_Wanted(levels))
+    # What nobody wants is not even made: the least level of all is that of every logger.
+    least = min((level for level in (levels.default, *dict(levels.scopes).values())), key=_rank)
+    logging.basicConfig(level=_rank(least), handlers=[handler], force=True)
+
+
+def _rank(level: str) -> int:
+    return logging.CRITICAL + 1 if level == "off" else logging.getLevelNamesMapping()[level.upper()]

@@ -3,33 +3,44 @@
 Counters of the workers arrive as messages and are summed here, so they survive a worker; everything
 else is read when somebody asks. Names and meanings are in docs/metrics.md; a test compares.
 
+A series that is about a workload which is gone is forgotten some minutes after it last changed.
+
 Called by the composition root. Whoever scrapes from elsewhere goes through the node's own agent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from agent.errors import ConfigError
+from agent import web
+from agent.tally import Tally
+from agent.tunnel.labels import NAMES, UNKNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 
     from prometheus_client import Metric
 
-    from agent.tunnel.counts import Counted
+    from agent.tunnel.counts import Counted, Labels
 
-HOST = "127.0.0.1"
-REQUEST_SECONDS = 5.0
-REQUEST_BYTES = 8192
-
-# name -> (help, labels); what `agent.tunnel.counts` counts under the name without prefix
+EXPIRE_SECONDS = 600.0  # after its last change, a series of what is gone
+# name -> (help, labels); what `agent.tunnel.counts` counts under the name without our prefix
 COUNTERS = {
+    "istio_tcp_connections_opened": ("TCP connections opened, as each end sees them.", NAMES),
+    "istio_tcp_connections_closed": ("TCP connections closed, failed ones too.", NAMES),
+    "istio_tcp_connections_failed": (
+        "TCP connections that failed; response_flags says how.",
+        NAMES,
+    ),
+    "istio_tcp_received_bytes": ("Bytes from clients to servers.", NAMES),
+    "istio_tcp_sent_bytes": ("Bytes from servers to clients.", NAMES),
     "sidestep_connections": (
         "Connections that ended, by direction as the pod sees it, path and outcome.",
         ("direction", "path", "outcome"),
@@ -45,11 +56,33 @@ COUNTERS = {
         "Tunnels refused because the peer did not prove what it must.",
         ("direction", "reason"),
     ),
+    "sidestep_handshakes_failed": (
+        "Tunnels that ended before both sides had proved who they are, by reason.",
+        ("direction", "reason"),
+    ),
 }
+# The same for what workers have at this moment, summed over them.
+GAUGES = {
+    "istio_tcp_sockets_open": ("Connections that are open and pass a worker.", ("reporter",)),
+    "sidestep_connections_open": ("Connections that are open, by path.", ("path", "reporter")),
+    "sidestep_tunnels": (
+        "Tunnels by the state of the pool: dialing, idle, in_use, draining.",
+        ("direction", "state"),
+    ),
+}
+ENDS = ("source", "destination")
+PATHS = ("/metrics", "/stats/prometheus")
+
+Place = tuple[str, str]  # namespace, workload
+
+
+def full_name(name: str) -> str:
+    """Return the metric's name of a count or gauge of a worker."""
+    return name if name.startswith("istio_") else f"sidestep_{name}"
 
 
 class _Read(Collector):
-    """Metrics that are read when somebody asks."""
+    """Metrics that are made when somebody asks."""
 
     def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
         self._read = read
@@ -61,77 +94,159 @@ class _Read(Collector):
 class Metrics:
     """All metrics of one agent."""
 
-    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
-        """Prepare; `read` returns the families that are known elsewhere (`families`)."""
+    def __init__(
+        self,
+        read: Callable[[], Awaitable[Iterable[Metric]]],
+        places: Callable[[], Collection[Place]],
+    ) -> None:
+        """Prepare.
+
+        `read` returns the families that are known elsewhere (`families`), `places()` the workloads
+        that there are.
+        """
+        self._tally = Tally()
+        self._read = read
+        self._places = places
+        self._found: list[Metric] = []
         self._registry = CollectorRegistry()
-        self._counters = {
-            name: Counter(name, text, labels, registry=self._registry)
-            for name, (text, labels) in COUNTERS.items()
-        }
-        self._registry.register(_Read(read))
-        self._server: asyncio.Server | None = None
+        self._registry.register(_Read(self._counted))
+        self._registry.register(_Read(lambda: self._found))
+        ProcessCollector(registry=self._registry)
+        self._lock = asyncio.Lock()
+        self._server = web.Server({("GET", path): self._page for path in PATHS})
 
     def add(self, counts: Counted) -> None:
         """Add what a worker has counted."""
-        for name, labels, amount in counts:
-            self._counters[f"sidestep_{name}"].labels(**dict(labels)).inc(amount)
+        self._tally.add(counts, time.monotonic())
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """Return everything in the text format."""
-        return generate_latest(self._registry)
+        async with self._lock:  # what was read belongs to one answer
+            self._expire()
+            self._found = list(await self._read())
+            return generate_latest(self._registry)
 
     async def start(self, port: int) -> None:
         """Serve GET /metrics (ConfigError if the port is taken)."""
-        try:
-            self._server = await asyncio.start_server(self._serve, HOST, port, limit=REQUEST_BYTES)
-        except OSError as error:
-            raise ConfigError(f"--metrics-port {port}: {error.strerror}") from error
+        await self._server.start(port, "--metrics-port")
 
     @property
     def port(self) -> int | None:
         """The port that is served; None before `start`."""
-        return self._server.sockets[0].getsockname()[1] if self._server else None
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(REQUEST_SECONDS):
-                head = await reader.readuntil(b"\r\n\r\n")
-                is_ours = head.startswith((b"GET /metrics ", b"GET /metrics?"))
-                body = self.text() if is_ours else b"the metrics are at /metrics\n"
-                status = b"200 OK" if is_ours else b"404 Not Found"
-                kind = CONTENT_TYPE_LATEST.encode() if is_ours else b"text/plain"
-                writer.write(
-                    b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
-                    b"Connection: close\r\n\r\n%s" % (status, kind, len(body), body)
-                )
-                await writer.drain()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # whoever asked has gone, or asked for nothing
-        finally:
-            writer.close()
+        return self._server.port
 
     def stop(self) -> None:
         """Serve no more."""
-        if self._server is not None:
-            self._server.close()
+        self._server.stop()
+
+    async def _page(self, _query: web.Query) -> web.Response:
+        return web.Response(await self.text(), content_type=CONTENT_TYPE_LATEST)
+
+    def _counted(self) -> Iterator[Metric]:
+        for name, (text, labels) in COUNTERS.items():
+            family = CounterMetricFamily(name, text, labels=labels)
+            for pairs, amount in self._tally.of(name.removeprefix("sidestep_")):
+                found = dict(pairs)
+                family.add_metric([found[label] for label in labels], amount)
+            yield family
+
+    def _expire(self) -> None:
+        places = self._places()
+        self._tally.expire(
+            time.monotonic() - EXPIRE_SECONDS, lambda labels: is_gone(labels, places)
+        )
+
+
+def is_gone(labels: Labels, places: Collection[Place]) -> bool:
+    """Say whether a series is about a workload that there is no more."""
+    found = dict(labels)
+    if "reporter" not in found:
+        return False
+    ends = [(found[f"{end}_workload_namespace"], found[f"{end}_workload"]) for end in ENDS]
+    return any(end not in places and end != (UNKNOWN, UNKNOWN) for end in ends)
+
+
+def gauge_families(answers: Iterable[Counted]) -> Iterator[Metric]:
+    """Yield what workers have at this moment, summed."""
+    sums: dict[tuple[str, Labels], int] = {}
+    for answer in answers:
+        for name, labels, value in answer:
+            key = (full_name(name), labels)
+            sums[key] = sums.get(key, 0) + value
+    for name, (text, names) in GAUGES.items():
+        family = GaugeMetricFamily(name, text, labels=names)
+        for (found_name, pairs), value in sums.items():
+            if found_name == name:
+                given = dict(pairs)
+                family.add_metric([given[label] for label in names], value)
+        yield family
 
 
 def families(
     certificates: Iterable[Mapping[str, float | str | None]],
     requests: Mapping[str, int],
-    pod_states: Mapping[str, int],
+    statuses: Iterable[tuple[str, str, str, str]],
     enroll_failures: Mapping[str, int],
     pods: Iterable[Mapping[str, object]],
+    captures: Iterable[Mapping[str, object]],
+    maps: Iterable[Mapping[str, object]],
+    workers: tuple[int, int],
+    lost_flow_ends: int,
+    version: str,
 ) -> Iterator[Metric]:
-    """Yield the families that are read: certificates, pods, and what the guard counted.
+    """Yield the families that are read: certificates, pods, maps, and what the guard counted.
 
     Args:
         certificates: `identity` and `expires`, seconds since the epoch or None.
         requests: how many requests for certificates ended, by outcome.
-        pod_states: how many pods are in each state of enrollment.
+        statuses: namespace, pod, state of enrollment, and reason for each pod that wants the mesh.
         enroll_failures: how many tries to enroll a pod failed, by reason.
         pods: rows of `agent.datapath.listing.list_pods`.
+        captures: rows of the map ss_captures, as `agent.datapath.listing.dump_map` lists them.
+        maps: rows of `agent.datapath.listing.list_maps`.
+        workers: how many run, and how many were replaced since the start.
+        lost_flow_ends: ends of direct connections that the kernel could not tell.
+        version: of Sidestep.
     """
+    yield from _certificates(certificates, requests)
+    yield from _enrollment(list(statuses), enroll_failures)
+    yield from _guard(pods)
+    connects = CounterMetricFamily(
+        "sidestep_pod_captures",
+        "New connections of a pod, by what the kernel decided.",
+        labels=["pod", "direction", "decision"],
+    )
+    for row in captures:
+        labels = [str(row[name]) for name in ("pod", "direction", "decision")]
+        connects.add_metric(labels, _number(row["connections"]))
+    yield connects
+    entries = GaugeMetricFamily("sidestep_map_entries", "Entries of a BPF map.", labels=["map"])
+    most = GaugeMetricFamily(
+        "sidestep_map_max_entries", "How many entries a BPF map can have.", labels=["map"]
+    )
+    for row in maps:
+        if row["entries"] is not None and row["type"] != "array":  # an array is always full
+            entries.add_metric([str(row["name"])], _number(row["entries"]))
+            most.add_metric([str(row["name"])], _number(row["max_entries"]))
+    running, replaced = workers
+    yield from (entries, most)
+    yield GaugeMetricFamily("sidestep_workers", "Worker processes that run.", value=running)
+    yield CounterMetricFamily(
+        "sidestep_workers_replaced", "Worker processes that died.", value=replaced
+    )
+    yield CounterMetricFamily(
+        "sidestep_lost_flow_ends",
+        "Ends of direct connections that the kernel could not tell: they are not counted.",
+        value=lost_flow_ends,
+    )
+    build = GaugeMetricFamily("istio_build", "Version.", labels=["component", "tag"])
+    build.add_metric(["sidestep", version], 1)
+    yield build
+
+
+def _certificates(
+    certificates: Iterable[Mapping[str, float | str | None]], requests: Mapping[str, int]
+) -> Iterator[Metric]:
     expiry = GaugeMetricFamily(
         "sidestep_certificate_expiry_timestamp_seconds",
         "When the certificate in use ends; 0 if there is none.",
@@ -146,11 +261,35 @@ def families(
     )
     for outcome, count in requests.items():
         asked.add_metric([outcome], count)
+    yield from (expiry, asked)
+
+
+def _enrollment(
+    statuses: list[tuple[str, str, str, str]], enroll_failures: Mapping[str, int]
+) -> Iterator[Metric]:
     states = GaugeMetricFamily(
         "sidestep_pods", "Pods of this node that want the mesh, by state.", labels=["state"]
     )
-    for state, count in pod_states.items():
+    each = GaugeMetricFamily(
+        "sidestep_pod_enrollment",
+        "1 for the state of each pod of this node that wants the mesh.",
+        labels=["namespace", "pod", "state", "reason"],
+    )
+    counted = dict.fromkeys(("pending", "enrolled", "failed"), 0)
+    for namespace, pod, state, reason in statuses:
+        counted[state] = counted.get(state, 0) + 1
+        each.add_metric([namespace, pod, state, reason], 1)
+    for state, count in counted.items():
         states.add_metric([state], count)
+    # The names that dashboards of ambient mesh know.
+    active = GaugeMetricFamily(
+        "workload_manager_active_proxy_count", "Pods in the mesh.", value=counted["enrolled"]
+    )
+    pending = GaugeMetricFamily(
+        "workload_manager_pending_proxy_count",
+        "Pods that want to be in the mesh.",
+        value=len(statuses) - counted["enrolled"],
+    )
     failures = CounterMetricFamily(
         "sidestep_enroll_failures",
         "Tries to enroll a pod that failed; each pod is tried again.",
@@ -158,6 +297,10 @@ def families(
     )
     for reason, count in enroll_failures.items():
         failures.add_metric([reason], count)
+    yield from (states, each, failures, active, pending)
+
+
+def _guard(pods: Iterable[Mapping[str, object]]) -> Iterator[Metric]:
     packets = CounterMetricFamily(
         "sidestep_pod_packets", "Packets that passed a pod's link.", labels=["pod", "direction"]
     )
@@ -174,7 +317,7 @@ def families(
             octets.add_metric([name, direction], _number(pod[f"{direction}_bytes"]))
         for reason in ("plaintext", "spoofed", "fragment"):
             dropped.add_metric([name, reason], _number(pod[f"dropped_{reason}"]))
-    yield from (expiry, asked, states, failures, packets, octets, dropped)
+    yield from (packets, octets, dropped)
 
 
 def _number(value: object) -> int:

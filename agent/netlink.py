@@ -158,6 +158,23 @@ def has_reply_route() -> bool:
         )
 
 
+def reply_route(family: int) -> tuple[bool, bool]:
+    """Say whether the rule of `add_reply_route` is there, and whether its route is."""
+    has_rule = has_route = False
+    with _session("rules and routes cannot be listed", errno.EAFNOSUPPORT) as ipr:
+        has_rule = any(
+            rule.get_attr("FRA_PRIORITY") == REPLY_RULE_PRIORITY
+            and rule.get_attr("FRA_FWMARK") == REPLY_MARK
+            and rule.get_attr("FRA_TABLE") == REPLY_TABLE
+            for rule in ipr.get_rules(family=family)
+        )
+        has_route = any(
+            route["type"] == _RTN_LOCAL and route["dst_len"] == 0
+            for route in ipr.get_routes(family=family, table=REPLY_TABLE)
+        )
+    return has_rule, has_route
+
+
 def delete_reply_route(family: int) -> None:
     """Undo `add_reply_route`."""
     gone = (errno.ENOENT, errno.ESRCH, errno.EAFNOSUPPORT)
@@ -206,6 +223,20 @@ def add_filter(ifindex: int, parent: int, program_fd: int, name: str) -> bool:
             direct_action=True,
         )
     return not has_qdisc
+
+
+def filter_program(ifindex: int, parent: int) -> int | None:
+    """Return the id of the program that `add_filter` has attached; None if it is not there."""
+    gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+    with _session(f"filters of interface {ifindex} cannot be listed", *gone) as ipr:
+        for found in ipr.get_filters(index=ifindex, parent=parent):
+            options = found.get_attr("TCA_OPTIONS")
+            # tcm_info holds the priority above the protocol, pkt_sched.h TC_H_MAJ
+            if found["info"] >> 16 == FILTER_PRIORITY and options is not None:
+                number = options.get_attr("TCA_BPF_ID")
+                if number is not None:
+                    return int(number)
+    return None
 
 
 def delete_filter(ifindex: int, parent: int) -> None:

@@ -2,12 +2,14 @@
 
 Rows are dictionaries of plain values (text, numbers, booleans, None, lists of those). JSON and YAML
 print them as they are; the table prints the columns that the command chose, aligned and without
-boxes, and colored only on a terminal. Lines are never cut: who pipes a table wants all of it.
+boxes, and colored only on a terminal. Lines are never cut: a terminal that is too narrow gets cells
+of several lines, and who pipes a table wants each row on one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -48,25 +50,29 @@ def emit(rows: Iterable[Row], columns: Sequence[str], output: Output) -> None:
         click.echo(yaml.safe_dump(listed, sort_keys=False), nl=False)
     else:
         # click drops the colors where the output is not a terminal.
-        click.echo("\n".join(render_table(listed, columns)))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNBOUNDED
+        click.echo("\n".join(render_table(listed, columns, width)))
 
 
-def render_table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+def render_table(rows: Sequence[Row], columns: Sequence[str], width: int = UNBOUNDED) -> list[str]:
     """Return the lines of a table, aligned, with colors as escape sequences."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         is_number = any(type(row.get(column)) is int for row in rows)
         heading = column.upper().replace("_", " ")
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(
+            heading, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    console = Console(file=sys.stdout, width=UNBOUNDED, highlight=False)
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    console = Console(file=sys.stdout, width=width, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def _cell(value: object) -> Text:
+def cell(value: object) -> Text:
+    """Return a value as a table shows it."""
     if value is None or value == "":
         return Text("-")
     if isinstance(value, bool):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from agent import netns, sandbox
 from agent.datapath import links
 from agent.enroll import attach_guard, enroll, hand_over, release, set_strict, unenroll
-from agent.errors import KernelError, MapError, SandboxNotFound, SidestepError
+from agent.errors import EnrollError, KernelError, MapError, SandboxNotFound, SidestepError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.tunnel import messages
@@ -89,6 +89,34 @@ class Roster:
     def captured(self) -> set[str]:
         """Return the uids of the pods that are captured."""
         return set(self._enrolled)
+
+    def enrollments(self) -> list[Enrollment]:
+        """List the pods that are captured, as they are enrolled."""
+        return list(self._enrolled.values())
+
+    def draining(self) -> list[Enrollment]:
+        """List the pods that have left and still have connections."""
+        return list(self._draining.values())
+
+    def is_strict(self, pod: LocalPod) -> bool:
+        """Say whether the kernel is to hold plaintext off a pod."""
+        return not pod.bypasses_inbound and self._plaintext_ports(pod) is not None
+
+    async def try_now(self, uid: str) -> None:
+        """Try a pod that failed at once (EnrollError says why it fails again)."""
+        status = self.statuses[uid]
+        await self._enroll(status.pod)
+        status = self.statuses[uid]
+        if status.state != "enrolled":
+            raise EnrollError(status.detail)
+
+    async def redo(self, uid: str) -> None:
+        """Take a pod out and in again; its open connections through the agent end."""
+        enrollment = self._enrolled.get(uid)
+        if enrollment is not None:
+            self._unenroll(uid, has_ended=True)
+            self.statuses[uid] = PodStatus(enrollment.pod, "pending")
+            await self.try_now(uid)
 
     def next_retry(self) -> float | None:
         """Return when a pod that failed is due again, by the event loop's clock."""

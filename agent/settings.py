@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agent.loglines import Format, Levels
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.pod import Exclusions
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NO_EXCLUSIONS = Exclusions()
+DEFAULT_LEVELS = Levels()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +45,7 @@ class Settings:
     kubelet_cgroup: Path | None = None
     metrics_port: int = 15020  # 0: none
     bounds: Bounds = DEFAULT_BOUNDS
+    admin_port: int = 15000  # 0: none
+    log_format: Format = Format.JSON
+    log_levels: Levels = DEFAULT_LEVELS
+    access_log_lines: int = 1000  # a second and worker; 0: all

@@ -6,7 +6,8 @@
                      u32 interface | u64 cookie
 
     inet_diag_msg:   u8 family | u8 state | u8 timer | u8 retransmits | then as from `be16 source
-                     port` on to the cookie | ...
+                     port` on to the cookie | u32 expires | u32 rqueue | u32 wqueue | u32 uid |
+                     u32 inode | attributes, of which INET_DIAG_INFO is a struct tcp_info
 
 Spoken by hand, since pyroute2's DiagSocket cannot tell an error from an answer. Works on the
 namespace of the calling thread: use it inside `agent.netns.run_in`.
@@ -35,10 +36,15 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
 ANY_STATE = 0xFFFFFFFF
 CONNECTED_STATES = ANY_STATE & ~(1 << 10 | 1 << 7 | 1 << 6)  # not LISTEN, CLOSE, TIME_WAIT
+LISTENING_STATE = 1 << 10
+INET_DIAG_INFO = 2  # linux/inet_diag.h
 ANSWER_BYTES = 1 << 16
 _HEAD = struct.Struct("=IHHII")
 _ADDRESSES = struct.Struct(">HH16s16s")
 _REST = struct.Struct("=IQ")
+_TAIL = struct.Struct("=IIIII")  # the last one is the inode
+_ATTRIBUTE = struct.Struct("=HH")
+_TCP_BYTES = struct.Struct("=120xQQ")  # tcpi_bytes_acked and tcpi_bytes_received in linux/tcp.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,16 @@ class TcpSocket:
     cookie: int
     interface: int  # that it is bound to; 0: none
     family: int
+    inode: int
+    sent: int | None = None  # bytes that the peer has acknowledged, if they were asked for
+    received: int | None = None
 
 
-def list_tcp() -> Iterator[TcpSocket]:
-    """Yield the connected TCP sockets of the current namespace (NetlinkError)."""
+def list_tcp(states: int = CONNECTED_STATES, *, with_bytes: bool = False) -> Iterator[TcpSocket]:
+    """Yield the TCP sockets of the current namespace in some states (NetlinkError)."""
+    wanted = 1 << (INET_DIAG_INFO - 1) if with_bytes else 0
     for family in (socket.AF_INET, socket.AF_INET6):
-        request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, CONNECTED_STATES)
+        request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, wanted, 0, states)
         request += bytes(_ADDRESSES.size + _REST.size)
         flags = NLM_F_REQUEST | NLM_F_DUMP
         head = _HEAD.pack(_HEAD.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 1, 0)
@@ -81,7 +91,20 @@ def _parse(family: int, body: bytes) -> TcpSocket:
     interface, cookie = _REST.unpack_from(body, 4 + _ADDRESSES.size)
     size = 4 if family == socket.AF_INET else 16
     ends = ((_plain(local[:size]), local_port), (_plain(remote[:size]), remote_port))
-    return TcpSocket(*ends, cookie, interface, family)
+    tail = 4 + _ADDRESSES.size + _REST.size
+    inode = _TAIL.unpack_from(body, tail)[-1]
+    sent, received = _parse_bytes(body[tail + _TAIL.size :])
+    return TcpSocket(*ends, cookie, interface, family, inode, sent, received)
+
+
+def _parse_bytes(attributes: bytes) -> tuple[int | None, int | None]:
+    while len(attributes) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(attributes)
+        if kind == INET_DIAG_INFO and length >= _ATTRIBUTE.size + _TCP_BYTES.size:
+            acked, received = _TCP_BYTES.unpack_from(attributes, _ATTRIBUTE.size)
+            return max(0, acked - 1), received  # our SYN counts as a byte
+        attributes = attributes[max((length + 3) & ~3, _ATTRIBUTE.size) :]
+    return None, None
 
 
 def _plain(packed: bytes) -> Address:

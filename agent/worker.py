@@ -28,11 +28,14 @@ from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
 from agent.errors import SidestepError
 from agent.identity.verify import FINGERPRINT_BYTES
+from agent.loglines import Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
+from agent.sampling import Sampler
 from agent.secrecy import keep_memory_private
 from agent.tunnel import messages, sockets
+from agent.tunnel.access import Ledger
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
@@ -41,18 +44,20 @@ from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
-from agent.tunnel.served import ServedPod, log
+from agent.tunnel.served import LOG, ServedPod, log
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from agent.model.pod import Address
+    from agent.tunnel.counts import Labels
 
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
+CONNECTIONS_AT_ONCE = 100  # in one answer, which has to fit into one datagram
 COUNT_SECONDS = 1.0  # between two messages with counts
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
@@ -96,6 +101,7 @@ class Worker:
             self._ask_for,
         )
         self._mesh = Mesh()
+        self._ledger = Ledger(self._reactor, self._mesh)
         self._gate = Gate(self._mesh)
         self._gate.on_ended = self._end_drain
         self._served: dict[str, ServedPod] = {}
@@ -105,6 +111,8 @@ class Worker:
         self._sockets: PodSockets | None = None
         self._bounds = DEFAULT_BOUNDS
         self._trust: Trust | None = None
+        self._inbound: Inbound | None = None
+        self._sampler: Sampler | None = None
 
     def run(self) -> None:
         """Serve until the control process goes away."""
@@ -160,6 +168,15 @@ class Worker:
                 self._enforce()
             case messages.Ask():
                 self._answer(messages.Ready(message.number))
+            case messages.SetLogging():
+                LOG.form, LOG.levels = Format(message.form), parse_levels(message.levels)
+                self._ledger.set_limit(message.lines_a_second)
+            case messages.ListConnections():
+                self._list_connections(message)
+            case messages.AskGauges():
+                self._answer(messages.Gauges(message.number, tuple(self._gauges())))
+            case messages.AskProfile():
+                self._profile(message)
 
     def _configure(self, message: messages.Configure) -> None:
         maps = Path(message.pin_directory) / "maps"
@@ -181,10 +198,17 @@ class Worker:
             Neighbors(
                 Verdicts(Map(maps / "ss_verdicts"), Map(maps / "ss_generation")), self._served
             ),
+            self._ledger,
             bounds,
         )
-        inbound = Inbound(
-            self._reactor, pod_sockets, self._trust, self._contexts, self._gate, bounds
+        self._inbound = inbound = Inbound(
+            self._reactor,
+            pod_sockets,
+            self._trust,
+            self._contexts,
+            self._gate,
+            self._ledger,
+            bounds,
         )
         self._serve_by_port = {
             OUTBOUND_PORT: outbound.serve,
@@ -201,6 +225,33 @@ class Worker:
 
     def _tell_counts(self) -> None:
         self._answer(messages.PutCounts(COUNTS.take()))
+
+    def _list_connections(self, asked: messages.ListConnections) -> None:
+        found, last = self._ledger.list(
+            asked.after, CONNECTIONS_AT_ONCE, asked.namespace, asked.pod
+        )
+        self._answer(messages.Connections(asked.number, tuple(found), last))
+
+    def _gauges(self) -> Iterator[tuple[str, Labels, int]]:
+        for (reporter, path), count in self._ledger.count().items():
+            yield "istio_tcp_sockets_open", (("reporter", reporter),), count
+            yield "connections_open", (("path", path), ("reporter", reporter)), count
+        for state, count in (self._pool.count() if self._pool else {}).items():
+            yield "tunnels", (("direction", "outbound"), ("state", state)), count
+        count = self._inbound.tunnels if self._inbound else 0
+        yield "tunnels", (("direction", "inbound"), ("state", "in_use")), count
+
+    def _profile(self, asked: messages.AskProfile) -> None:
+        if self._sampler is not None:
+            self._answer(messages.Profile(asked.number, ()))
+            return
+        self._sampler = sampler = Sampler(asked.frequency)
+
+        def finish() -> None:
+            self._sampler = None
+            self._answer(messages.Profile(asked.number, sampler.stop()))
+
+        self._reactor.call_later(asked.seconds, finish)
 
     def _put_revoked(self, fd: int) -> None:
         # Read at a position: other workers share the file, and its offset with it.
@@ -238,7 +289,7 @@ class Worker:
                 except BlockingIOError:
                     return
                 except OSError as error:
-                    log("accept failed", pod=served.pod.name, reason=str(error))
+                    log("accept failed", level="error", pod=served.pod.name, reason=str(error))
                     return
                 accepted.setblocking(False)
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -249,7 +300,12 @@ class Worker:
                 except (SidestepError, OSError) as error:
                     # One connection's failure is its own.
                     sockets.abort(accepted)
-                    log("connection failed", pod=served.pod.name, reason=str(error))
+                    log(
+                        "connection failed",
+                        level="error",
+                        pod=f"{served.pod.namespace}/{served.pod.name}",
+                        error=str(error),
+                    )
 
         # Workers share the listener: one of them is enough for one connection.
         self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)

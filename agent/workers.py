@@ -52,7 +52,7 @@ class WorkerProcess:
                 [sys.executable, "-m", "agent.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
             )
-        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._answers: dict[int, asyncio.Future[messages.Answer | None]] = {}
         self._number = 0
         asyncio.get_running_loop().add_reader(self._channel, self._on_answer)
 
@@ -76,17 +76,35 @@ class WorkerProcess:
 
         One that does not answer is ended: nobody could be enrolled, and the agent not be stopped.
         """
-        self._number = number = self._number + 1
-        answer = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
-        self.send(messages.Ask(number))
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await answer
-        except TimeoutError:
-            self._answers.pop(number, None)
+        if not (await self._ask(messages.Ask, ANSWER_SECONDS))[0]:
             log.error("worker does not answer and is ended", extra={"pid": self.pid})
             self.process.kill()
+
+    async def ask(
+        self, build: Callable[[int], messages.ToWorker], seconds: float
+    ) -> messages.Answer | None:
+        """Ask for an answer; None if the worker gives none in time, or is gone.
+
+        `build(number)` makes the question, whose answer has the same number.
+        """
+        return (await self._ask(build, seconds))[1]
+
+    async def _ask(
+        self, build: Callable[[int], messages.ToWorker], seconds: float
+    ) -> tuple[bool, messages.Answer | None]:
+        """Return whether the worker has answered, or is gone, in time; and what."""
+        self._number = number = self._number + 1
+        answer: asyncio.Future[messages.Answer | None]
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        self.send(build(number))
+        try:
+            async with asyncio.timeout(seconds):
+                return True, await answer
+        except TimeoutError:
+            return False, None
+        finally:
+            self._answers.pop(number, None)
 
     def _on_answer(self) -> None:
         try:
@@ -98,8 +116,12 @@ class WorkerProcess:
             self._on_exit(self)
             return
         match received[0]:
-            case messages.Ready(number=number) if number in self._answers:
-                self._answers.pop(number).set_result(None)
+            case (
+                messages.Ready() | messages.Connections() | messages.Gauges() | messages.Profile()
+            ) as answer:
+                asked = self._answers.pop(answer.number, None)
+                if asked is not None and not asked.done():  # else it came too late
+                    asked.set_result(answer)
             case messages.NeedCertificate(identity=identity):
                 self._on_needed(identity)
             case messages.Drained(uid=uid):

@@ -8,6 +8,19 @@
  * choice stands: the result is not needed.
  */
 #include "capture.h"
+#include "count.h"
+
+/* Decide, and count what was decided about a pod. */
+static __always_inline enum capture decide(struct bpf_sock_addr *ctx,
+					   const struct address *destination, struct pod **pod,
+					   struct endpoint *endpoint)
+{
+	enum capture decision = capture_connect(ctx, destination, pod, endpoint);
+
+	if (*pod)
+		count_capture(bpf_get_netns_cookie(ctx), DIRECTION_OUTBOUND, decision);
+	return decision;
+}
 
 int ss_connect4(struct bpf_sock_addr *ctx)
 {
@@ -19,7 +32,7 @@ int ss_connect4(struct bpf_sock_addr *ctx)
 	if (ctx->protocol != IPPROTO_TCP)
 		return 1;
 	destination = address_from_v4(ctx->user_ip4);
-	switch (capture_connect(ctx, &destination, &pod, &endpoint)) {
+	switch (decide(ctx, &destination, &pod, &endpoint)) {
 	case CAPTURE_PASS:
 		return 1;
 	case CAPTURE_DIRECT:
@@ -52,7 +65,7 @@ int ss_connect6(struct bpf_sock_addr *ctx)
 	destination.words_be[1] = ctx->user_ip6[1];
 	destination.words_be[2] = ctx->user_ip6[2];
 	destination.words_be[3] = ctx->user_ip6[3];
-	switch (capture_connect(ctx, &destination, &pod, &endpoint)) {
+	switch (decide(ctx, &destination, &pod, &endpoint)) {
 	case CAPTURE_PASS:
 		return 1;
 	case CAPTURE_DIRECT:

@@ -5,6 +5,7 @@
  * own copy with its cookie stamped over NETNS_COOKIE_MARK.
  */
 #include "capture.h"
+#include "count.h"
 
 /* A connection that the agent dialed, or one of the direct path: both were judged before. */
 static __always_inline bool is_known_flow(u64 netns_cookie, const struct address *remote,
@@ -53,9 +54,12 @@ int ss_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 
 	listener = (struct bpf_sock *)ss_listeners.lookup(&netns_cookie);
-	if (!listener)
+	if (!listener) {
+		count_capture(netns_cookie, DIRECTION_INBOUND, CAPTURE_REFUSE);
 		return SK_DROP; /* closed: no agent listens, and the application must not answer */
+	}
 	error = bpf_sk_assign((void *)ctx, (void *)listener, 0);
 	bpf_sk_release(listener);
+	count_capture(netns_cookie, DIRECTION_INBOUND, error ? CAPTURE_REFUSE : CAPTURE_STEER);
 	return error ? SK_DROP : SK_PASS; /* closed, for the same reason */
 }

@@ -45,6 +45,19 @@ scripts/build_shim.sh
 mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf ||
 	refuse "the BPF file system cannot be mounted on /sys/fs/bpf: is CONFIG_BPF_SYSCALL set?"
 
+# promtool checks the alert rules. Of Debian's package prometheus only that program is taken: the
+# rest is a service.
+if [ ! -x .venv/bin/promtool ]; then
+	echo "setup: taking promtool"
+	fetched=$(mktemp -d)
+	chmod 755 "$fetched" # apt reads as another user
+	(cd "$fetched" && apt-get -qq update && apt-get -qq download prometheus)
+	mkdir -p .venv/bin
+	dpkg-deb --fsys-tarfile "$fetched"/prometheus_*.deb |
+		tar -x -C .venv/bin --strip-components=3 ./usr/bin/promtool
+	rm -r "$fetched"
+fi
+
 # Debian's own interpreter: the one that Debian's bcc is built for.
 stamp=.venv/.complete
 if ! cmp -s pyproject.toml "$stamp"; then

@@ -12,11 +12,13 @@ import click
 
 from agent import logs
 from agent.app import Agent
+from agent.commands.examples import examples
 from agent.datapath import features, links, pins
 from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
+from agent.loglines import Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
 from agent.model.pod import Exclusions
@@ -37,15 +39,27 @@ def default_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "sidestep agent --node n1 --source kubernetes --ca sidestep-ca.sidestep-system.svc:15012",
+        "sidestep agent --node east --objects ./objects --ca 127.0.0.1:15012 --ca-token token "
+        "--ca-root root.pem",
+    )
+)
 @click.option("--node", required=True, help="Name of this node, as in spec.nodeName of its pods.")
 @click.option(
     "--source", type=click.Choice(["kubernetes"]),
     help="Where the objects come from: the API server of the cluster that this process is in.",
 )  # fmt: skip
 @click.option("--objects", type=_EXISTING, help="Instead of --source: a directory of objects.")
-@click.option("--run-dir", type=_DIRECTORY, default="/run/sidestep", show_default=True)
-@click.option("--pins", "pin_root", type=_DIRECTORY, default=pins.DEFAULT_ROOT, show_default=True)
+@click.option(
+    "--run-dir", type=_DIRECTORY, default="/run/sidestep", show_default=True,
+    help="For the agent's socket; one agent for each.",
+)  # fmt: skip
+@click.option(
+    "--pins", "pin_root", type=_DIRECTORY, default=pins.DEFAULT_ROOT, show_default=True,
+    help="Where programs, maps and links are pinned, on a BPF file system.",
+)  # fmt: skip
 @click.option(
     "--pod-cgroups", type=_EXISTING, default="/sys/fs/cgroup", show_default=True,
     help="Where the cgroups of this node's pods are.",
@@ -65,7 +79,10 @@ def default_workers() -> int:
     metavar="SECONDS", help="How long certificates are to be valid.",
 )  # fmt: skip
 @click.option("--crl", type=_FILE, help="File with revoked certificates, read when it changes.")
-@click.option("--trust-domain", default="cluster.local", show_default=True)
+@click.option(
+    "--trust-domain", default="cluster.local", show_default=True,
+    help="First part of every identity here.",
+)  # fmt: skip
 @click.option("--trust-domain-alias", multiple=True, help="Another one whose pods are let in.")
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=default_workers,
@@ -131,6 +148,22 @@ def default_workers() -> int:
     help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
 )  # fmt: skip
 @click.option(
+    "--admin-port", type=click.IntRange(0, 65535), default=15000, show_default=True,
+    help="Port of 127.0.0.1 for health, /config_dump and the log level; 0 for none.",
+)  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice([each.value for each in Format]), default="json",
+    show_default=True, help="How each line of the log looks.",
+)  # fmt: skip
+@click.option(
+    "--log-level", "log_levels", default="info", show_default=True, metavar="LEVEL[,SCOPE=LEVEL]",
+    help="debug, info, warning, error or off. access=debug also logs the start of connections.",
+)  # fmt: skip
+@click.option(
+    "--access-log-lines", type=click.IntRange(0), default=1000, show_default=True,
+    help="Of a second and a worker; what is beyond is counted in one line. 0 writes all.",
+)  # fmt: skip
+@click.option(
     "--enrollment-selectors", metavar="YAML",
     help="Which pods take part, as in Istio's enablementSelectors; "
     "by default the label istio.io/dataplane-mode of the pod, then of its namespace.",
@@ -174,6 +207,10 @@ def agent(
     kubelet_cgroup: Path | None,
     root_namespace: str,
     metrics_port: int,
+    admin_port: int,
+    log_format: str,
+    log_levels: str,
+    access_log_lines: int,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -213,6 +250,10 @@ def agent(
             connections_per_pod,
             spare_descriptors,
         ),
+        admin_port=admin_port,
+        log_format=Format(log_format),
+        log_levels=parse_levels(log_levels),
+        access_log_lines=access_log_lines,
     )
     rules = EnrollmentRules(
         DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),
@@ -220,7 +261,7 @@ def agent(
         own_namespace,
     )
     followed = _open_source(source, objects, root_namespace, rules)
-    logs.set_up()
+    logs.set_up(settings.log_format, settings.log_levels)
 
     async def run() -> None:
         await Agent(settings, followed).run()

@@ -11,6 +11,7 @@ from agent.bench import tools
 from agent.bench.measures import MEASURES, PATHS, QUICK, Plan
 from agent.bench.plot import draw
 from agent.bench.run import run
+from agent.commands.examples import examples
 from agent.lab.lab import Lab
 from agent.output import Output, Row, emit, output_option
 
@@ -19,7 +20,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "sidestep bench --quick",
+        "sidestep bench --path same-node --measure round-trip -o json",
+        "sidestep bench --plot bench.png",
+    )
+)
 @click.option("--quick", is_flag=True, help="Short cells: under a minute, and more noise.")
 @click.option("--rounds", type=click.IntRange(1, 100), help="Interleaved rounds.")
 @click.option("--seconds", type=click.FloatRange(0.05, 60), help="Length of one cell.")

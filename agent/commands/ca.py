@@ -11,6 +11,7 @@ import click
 
 from agent import ca as authority
 from agent import logs
+from agent.commands.examples import examples
 from agent.discovery.directory import DirectorySource
 from agent.errors import ConfigError
 from agent.identity import custody
@@ -36,7 +37,10 @@ AGENT_ACCOUNT = "sidestep-system/sidestep-agent"
 
 def _store_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--trust-domain", default="cluster.local", show_default=True),
+        click.option(
+            "--trust-domain", default="cluster.local", show_default=True,
+            help="First part of every identity that is signed.",
+        ),
         click.option(
             "--longest", type=click.IntRange(5), default=DAY_SECONDS, show_default=True,
             metavar="SECONDS", help="No certificate is valid for longer.",
@@ -75,7 +79,14 @@ def _open_source(source: str | None, objects: Path | None) -> Source:
     return KubernetesSource.open(resources=(PODS,))
 
 
-@click.group(invoke_without_command=True)
+@click.group(
+    invoke_without_command=True,
+    epilog=examples(
+        "sidestep ca --secret sidestep-system/sidestep-ca --source kubernetes",
+        "sidestep ca --directory ./ca --objects ./objects --tokens ./tokens",
+        "sidestep ca rotate-root --stage trust --directory ./ca",
+    ),
+)
 @_store_options
 @click.option("--listen", default=LISTEN, show_default=True, help="ADDRESS:PORT or unix:PATH.")
 @click.option(
@@ -135,7 +146,14 @@ def ca(
     asyncio.run(run())
 
 
-@ca.command("rotate-root")
+@ca.command(
+    "rotate-root",
+    epilog=examples(
+        "sidestep ca rotate-root --stage trust --secret sidestep-system/sidestep-ca",
+        "sidestep ca rotate-root --stage sign --secret sidestep-system/sidestep-ca",
+        "sidestep ca rotate-root --stage finish --secret sidestep-system/sidestep-ca",
+    ),
+)
 @click.option(
     "--stage", type=click.Choice(["trust", "sign", "finish"]), required=True,
     help="trust: a new root beside the old; sign: the new one signs; finish: the old one goes.",

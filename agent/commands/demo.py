@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from agent.commands.examples import examples
 from agent.demo.screen import SilentScreen, TerminalScreen
 from agent.demo.story import Story
 from agent.errors import LabError
@@ -34,7 +35,7 @@ def _alone() -> Iterator[None]:
         yield
 
 
-@click.command()
+@click.command(epilog=examples("sidestep demo", "sidestep demo -o json"))
 @click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
     help="For a person, or one object with `claims` and `evidence`.",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import admin
-from agent.commands.policies import agent_options, chosen_sockets
+from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.examples import examples
 from agent.output import Output, emit, output_option
 
 if TYPE_CHECKING:
@@ -17,13 +17,24 @@ if TYPE_CHECKING:
 COLUMNS = ("source", "destination", "path", "verdict", "decided_by")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "sidestep explain shop/client shop/server:8080",
+        "sidestep explain shop/client 10.96.0.10:80",
+        "sidestep explain 192.0.2.7 service:shop/server:80 -o json",
+    )
+)
 @click.argument("source")
 @click.argument("destination", metavar="DESTINATION:PORT")
 @agent_options
 @output_option
 def explain(
-    source: str, destination: str, socket_path: Path | None, lab: str | None, output: Output
+    source: str,
+    destination: str,
+    socket_path: Path | None,
+    lab: str | None,
+    run_dir: Path,
+    output: Output,
 ) -> None:
     """Explain a connection: its path, the verdict, who decides, and what would change it.
 
@@ -33,13 +44,9 @@ def explain(
     name, separator, port = destination.rpartition(":")
     if not separator or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise click.BadParameter(f"{destination!r} has no port", param_hint="DESTINATION:PORT")
-    rows = admin.ask(
-        chosen_sockets(socket_path, lab)[0],
-        "explain",
-        source=source,
-        destination=name.strip("[]"),
-        port=int(port),
-    )
+    sockets = chosen_sockets(socket_path, lab, run_dir)[:1]  # every agent knows all of it
+    arguments = {"source": source, "destination": name.strip("[]"), "port": int(port)}
+    (rows,) = ask_each(sockets, "explain", **arguments)
     emit(rows, COLUMNS, output)
     if output == "table":
         for row in rows:

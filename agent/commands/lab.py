@@ -8,18 +8,26 @@ from pathlib import Path
 
 import click
 
+from agent.commands.examples import examples
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.output import Output, emit, output_option
 
 _name = click.option("--name", default="lab", show_default=True, help="Which lab.")
 
 
-@click.group()
+@click.group(
+    epilog=examples(
+        "sidestep lab up",
+        "sidestep lab label shop ambient",
+        "sidestep lab exec client -- curl -s http://10.244.2.3:8080/",
+        "sidestep lab down",
+    )
+)
 def lab() -> None:
     """Build and use a small cluster out of network namespaces, with a real agent on each node."""
 
 
-@lab.command()
+@lab.command(epilog=examples("sidestep lab up", "sidestep lab up -f cluster.yaml --name mine"))
 @click.option(
     "-f", "--file", type=click.Path(path_type=Path, dir_okay=False, exists=True),
     default=DEFAULT_CLUSTER, help="Kubernetes objects: Node, Namespace, Pod, Service ...",
@@ -32,14 +40,14 @@ def up(file: Path, name: str) -> None:
     click.echo(f"lab {name} is up: sidestep lab status{suffix}")
 
 
-@lab.command()
+@lab.command(epilog=examples("sidestep lab down", "sidestep lab down --name mine"))
 @_name
 def down(name: str) -> None:
     """Remove the lab: processes, namespaces, programs, files."""
     click.echo(f"lab {name} is down" if Lab(name).down() else f"there was no lab {name}")
 
 
-@lab.command()
+@lab.command(epilog=examples("sidestep lab status", "sidestep lab status -o json"))
 @_name
 @output_option
 def status(name: str, output: Output) -> None:
@@ -48,7 +56,7 @@ def status(name: str, output: Output) -> None:
     emit(rows, ("pod", "node", "address", "address6", "processes", "mesh"), output)
 
 
-@lab.command()
+@lab.command(epilog=examples("sidestep lab label shop ambient", "sidestep lab label shop none"))
 @click.argument("namespace")
 @click.argument("mode", type=click.Choice(["ambient", "none"]))
 @_name
@@ -58,7 +66,11 @@ def label(namespace: str, mode: str, name: str) -> None:
     click.echo(f"the pods of {namespace} have followed after {seconds * 1000:.0f} ms")
 
 
-@lab.command(name="exec", context_settings={"ignore_unknown_options": True})
+@lab.command(
+    name="exec",
+    context_settings={"ignore_unknown_options": True},
+    epilog=examples("sidestep lab exec client -- curl -s http://10.244.2.3:8080/"),
+)
 @click.argument("pod")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @_name

@@ -2,65 +2,112 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
+import yaml
 
+from agent.commands.examples import examples
+from agent.commands.filters import Filter, filter_options
+from agent.commands.pinned import find_places, pins_options, placed, read_all
 from agent.datapath import listing
 from agent.datapath.source import MAPS, RING_BUFFERS
-from agent.output import Output, emit, output_option
+from agent.output import Output, Row, cell, emit, output_option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 LIST_COLUMNS = ("name", "type", "id", "key", "value", "entries", "max_entries")
+WATCH_SECONDS = 0.5  # the kernel tells nobody that a map has changed
 
-pins_option = click.option(
-    "--pins",
-    "root",
-    type=click.Path(path_type=Path),
-    help="Look for pins at and below this directory only.",
+
+@click.group(
+    epilog=examples(
+        "sidestep maps list",
+        "sidestep maps dump ss_pods",
+        "sidestep maps dump ss_origin_flow --watch",
+    )
 )
-
-
-def find_pins(root: Path | None) -> list[Path]:
-    """Return the pin directories, and say on stderr if there is none."""
-    roots = listing.ROOTS if root is None else (root,)
-    directories = listing.find_directories(roots)
-    if not directories:
-        places = " or ".join(str(place) for place in roots)
-        click.echo(f"no pins below {places}: no agent has started on this machine", err=True)
-    return directories
-
-
-def with_pins(columns: tuple[str, ...], directories: list[Path]) -> tuple[str, ...]:
-    """Return the table's columns: where there are several directories, they are named."""
-    return (*columns, "pins") if len(directories) > 1 else columns
-
-
-@click.group()
 def maps() -> None:
     """Show the maps of the data path, also while no agent runs."""
 
 
-@maps.command("list")
-@pins_option
+@maps.command("list", epilog=examples("sidestep maps list", "sidestep maps list -o json"))
+@pins_options
+@click.option("--node", help="Show only what is on this node.")
 @output_option
-def list_maps(root: Path | None, output: Output) -> None:
+def list_maps(root: Path | None, lab: str | None, node: str | None, output: Output) -> None:
     """List the maps and how full they are."""
-    directories = find_pins(root)
-    rows = [row for directory in directories for row in listing.list_maps(directory)]
-    emit(rows, with_pins(LIST_COLUMNS, directories), output)
+    places = find_places(root, lab)
+    rows = Filter(node=node).apply(read_all(places, listing.list_maps))
+    emit(rows, placed(LIST_COLUMNS, places), output)
 
 
-@maps.command()
-@click.argument("name")
-@pins_option
+@maps.command(
+    epilog=examples(
+        "sidestep maps dump ss_pods",
+        "sidestep maps dump ss_direct_flows --pod shop/client",
+        "sidestep maps dump ss_origin_flow --watch -o json",
+    )
+)
+@click.argument(
+    "name",
+    shell_complete=lambda _ctx, _parameter, begun: [
+        name for name in MAPS if name.startswith(begun) and name in listing.COLUMNS
+    ],
+)
+@pins_options
+@filter_options
+@click.option("--watch", is_flag=True, help="Go on and print what changes, until interrupted.")
 @output_option
-def dump(name: str, root: Path | None, output: Output) -> None:
-    """Print the entries of the map NAME, decoded."""
+def dump(
+    name: str, root: Path | None, lab: str | None, wanted: Filter, watch: bool, output: Output
+) -> None:
+    """Print the entries of the map NAME, decoded.
+
+    With --watch every change follows on a line of its own: + has come, - has gone, and an entry
+    with another value does both. As JSON and YAML each is an object with `time`, `change`, `entry`,
+    beginning with the entries that are there.
+    """
     if name not in (*MAPS, *RING_BUFFERS):
         raise click.BadParameter(
             f"there is no map {name!r}; the maps are {', '.join(MAPS)}", param_hint="NAME"
         )
     columns = listing.columns(name)
-    directories = find_pins(root)
-    rows = [row for directory in directories for row in listing.dump_map(directory, name)]
-    emit(rows, with_pins(columns, directories), output)
+    places = find_places(root, lab)
+
+    def read() -> list[Row]:
+        return wanted.apply(read_all(places, lambda directory: listing.dump_map(directory, name)))
+
+    rows = read()
+    shown = placed(columns, places)
+    if not watch or output == "table":
+        emit(rows, shown, output)
+    if watch:
+        for sign, row in _changes(rows if output == "table" else [], read):
+            click.echo(_change_line(sign, row, shown, output), nl=output != "yaml")
+
+
+def _changes(before: list[Row], read: Callable[[], list[Row]]) -> Iterator[tuple[str, Row]]:
+    """Yield what goes (-) and what comes (+), for ever."""
+    known = {json.dumps(row): row for row in before}
+    while True:
+        found = {json.dumps(row): row for row in read()}
+        yield from (("-", known[key]) for key in known if key not in found)
+        yield from (("+", found[key]) for key in found if key not in known)
+        known = found
+        time.sleep(WATCH_SECONDS)
+
+
+def _change_line(sign: str, row: Row, columns: tuple[str, ...], output: Output) -> str:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    if output == "table":
+        return f"{sign} {now}  {'   '.join(str(cell(row.get(column))) for column in columns)}"
+    change = {"time": now, "change": "added" if sign == "+" else "removed", "entry": row}
+    if output == "json":
+        return json.dumps(change)
+    return "---\n" + yaml.safe_dump(change, sort_keys=False)

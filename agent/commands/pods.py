@@ -6,25 +6,45 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.maps import find_pins, pins_option, with_pins
+from agent.commands.examples import examples
+from agent.commands.filters import Filter, filter_options
+from agent.commands.pinned import find_places, pins_options, placed, read_all
 from agent.datapath import listing
-from agent.output import Output, emit, output_option
+from agent.output import Output, Row, emit, output_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-COLUMNS = ("pod", "address4", "address6", "strict", *listing.POD_COUNTERS)
+COLUMNS = (
+    "pod",
+    "addresses",
+    "strict",
+    "outbound_bytes",
+    "inbound_bytes",
+    "dropped_plaintext",
+    "dropped_spoofed",
+    "dropped_fragment",
+)
 
 
-@click.command()
-@pins_option
+@click.command(
+    epilog=examples(
+        "sidestep pods", "sidestep pods -n shop", "sidestep pods --pod shop/client -o json"
+    )
+)
+@pins_options
+@filter_options
 @output_option
-def pods(root: Path | None, output: Output) -> None:
-    """List the enrolled pods, and packets, bytes and drops on their links, from the pins alone.
+def pods(root: Path | None, lab: str | None, wanted: Filter, output: Output) -> None:
+    """List the enrolled pods, and bytes and drops on their links, from the pins alone.
 
     Dropped is TCP that did not pass the agent (plaintext, from STRICT pods only), that came from an
     address which is not the pod's (spoofed), or that hid in fragments or headers (of STRICT pods).
     """
-    directories = find_pins(root)
-    rows = [row for directory in directories for row in listing.list_pods(directory)]
-    emit(rows, with_pins(COLUMNS, directories), output)
+    places = find_places(root, lab)
+    rows = [_with_addresses(row) for row in read_all(places, listing.list_pods)]
+    emit(wanted.apply(rows), placed(COLUMNS, places), output)
+
+
+def _with_addresses(row: Row) -> Row:
+    return row | {"addresses": [row[name] for name in ("address4", "address6") if row[name]]}

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.maps import find_pins, pins_option, with_pins
+from agent.commands.examples import examples
+from agent.commands.filters import Filter
+from agent.commands.pinned import find_places, pins_options, placed, read_all
 from agent.datapath import listing
 from agent.output import Output, emit, output_option
 
@@ -16,11 +18,12 @@ if TYPE_CHECKING:
 COLUMNS = ("name", "type", "id", "tag", "instruction_bytes", "attached")
 
 
-@click.command()
-@pins_option
+@click.command(epilog=examples("sidestep programs", "sidestep programs --node east -o yaml"))
+@pins_options
+@click.option("--node", help="Show only what is on this node.")
 @output_option
-def programs(root: Path | None, output: Output) -> None:
-    """List the loaded programs and where they are attached."""
-    directories = find_pins(root)
-    rows = [row for directory in directories for row in listing.list_programs(directory)]
-    emit(rows, with_pins(COLUMNS, directories), output)
+def programs(root: Path | None, lab: str | None, node: str | None, output: Output) -> None:
+    """List the loaded programs and where they are attached, also while no agent runs."""
+    places = find_places(root, lab)
+    rows = Filter(node=node).apply(read_all(places, listing.list_programs))
+    emit(rows, placed(COLUMNS, places), output)

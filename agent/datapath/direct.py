@@ -52,6 +52,16 @@ class FlowEnd:
     was_reset: bool
 
 
+@dataclass(slots=True)
+class Totals:
+    """What ended between two pods, in sum."""
+
+    connections: int = 0
+    resets: int = 0
+    sent: int = 0  # by the clients
+    received: int = 0
+
+
 class Verdicts:
     """Which connections may take the direct path: what a worker needs."""
 
@@ -81,9 +91,9 @@ class FlowEnds:
 
     def __init__(self, pins: Pins) -> None:
         self._layout = pins.maps["ss_flow_end"].value
-        self._totals = _totals_layout(self._layout)
         self._flow_layout = pins.maps["ss_direct_flows"].key
         self._direct_layout = pins.maps["ss_direct_flows"].value
+        self._totals = _totals_layout(self._layout, self._flow_layout, self._direct_layout)
         self._map_fd = libbpf.open_pin(pins.directory / "maps" / "ss_flow_ends")
         self._ring = RingBuffer(self._map_fd, self._layout.size)
         self.fd = self._map_fd
@@ -92,11 +102,20 @@ class FlowEnds:
         """Return the ends since the last call: a flood is cheap to count."""
         return self._ring.read()
 
-    def totals(self, batch: Batch) -> tuple[int, int, int]:
-        """Return (bytes sent, bytes received, resets) of many ends, cheaply."""
-        rows = self._totals.iter_unpack(batch.records)
-        sent, received, resets = map(sum, zip((0, 0, 0), *rows, strict=True))
-        return sent, received, resets
+    def totals(self, batch: Batch) -> dict[tuple[int, int], Totals]:
+        """Sum many ends up, cheaply, by the netns cookies of both pods, the client's first."""
+        sums: dict[tuple[int, int], Totals] = {}
+        for destination, source, sent, received, was_reset in self._totals.iter_unpack(
+            batch.records
+        ):
+            found = sums.get((source, destination))
+            if found is None:
+                found = sums[source, destination] = Totals()
+            found.connections += 1
+            found.resets += was_reset
+            found.sent += sent
+            found.received += received
+        return sums
 
     def parse(self, sample: bytes) -> FlowEnd:
         """Return what one sample of a batch says."""
@@ -151,14 +170,24 @@ class Flows:
             )
 
 
-def _totals_layout(layout: Layout) -> struct.Struct:
-    """Return how to read the three sums out of a record, at the speed of the kernel's."""
-    offsets = {field.name: HEAD_BYTES + field.offset for field in layout.fields}
-    text, position = "=", 0
-    for name, code in (("bytes_sent", "Q"), ("bytes_received", "Q"), ("was_reset", "I")):
-        text += f"{offsets[name] - position}x{code}"
-        position = offsets[name] + struct.calcsize(f"={code}")
-    return struct.Struct(f"{text}{HEAD_BYTES + layout.size - position}x")
+def _totals_layout(end: Layout, flow: Layout, direct: Layout) -> struct.Struct:
+    """Return how to read what `totals` sums up out of a flow end, at the speed of the kernel's."""
+
+    def offset(layout: Layout, name: str) -> int:
+        return next(field.offset for field in layout.fields if field.name == name)
+
+    wanted = (
+        (offset(end, "flow") + offset(flow, "netns_cookie"), "Q"),
+        (offset(end, "direct") + offset(direct, "source_netns_cookie"), "Q"),
+        (offset(end, "bytes_sent"), "Q"),
+        (offset(end, "bytes_received"), "Q"),
+        (offset(end, "was_reset"), "I"),
+    )
+    text, position = f"={HEAD_BYTES}x", 0
+    for place, code in wanted:
+        text += f"{place - position}x{code}"
+        position = place + struct.calcsize(f"={code}")
+    return struct.Struct(f"{text}{end.size - position}x")
 
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:

@@ -99,7 +99,8 @@ def detach_lookup(pins: Pins, netns_cookie: int) -> None:
     pins.link_path(lookup_link_name(netns_cookie)).unlink(missing_ok=True)
 
 
-def _guard_path(pins: Pins, name: str, netns_cookie: int, ifindex: int) -> Path:
+def guard_path(pins: Pins, name: str, netns_cookie: int, ifindex: int) -> Path:
+    """Return where one direction's guard of an interface is, or would be, pinned."""
     return pins.link_path(f"{name.removeprefix('ss_')}_{netns_cookie}_{ifindex}")
 
 
@@ -109,7 +110,7 @@ def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     The links end with the interface; pinned, they outlive the agent.
     """
     for name, (_program_type, attach_type) in GUARD_PROGRAMS.items():
-        path = _guard_path(pins, name, netns_cookie, ifindex)
+        path = guard_path(pins, name, netns_cookie, ifindex)
         with _closing(pins.program(name)) as program_fd:
             _attach(program_fd, ifindex, attach_type, name, path)
 
@@ -117,7 +118,7 @@ def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
 def detach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """Remove the guard's links, if they are there."""
     for name in GUARD_PROGRAMS:
-        _guard_path(pins, name, netns_cookie, ifindex).unlink(missing_ok=True)
+        guard_path(pins, name, netns_cookie, ifindex).unlink(missing_ok=True)
 
 
 def looked_up_cookies(pins: Pins) -> set[int]:

@@ -53,6 +53,7 @@ MAP_TYPES = {
 }
 DIRECTIONS: dict[int, object] = {OUTBOUND: "outbound", INBOUND: "inbound", PLAINTEXT: "plaintext"}
 OUTCOMES = {0: "passed", 1: "plaintext", 2: "spoofed", 3: "fragment"}  # enum outcome
+DECISIONS = {0: "passed", 1: "direct", 2: "captured", 3: "refused"}  # enum capture
 POD_COUNTERS = (
     "outbound_packets",
     "outbound_bytes",
@@ -253,6 +254,14 @@ def _counter(key: Record, value: Record, names: PodNames) -> Row:
     }
 
 
+def _capture(key: Record, value: Record, names: PodNames) -> Row:
+    return _owner(key["netns_cookie"], names) | {
+        "direction": DIRECTIONS.get(_number(key["direction"]), key["direction"]),
+        "decision": DECISIONS.get(_number(key["decision"]), key["decision"]),
+        "connections": value["value"],
+    }
+
+
 def _port(key: Record, _value: Record, names: PodNames) -> Row:
     direction = DIRECTIONS.get(_number(key["direction"]), key["direction"])
     return _owner(key["netns_cookie"], names) | {"direction": direction, "port": key["port_be"]}
@@ -292,6 +301,7 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
     "ss_guards": _guard,
     "ss_guard_flows": _guard_flow,
     "ss_counters": _counter,
+    "ss_captures": _capture,
     "ss_bypass": _bypass,
     "ss_ports": _port,
     "ss_listeners": _listener,
@@ -329,6 +339,7 @@ COLUMNS = {
     "ss_guards": ("pod", "netns_cookie", "interface"),
     "ss_guard_flows": ("pod", "local", "local_port", "remote", "remote_port"),
     "ss_counters": ("pod", "direction", "outcome", "packets", "bytes"),
+    "ss_captures": ("pod", "direction", "decision", "connections"),
     "ss_bypass": ("pod", "netns_cookie", "network"),
     "ss_ports": ("pod", "netns_cookie", "direction", "port"),
     "ss_listeners": ("pod", "netns_cookie", "socket_cookie"),
@@ -388,6 +399,11 @@ def dump_map(directory: Path, name: str) -> list[Row]:
     if name == "ss_lookup_text":
         return rows[: _lookup_length(directory)]
     return rows
+
+
+def describe_entry(name: str, key: Record, value: Record, names: PodNames) -> Row:
+    """Return one entry of a map that has `columns`, as `dump_map` lists it."""
+    return _DECODERS[name](key, value, names)
 
 
 def _lookup_length(directory: Path) -> int:

@@ -54,6 +54,7 @@ MAPS = (
     "ss_guards",
     "ss_guard_flows",
     "ss_counters",
+    "ss_captures",
     "ss_flow_end",
     "ss_lost",
     "ss_meta",

@@ -245,12 +245,12 @@ class Story:
         self._claim(
             "client_proved",
             "the client proved its identity",
-            inbound["peer_identity"] == _identity(self._client),
+            inbound["src.identity"] == _identity(self._client),
         )
         self._claim(
             "server_proved",
             "the server proved its identity",
-            outbound["peer_identity"] == _identity(self._server),
+            outbound["dst.identity"] == _identity(self._server),
         )
         self._claim(
             "client_sees_server_address",
@@ -266,8 +266,8 @@ class Story:
         facts = (
             ("path", outbound["path"], "the agents' access logs"),
             ("protocol", tls, "the ServerHello on the link"),
-            ("client's identity", inbound["peer_identity"], "its certificate, at the server"),
-            ("server's identity", outbound["peer_identity"], "its certificate, at the client"),
+            ("client's identity", inbound["src.identity"], "its certificate, at the server"),
+            ("server's identity", outbound["dst.identity"], "its certificate, at the client"),
             ("client as the server sees it", self._server_saw(), "the server's own log"),
             ("server as the client sees it", visit.peer, "getpeername() of curl"),
         )
@@ -294,7 +294,7 @@ class Story:
             visit = self._visit(self._neighbor)
             entry = self._logs[CLIENT].wait_for(
                 lambda entry: (
-                    entry["destination"] == f"{self._neighbor.address4}:{PORT}"
+                    entry["dst.original"] == f"{self._neighbor.address4}:{PORT}"
                     and entry["direction"] == "outbound"
                 )
             )
@@ -302,7 +302,7 @@ class Story:
                 {
                     "request": request,
                     "path": entry["path"],
-                    "server's identity": entry["peer_identity"],
+                    "server's identity": entry["dst.identity"],
                     "milliseconds": f"{visit.milliseconds:.1f}",
                     "over the link": len(visit.streams),
                 }

@@ -24,7 +24,8 @@ def parse_pairs(text: str) -> tuple[SelectorPair, ...]:
     """Parse a list of pairs in YAML or JSON (ConfigError)."""
     try:
         return tuple(_read_pair(item) for item in Field(yaml.safe_load(text), "").items())
-    except yaml.YAMLError as error:
+    # A ValueError is also what PyYAML says to the date 2001-13-01.
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"selectors of enrollment: {' '.join(str(error).split())}") from error
     except WrongField as wrong:
         raise ConfigError(f"selectors of enrollment: {wrong.path}: {wrong.detail}") from wrong

@@ -30,6 +30,7 @@ from agent.discovery.entries import (
 )
 from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
 from agent.discovery.joining import Joiner, Slice
+from agent.discovery.ownership import read_owner
 from agent.discovery.policies import (
     DEFAULT_ROOT_NAMESPACE,
     read_authorization_policy,
@@ -329,6 +330,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         addresses=addresses,
         is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
         labels=read_labels(metadata.get("labels")),
+        owner=read_owner(metadata),
     )
     local = LocalPod(
         uid=uid,

@@ -31,7 +31,13 @@ ROOT_LIFETIME = timedelta(days=3650)
 # Two nodes' clocks may differ; a certificate must not be from the future on the other one.
 BACKDATE = timedelta(minutes=2)
 SIGNING_CURVES = ("secp256r1", "secp384r1")
-PARSE_ERRORS = (UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+# What cryptography says to an encoding that it cannot read, beside a ValueError.
+PARSE_ERRORS = (
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 PEM = serialization.Encoding.PEM
 
 
@@ -96,7 +102,7 @@ def load_certificates(text: bytes, place: str) -> list[x509.Certificate]:
         return []
     try:
         return x509.load_pem_x509_certificates(text)
-    except ValueError as error:
+    except (ValueError, *PARSE_ERRORS) as error:
         raise NoAuthority(f"{place} is not PEM of certificates: {error}") from error
 
 

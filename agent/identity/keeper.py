@@ -19,6 +19,7 @@ from cryptography import x509
 
 from agent.errors import IdentityError, RevocationInvalid
 from agent.identity import der, files, revocation
+from agent.identity.authority import PARSE_ERRORS
 from agent.identity.rotation import Rotation, Urgency
 from agent.identity.verify import fingerprint
 
@@ -193,7 +194,9 @@ class CertificateKeeper:
     def _read_roots(self) -> None:
         try:
             roots = tuple(der.decode_pem(self._roots_path.read_bytes()))
-        except (OSError, ValueError) as error:
+            for root in roots:
+                x509.load_der_x509_certificate(root)
+        except (OSError, ValueError, *PARSE_ERRORS) as error:
             log.warning("the roots' file cannot be read", extra={"detail": str(error)})
             return
         if roots and roots != self._from_file:
@@ -241,6 +244,13 @@ class CertificateKeeper:
             for identity, found in (
                 (identity, self._certificates.get(identity)) for identity in self._rotation.entries
             )
+        ]
+
+    def kept(self) -> list[tuple[str, Certificate | None, bytes, str]]:
+        """List identity, certificate, trusted roots and last failure of all that is wanted."""
+        return [
+            (str(identity), self._certificates.get(identity), self.trusted, entry.detail)
+            for identity, entry in self._rotation.entries.items()
         ]
 
     def describe(self) -> dict[str, object]:

@@ -12,6 +12,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from agent.errors import RevocationInvalid
+from agent.identity.authority import PARSE_ERRORS
 from agent.identity.verify import fingerprint
 
 if TYPE_CHECKING:
@@ -28,13 +29,18 @@ def parse_revocations(content: bytes, issuers: Iterable[x509.Certificate]) -> fr
     """
     known = list(issuers)
     try:
-        if BEGIN in content:
-            parts = content.split(BEGIN)[1:]
-            lists = [x509.load_pem_x509_crl(BEGIN + part.partition(END)[0] + END) for part in parts]
-        else:
-            lists = [x509.load_der_x509_crl(content)]
-    except ValueError as error:
+        return _read(content, known)
+    # Parts of a list are read when they are asked for, so what is wrong shows late.
+    except (ValueError, TypeError, *PARSE_ERRORS) as error:
         raise RevocationInvalid(f"it is no list of revoked certificates: {error}") from error
+
+
+def _read(content: bytes, known: list[x509.Certificate]) -> frozenset[bytes]:
+    if BEGIN in content:
+        parts = content.split(BEGIN)[1:]
+        lists = [x509.load_pem_x509_crl(BEGIN + part.partition(END)[0] + END) for part in parts]
+    else:
+        lists = [x509.load_der_x509_crl(content)]
     found: set[bytes] = set()
     for revoked in lists:
         if not any(_is_signed_by(revoked, issuer) for issuer in known):

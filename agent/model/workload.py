@@ -33,6 +33,7 @@ class Workload:
     addresses: tuple[Address, ...]
     is_hbone: bool
     labels: Labels = NO_LABELS
+    owner: str = ""  # the Deployment, Job or the like that made the pod; empty if nothing did
 
     def identity(self, trust_domain: str) -> SpiffeId:
         """Name the identity that the workload must prove."""

@@ -25,8 +25,12 @@ class Counts:
 
     def add(self, name: str, amount: int = 1, /, **labels: str) -> None:
         """Count something."""
+        self.put(name, tuple(sorted(labels.items())), amount)
+
+    def put(self, name: str, labels: Labels, amount: int = 1) -> None:
+        """Count something whose labels are sorted already."""
         is_first = not self._counts
-        self._counts[name, tuple(sorted(labels.items()))] += amount
+        self._counts[name, labels] += amount
         if is_first:
             self.on_first()
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
-from agent.model.capture import LISTENER_PORTS, REPLY_MARK
+from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
+from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import TOO_MANY, Access, endpoint, log
+from agent.tunnel.served import SCOPE, TOO_MANY, endpoint
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.model.pod import Address
+    from agent.tunnel.access import Access, Ledger
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.gate import Admission, Gate
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from agent.tunnel.trust import Trust
 
 
+LONGEST_HOST = 253  # of a name in DNS
+
+
 def parse_authority(authority: str) -> tuple[Address, int]:
     """Return the address and port of `:authority` (ValueError if it is not `ip:port`)."""
     host, separator, port = authority.rpartition(":")
@@ -51,6 +56,15 @@ def parse_authority(authority: str) -> tuple[Address, int]:
     if host.startswith("[") and host.endswith("]"):
         return IPv6Address(host[1:-1]), int(port)
     return ip_address(host), int(port)
+
+
+def forwarded_host(forwarded: str) -> str | None:
+    """Return the host that a peer's `forwarded` header names (RFC 7239): the service asked for."""
+    for part in forwarded.split(";"):
+        name, _, value = part.strip().partition("=")
+        if name.lower() == "host" and len(value) <= LONGEST_HOST:
+            return value.strip('"')
+    return None
 
 
 def plain(host: str) -> Address:
@@ -69,6 +83,7 @@ class Inbound:
         trust: Trust,
         contexts: Contexts,
         gate: Gate,
+        ledger: Ledger,
         bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self._reactor = reactor
@@ -76,7 +91,9 @@ class Inbound:
         self._trust = trust
         self._contexts = contexts
         self._gate = gate
+        self._ledger = ledger
         self._bounds = bounds
+        self.tunnels = 0  # that are open, or on the way
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -85,14 +102,12 @@ class Inbound:
         source = plain(peer[0])
         local_host, port = accepted.getsockname()[:2]
         address = plain(local_host)
-        access = Access(
-            "inbound", served, endpoint(str(source), peer[1]), endpoint(str(address), port),
-            "plaintext",
-        )  # fmt: skip
+        ends = endpoint(str(source), peer[1]), endpoint(str(address), port)
         if port in LISTENER_PORTS:
             sockets.abort(accepted)
-            access.complete("the port is the agent's own")
+            self._ledger.refuse(served, "inbound", *ends, f"port {port} is the agent's own")
             return
+        access = self._ledger.inbound(served, ends[0], source, ends[1], "plaintext")
         if served.connections > self._bounds.connections_per_pod:
             sockets.abort(accepted)
             access.complete(TOO_MANY)
@@ -136,7 +151,8 @@ class Inbound:
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
             if context is None:
                 sockets.abort(accepted)
-                log("tunnel refused", pod=served.pod.name, peer=str(source), reason=reason)
+                ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
+                self._ledger.refuse(served, "inbound", *ends, reason)
                 return
             session = Session(
                 self._reactor,
@@ -146,6 +162,7 @@ class Inbound:
                 self._trust,
                 bounds=self._bounds,
             )
+            self.tunnels += 1
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -155,23 +172,30 @@ class Inbound:
 
         self._contexts.server(str(served.identity), on_context)
 
-    @staticmethod
-    def _on_closed(served: ServedPod, session: Session, source: Address, reason: str) -> None:
+    def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
+        self.tunnels -= 1
         if session.refusal:
             COUNTS.add("peers_refused", direction="inbound", reason=session.refusal)
-        log(
-            "tunnel closed",
-            pod=f"{served.pod.namespace}/{served.pod.name}",
-            peer=str(source),
-            peer_identity=str(session.peer) if session.peer else None,
-            code=session.refusal or None,
-            reason=reason,
-        )
+        if session.handshake_failure:
+            failure = session.handshake_failure
+            COUNTS.add("handshakes_failed", direction="inbound", reason=failure)
+        fields: dict[str, object] = {
+            "pod": f"{served.pod.namespace}/{served.pod.name}",
+            "peer": str(source),
+            "peer_identity": str(session.peer) if session.peer else None,
+            "code": session.refusal or None,
+            "reason": reason,
+        }
+        level = "warning" if session.refusal else "info"
+        self._ledger.log(level, "tunnel closed", fields, SCOPE)
 
     def _on_request(
         self, served: ServedPod, session: Session, event: ConnectRequested, source: Address
     ) -> None:
-        access = Access("inbound", served, str(source), event.authority, "hbone", str(session.peer))
+        access = self._ledger.inbound(served, str(source), source, event.authority, "hbone")
+        access.hbone_target = event.authority
+        access.prove(str(served.identity), str(session.peer))
+        access.service = service_name(forwarded_host(event.headers.get("forwarded", "")))
 
         def refuse(status: int, reason: str) -> None:
             session.respond(event.stream_id, status)
@@ -291,6 +315,8 @@ def _join(admission: Admission, access: Access, left: Channel, right: Channel) -
         _complete(admission, access, result, sent, received)
 
     relay = Relay(left, right, on_done)
+    access.verdict = admission.verdict
+    access.establish(relay)
     admission.on_revoked = lambda _verdict: relay.abort()
 
 

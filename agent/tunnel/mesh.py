@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Dial `address`:`port`; through a tunnel if `workload` is set."""
+    """Dial `address`:`port`; through a tunnel if `workload` is set.
+
+    `service` is what the address belonged to that was asked for.
+    """
 
     address: Address
     port: int
     workload: Workload | None
+    service: Service | None = None
 
 
 class Mesh:
@@ -55,6 +59,10 @@ class Mesh:
         """Return a workload, if it is known."""
         return self._workloads.get(uid)
 
+    def at(self, address: Address) -> Workload | None:
+        """Return the workload that has an address, if one is known."""
+        return self._by_address.get(address)
+
     def put_service(self, service: Service) -> None:
         """Add or replace a service."""
         self.remove_service(*service.key)
@@ -80,4 +88,4 @@ class Mesh:
             address, port = choose(same_family or endpoints)
         workload = self._by_address.get(address)
         is_tunneled = workload is not None and workload.is_hbone
-        return Route(address, port, workload if is_tunneled else None)
+        return Route(address, port, workload if is_tunneled else None, service)

@@ -21,9 +21,11 @@ from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from agent.model.open_connection import OpenConnection
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy, PolicyKey
     from agent.model.service import Service, ServiceKind
+    from agent.model.stacks import Stacks
     from agent.model.workload import Workload
     from agent.tunnel.counts import Counted
 
@@ -148,6 +150,66 @@ class Enforce:
 
 
 @dataclass(frozen=True, slots=True)
+class SetLogging:
+    """How to log from now on; `levels` as `agent.loglines.parse_levels` reads them."""
+
+    form: str
+    levels: str
+    lines_a_second: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListConnections:
+    """Asks for Connections: those opened after `after`, a number that Connections gave or 0."""
+
+    number: int
+    after: int = 0
+    namespace: str | None = None
+    pod: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """Open connections, and where to go on; `last` is 0 if these were all."""
+
+    number: int
+    found: tuple[OpenConnection, ...]
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskGauges:
+    """Asks for Gauges with the same number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What a worker has now, as metrics: name, labels, value."""
+
+    number: int
+    counts: Counted
+
+
+@dataclass(frozen=True, slots=True)
+class AskProfile:
+    """Asks for Profile when so many seconds have passed."""
+
+    number: int
+    seconds: float
+    frequency: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where a worker spent processor time: how often each stack was seen."""
+
+    number: int
+    stacks: Stacks
+
+
+@dataclass(frozen=True, slots=True)
 class Fragment:
     """A part of a message, in order; `is_last` ends it."""
 
@@ -199,8 +261,13 @@ ToWorker = (
     | RemovePolicies
     | Enforce
     | Ask
+    | SetLogging
+    | ListConnections
+    | AskGauges
+    | AskProfile
 )
-FromWorker = Ready | NeedCertificate | Drained | PutCounts
+Answer = Ready | Connections | Gauges | Profile
+FromWorker = NeedCertificate | Drained | PutCounts | Answer
 
 
 def send(

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from agent.errors import SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
+from agent.model.capture import OUTBOUND_PORT
+from agent.model.flag import Flag
 from agent.tunnel import sockets, tcp
 from agent.tunnel.frames import ErrorCode
+from agent.tunnel.labels import ServiceName
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import TOO_MANY, Access, endpoint
+from agent.tunnel.served import TOO_MANY, endpoint
 from agent.tunnel.tcp import TcpChannel
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
     from agent.model.capture import Origin
     from agent.model.pod import Address
+    from agent.model.service import Service
+    from agent.tunnel.access import Access, Ledger
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.mesh import Mesh, Route
     from agent.tunnel.pool import Pool
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
 # A tunnel may end while a request is on its way: the peer restarts, or says GOAWAY. Nothing of the
 # application was sent before the answer, so the request may be made again.
 TRIES = 3
-
+CLUSTER_DOMAIN = "cluster.local"
 DENIED = "the peer answered 401: denied by a policy at the destination"
 
 
@@ -54,6 +59,11 @@ def _choose(
 ) -> tuple[Address, int]:
     """Follow the kernel's choice while it is one of the endpoints."""
     return wanted if wanted and wanted in endpoints else random.choice(endpoints)
+
+
+def _named(service: Service) -> ServiceName:
+    hostname = f"{service.name}.{service.namespace}.svc.{CLUSTER_DOMAIN}"
+    return ServiceName(service.namespace, service.name, hostname)
 
 
 class DirectPath(Protocol):
@@ -81,6 +91,7 @@ class Outbound:
         pool: Pool,
         contexts: Contexts,
         direct_path: DirectPath,
+        ledger: Ledger,
         bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self._reactor = reactor
@@ -90,18 +101,26 @@ class Outbound:
         self._pool = pool
         self._contexts = contexts
         self._direct_path = direct_path
+        self._ledger = ledger
         self._bounds = bounds
 
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
         """Take over one accepted connection."""
         host, port = peer[:2]
-        origin = self._origins.lookup(served.netns_cookie, ip_address(host), port)
+        source = ip_address(host)
+        origin = self._origins.lookup(served.netns_cookie, source, port)
         if origin is None:
+            own_host, own_port = accepted.getsockname()[:2]
             sockets.abort(accepted)
+            self._ledger.refuse(
+                served,
+                "outbound",
+                endpoint(host, port),
+                endpoint(own_host, own_port),
+                f"no captured connection: the pod dialed port {OUTBOUND_PORT} itself",
+            )
             return
-        access = Access(
-            "outbound", served, endpoint(host, port), endpoint(str(origin.address), origin.port)
-        )
+        access = self._ledger.outbound(served, (source, port), (origin.address, origin.port))
         if served.connections > self._bounds.connections_per_pod:
             sockets.abort(accepted)
             access.complete(TOO_MANY)
@@ -110,7 +129,10 @@ class Outbound:
         if route is None:
             sockets.abort(accepted)
             access.complete("the service has no ready endpoint")
-        elif route.workload is None:
+            return
+        if route.service is not None:
+            access.service = _named(route.service)
+        if route.workload is None:
             self._pass_through(served, accepted, route, access)
         else:
             self._tunnel(served, accepted, route, access)
@@ -119,6 +141,7 @@ class Outbound:
         self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
     ) -> None:
         family = socket.AF_INET if route.address.version == 4 else socket.AF_INET6
+        access.destination = endpoint(str(route.address), route.port)
         try:
             dialed = self._sockets.open(served.netns_fd, family)
         except (SidestepError, OSError) as error:
@@ -133,13 +156,14 @@ class Outbound:
                 return
             left = TcpChannel(self._reactor, accepted)
             right = TcpChannel(self._reactor, dialed)
-            Relay(
+            relay = Relay(
                 left,
                 right,
                 lambda sent, received, aborted: access.complete(
                     "reset" if aborted else "ok", sent, received
                 ),
             )
+            access.establish(relay)
             left.start()
             right.start()
 
@@ -150,16 +174,17 @@ class Outbound:
     ) -> None:
         workload = route.workload
         assert workload is not None
-        access.path = "hbone"
+        access.tunnel_to(workload, route.address, route.port)
         authority = endpoint(str(route.address), route.port)
         baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
-        headers = {"baggage": baggage, "forwarded": f'for="{access.source}"'}
+        service = f";host={access.service.hostname}" if access.service else ""
+        headers = {"baggage": baggage, "forwarded": f'for="{access.source}"{service}'}
 
         tries_left = TRIES - 1
 
-        def refuse(reason: str) -> None:
+        def refuse(reason: str, flag: Flag = Flag.CONNECT) -> None:
             sockets.abort(accepted)
-            access.complete(reason)
+            access.complete(reason, flag=flag)
 
         def acquire() -> None:
             self._contexts.client(str(served.identity), on_context)
@@ -168,7 +193,7 @@ class Outbound:
             if session is None:
                 refuse(reason)
                 return
-            access.peer_identity = str(session.peer)
+            access.prove(str(served.identity), str(session.peer))
             grant = self._direct_path.candidate(served, workload.uid, route.address, route.port)
             stream_id = session.open_stream(authority, headers)
             channel = session.channels[stream_id]
@@ -189,26 +214,29 @@ class Outbound:
                 if status != 200:
                     channel.on_abort = lambda: None
                     channel.abort()
-                    is_denied = status == 401
-                    refuse(DENIED if is_denied else f"the peer answered {status}")
+                    if status == 401:
+                        refuse(DENIED, Flag.DENIED)
+                    else:
+                        refuse(f"the peer answered {status}")
                     return
                 if grant is not None:
                     grant()
                 left = TcpChannel(self._reactor, accepted)
-                Relay(
+                relay = Relay(
                     left,
                     channel,
                     lambda sent, received, aborted: access.complete(
                         "reset" if aborted else "ok", sent, received
                     ),
                 )
+                access.establish(relay)
                 left.start()
 
             channel.on_response = on_response
 
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
             if context is None:
-                refuse(reason)
+                refuse(reason, Flag.IDENTITY)
             else:
                 self._pool.acquire(served, context, workload, route.address, on_session)
 

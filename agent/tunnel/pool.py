@@ -11,9 +11,10 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agent.errors import SidestepError
+from agent.errors import PeerRevoked, SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT
+from agent.model.flag import Failure, Flag
 from agent.tunnel import tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
@@ -115,8 +116,12 @@ class Pool:
 
         def on_connected(error: OSError | None) -> None:
             if error is not None:
-                hint = "; a NetworkPolicy may block it" if isinstance(error, TimeoutError) else ""
-                self._fail(key, entry, f"{address}:{HBONE_PORT} cannot be reached: {error}{hint}")
+                reason = f"{address}:{HBONE_PORT} cannot be reached: {error}"
+                if isinstance(error, TimeoutError):
+                    hint = f"{reason}; a NetworkPolicy may block it"
+                    self._fail(key, entry, Failure(hint, Flag.NETWORK_POLICY))
+                else:
+                    self._fail(key, entry, Failure(reason, Flag.CONNECT))
                 return
             entry.session = Session(
                 self._reactor, own, context, Role.CLIENT, self._trust, expected, self._bounds
@@ -135,7 +140,10 @@ class Pool:
                     code=session.refusal,
                     reason=reason,
                 )
-            self._fail(key, entry, reason)
+            if session.handshake_failure:
+                failure = session.handshake_failure
+                COUNTS.add("handshakes_failed", direction="outbound", reason=failure)
+            self._fail(key, entry, Failure(reason, _flag(session)))
 
         def on_ready(session: Session) -> None:
             entry.is_ready = True
@@ -161,6 +169,14 @@ class Pool:
         waiters, entry.waiters = entry.waiters, []
         for waiter in waiters:
             waiter(None, reason)
+
+    def count(self) -> dict[str, int]:
+        """Count the tunnels by state: dialing, idle, in_use, draining."""
+        counted = dict.fromkeys(("dialing", "idle", "in_use", "draining"), 0)
+        for entries in self._entries.values():
+            for entry in entries:
+                counted[_state(entry)] += 1
+        return counted
 
     def _on_idle(self, entry: _Entry) -> None:
         session = entry.session
@@ -189,3 +205,20 @@ class Pool:
                         entry.session.connection.is_draining = True
                         if not entry.session.channels:
                             self._reactor.call_soon(entry.session.close)
+
+
+def _flag(session: Session) -> Flag:
+    if session.refusal == PeerRevoked.reason:
+        return Flag.REVOKED
+    if session.refusal or session.peer is None:
+        return Flag.TLS
+    return Flag.HTTP2
+
+
+def _state(entry: _Entry) -> str:
+    session = entry.session
+    if session is None or not entry.is_ready:
+        return "dialing"
+    if session.connection.is_draining:
+        return "draining"
+    return "in_use" if session.channels else "idle"

@@ -72,7 +72,7 @@ class Relay:
     ) -> None:
         self._left, self._right = left, right
         self._on_done = on_done
-        self._sent = self._received = 0
+        self.sent = self.received = 0
         self._left_ended = self._right_ended = False
         self._is_done = False
         self._is_left_paused = self._is_right_paused = False
@@ -82,14 +82,14 @@ class Relay:
         left.on_drained, right.on_drained = self._on_left_drained, self._on_right_drained
 
     def _on_left_data(self, data: bytes | memoryview) -> None:
-        self._sent += len(data)
+        self.sent += len(data)
         self._right.write(data)
         if not self._is_left_paused and self._right.buffered > HIGH_WATER:
             self._is_left_paused = True
             self._left.pause()
 
     def _on_right_data(self, data: bytes | memoryview) -> None:
-        self._received += len(data)
+        self.received += len(data)
         self._left.write(data)
         if not self._is_right_paused and self._left.buffered > HIGH_WATER:
             self._is_right_paused = True
@@ -123,7 +123,7 @@ class Relay:
             self._is_done = True
             self._left.close()
             self._right.close()
-            self._on_done(self._sent, self._received, False)
+            self._on_done(self.sent, self.received, False)
 
     def abort(self) -> None:
         """Reset both sides."""
@@ -131,4 +131,4 @@ class Relay:
             self._is_done = True
             self._left.abort()
             self._right.abort()
-            self._on_done(self._sent, self._received, True)
+            self._on_done(self.sent, self.received, True)

@@ -1,28 +1,36 @@
-"""A pod that a worker serves, and what its connections report when they end."""
+"""A pod that a worker serves, and the worker's log."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from agent.tunnel.counts import COUNTS
+from agent.loglines import Format, Levels, build_line
 
 if TYPE_CHECKING:
     import socket
 
     from agent.model.identity import SpiffeId
     from agent.model.pod import LocalPod
-    from agent.model.verdict import Verdict
+
+SCOPE = "tunnel"
 
 
 TOO_MANY = "the pod has all connections that it may have (--connections-per-pod)"
 
-_encode = json.JSONEncoder(default=str).encode  # json.dumps would make one for each line
+
+@dataclass
+class LogSettings:
+    """What a worker writes; one for each process, as there is one stderr."""
+
+    form: Format = Format.JSON
+    levels: Levels = field(default_factory=Levels)
+
+
+LOG = LogSettings()
 
 
 @dataclass
@@ -38,64 +46,18 @@ class ServedPod:
     connections: int = 0  # open ones of the pod, both directions, in this worker
 
 
-def log(message: str, **fields: object) -> None:
-    """Write one line of JSON to stderr: the worker's log.
+def log(message: str, *, level: str = "info", scope: str = SCOPE, **fields: object) -> None:
+    """Write one line to stderr: the worker's log.
 
     A line that cannot be written (a full disk, a reader that has gone) is lost: connections matter
     more.
     """
-    if sys.stderr is None:  # it was closed when the process began
-        return
-    entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message}
+    if sys.stderr is None or not LOG.levels.wants(scope, level):
+        return  # it was closed when the process began, or nobody wants to know
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+    entry = {"time": moment, "level": level, "scope": scope, "message": message}
     with suppress(OSError):
-        sys.stderr.write(_encode(entry | fields) + "\n")
-
-
-@dataclass
-class Access:
-    """The access log entry of one connection, written when it ends."""
-
-    direction: str
-    served: ServedPod
-    source: str
-    destination: str
-    path: str = "tcp"
-    peer_identity: str | None = None
-    verdict: Verdict | None = None  # of an inbound connection
-    began: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.served.connections += 1
-
-    def complete(self, result: str, sent: int = 0, received: int = 0) -> None:
-        """Write it, and count it; `sent` counts bytes away from the client. Call it once."""
-        self.served.connections -= 1
-        pod = self.served.pod
-        verdict = self.verdict
-        is_denied = verdict is not None and not verdict.is_allowed
-        outcome = "denied" if is_denied else result if result in ("ok", "reset") else "failed"
-        COUNTS.add("connections", direction=self.direction, path=self.path, outcome=outcome)
-        COUNTS.add("sent_bytes", sent, direction=self.direction, path=self.path)
-        COUNTS.add("received_bytes", received, direction=self.direction, path=self.path)
-        if verdict is not None and is_denied:
-            COUNTS.add("connections_denied", policy=verdict.decided_by or "")
-        would_be = verdict.would_be if verdict else None
-        log(
-            "connection complete",
-            direction=self.direction,
-            pod=f"{pod.namespace}/{pod.name}",
-            source=self.source,
-            destination=self.destination,
-            path=self.path,
-            peer_identity=self.peer_identity,
-            bytes_sent=sent,
-            bytes_received=received,
-            duration_ms=round((time.monotonic() - self.began) * 1000, 1),
-            result=result,
-            verdict=None if verdict is None else "allow" if verdict.is_allowed else "deny",
-            policy=verdict.decided_by if verdict else None,
-            dry_run=str(would_be) if would_be else None,
-        )
+        sys.stderr.write(build_line(LOG.form, entry | fields) + "\n")
 
 
 def endpoint(host: str, port: int) -> str:

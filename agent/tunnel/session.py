@@ -206,6 +206,7 @@ class Session:
         self.peer: SpiffeId | None = None
         self.proof: Peer | None = None
         self.refusal = ""  # the reason code, if it is the peer's certificate that ended it
+        self.handshake_failure = ""  # the reason code, if it ended before TLS was done
         self.channels: dict[int, StreamChannel] = {}
         self._reactor = reactor
         self._trust = trust
@@ -317,7 +318,9 @@ class Session:
         except LocalProtocolError as error:
             # A defect of ours costs this tunnel, and not every connection of the worker.
             self.fail(f"a defect of Sidestep: {error}")
-        except (ssl.SSLError, OSError) as error:
+        except ssl.SSLError as error:
+            self.fail(f"{type(error).__name__}: {error}", "handshake_tls")
+        except OSError as error:
             self.fail(f"{type(error).__name__}: {error}")
 
     def _handshake(self) -> bool:
@@ -351,7 +354,8 @@ class Session:
             return
         if not size:
             is_open = self._is_established
-            self.fail("the peer closed the tunnel" if is_open else "EOF during the handshake")
+            text = "the peer closed the tunnel" if is_open else "EOF during the handshake"
+            self.fail(text, "handshake_eof")
             return
         self._incoming.write(_raw[:size])
         if not self._is_established and not self._handshake():
@@ -479,7 +483,8 @@ class Session:
         self.fail(
             "the peer did not answer a ping in time"
             if self._is_ready
-            else "the peer did not finish the handshake in time"
+            else "the peer did not finish the handshake in time",
+            "handshake_timeout",
         )
 
     # -- end ----------------------------------------------------------------------------------
@@ -507,10 +512,12 @@ class Session:
             self.refusal = error.reason
             self.fail(str(error))
 
-    def fail(self, reason: str) -> None:
-        """Close now; every open stream is aborted."""
+    def fail(self, reason: str, code: str = "handshake_broken") -> None:
+        """Close now; every open stream is aborted. `code` counts if TLS was not done."""
         if self.is_closed:
             return
+        if not self._is_established:
+            self.handshake_failure = self.refusal or code
         self._trust.leave(self)
         self._deadline.cancel()
         # a GOAWAY or an alert with the reason's code, if the socket takes it at once

@@ -13,13 +13,6 @@
 #define PORT_INBOUND_HBONE 15008
 #define PORT_DNS	   15053
 
-enum capture {
-	CAPTURE_PASS,	/* not ours: leave the connection alone */
-	CAPTURE_DIRECT, /* let the kernel connect it to the endpoint */
-	CAPTURE_STEER,	/* steer it to the outbound listener */
-	CAPTURE_REFUSE, /* it should be steered and cannot be */
-};
-
 static __always_inline bool is_excluded_port(u64 netns_cookie, __be16 port_be, u16 direction)
 {
 	struct port port = {

@@ -117,6 +117,11 @@ BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
 BPF_TABLE_PINNED("percpu_hash", struct counter_key, struct counter, ss_counters, MAX_PODS * 8,
 		 SS_PINS "/ss_counters");
 
+/* new connections of a pod by direction and decision -> how many. Written by connect and lookup,
+ * read by the agent; lives until unenroll. A full map counts no more, which hurts no connection. */
+BPF_TABLE_PINNED("percpu_hash", struct capture_key, u64, ss_captures, MAX_PODS * 8,
+		 SS_PINS "/ss_captures");
+
 /* 0 -> where sockops puts a flow_end together, and where its readers find the layout. */
 BPF_TABLE_PINNED("percpu_array", u32, struct flow_end, ss_flow_end, 1, SS_PINS "/ss_flow_end");
 

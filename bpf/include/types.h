@@ -148,6 +148,22 @@ struct counter_key {
 	u32 pad;
 };
 
+/* Key of ss_captures. */
+struct capture_key {
+	u64 netns_cookie;
+	u16 direction; /* enum direction */
+	u16 decision;  /* enum capture */
+	u32 pad;
+};
+
+/* What becomes of a new TCP connection from a pod, or to it. */
+enum capture {
+	CAPTURE_PASS = 0,   /* not ours: leave the connection alone */
+	CAPTURE_DIRECT = 1, /* let the kernel connect it to the endpoint */
+	CAPTURE_STEER = 2,  /* steer it to the listener */
+	CAPTURE_REFUSE = 3, /* it should be steered and cannot be */
+};
+
 struct counter {
 	u64 packets;
 	u64 bytes;

@@ -75,9 +75,10 @@ class Neighbors:
         assert len(batch) == 1
         (sample,) = batch.samples(2)
         end = self.ends.parse(sample)
-        assert self.ends.totals(Batch(b"", batch.stride)) == (0, 0, 0)
-        totals = (2 * end.sent, 2 * end.received, 2 * end.was_reset)
-        assert self.ends.totals(Batch(batch.records * 2, batch.stride)) == totals
+        assert self.ends.totals(Batch(b"", batch.stride)) == {}
+        totals = direct.Totals(2, 2 * end.was_reset, 2 * end.sent, 2 * end.received)
+        pair = (end.flow.source_cookie, end.flow.destination_cookie)
+        assert self.ends.totals(Batch(batch.records * 2, batch.stride)) == {pair: totals}
         return end
 
     def is_captured(self, host: str = PEER4, port: int = PORT) -> bool:
@@ -366,9 +367,9 @@ def test_ends_are_complete_when_the_ring_has_come_round(neighbors: Neighbors) ->
             assert time.monotonic() < deadline
             batch = neighbors.ends.read()
             count += len(batch)
-            totals = neighbors.ends.totals(batch)
-            sent -= totals[0]
-            resets += totals[2]
+            for totals in neighbors.ends.totals(batch).values():
+                sent -= totals.sent
+                resets += totals.resets
             read_bytes += len(batch.records)
     assert read_bytes > RING_BYTES
     assert (count, sent, resets) == (number, 0, 0)

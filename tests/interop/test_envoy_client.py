@@ -73,7 +73,7 @@ def test_echo_and_the_clients_own_address(server: Neighbors, serve: Serve) -> No
     assert read_all(connection) == b""
     assert seen == [POD4]
     server.ours.worker.settle()
-    assert f'"peer_identity": "{identity("client")}"' in server.ours.worker.log.read_text()
+    assert f'"src.identity": "{identity("client")}"' in server.ours.worker.log.read_text()
 
 
 def test_half_close_leaves_the_answer(server: Neighbors, serve: Serve) -> None:

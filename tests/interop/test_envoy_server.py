@@ -57,7 +57,9 @@ def test_echo_through_the_tunnel(client: Neighbors, serve: Serve) -> None:
     assert read_all(connection) == b""
     client.ours.worker.settle()
     log = client.ours.worker.log.read_text()
-    assert f'"path": "hbone", "peer_identity": "{identity("server")}"' in log
+    assert (
+        f'"dst.identity": "{identity("server")}", "direction": "outbound", "path": "hbone"' in log
+    )
 
 
 def test_half_close_leaves_the_answer(client: Neighbors, serve: Serve) -> None:

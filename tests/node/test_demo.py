@@ -64,5 +64,5 @@ def test_second_demo_at_once_is_refused() -> None:
         second = subprocess.run(DEMO, capture_output=True, text=True, check=False)
         first.stdout.read()
     assert first.returncode == 0
-    assert second.returncode == 1
+    assert second.returncode == 2
     assert second.stderr == "error: another demo runs on this machine: wait until it has ended\n"

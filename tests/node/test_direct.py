@@ -80,9 +80,9 @@ def visit(lab: Lab, server: str) -> list[dict[str, Any]]:
 def test_second_connection_takes_the_direct_path(lab: Lab) -> None:
     first, second = visit(lab, "server")
     assert (first["path"], second["path"]) == ("hbone", "direct")
-    same = ("pod", "destination", "peer_identity", "bytes_sent", "bytes_received", "result")
+    same = ("src.workload", "dst.original", "dst.identity", "bytes_sent", "bytes_recv", "result")
     assert {key: second[key] for key in same} == {key: first[key] for key in same}
-    assert second["peer_identity"] == "spiffe://cluster.local/ns/shop/sa/server"
+    assert second["dst.identity"] == "spiffe://cluster.local/ns/shop/sa/server"
 
 
 def test_annotation_keeps_traffic_of_a_pod_encrypted(lab: Lab) -> None:
@@ -132,7 +132,7 @@ def test_connections_of_both_paths_are_counted(lab: Lab) -> None:
             break
         assert time.monotonic() < deadline, counted
     direct = frozenset({("direction", "outbound"), ("path", "direct")})
-    assert found["sidestep_received_bytes_total", direct] == entries[1]["bytes_received"]
+    assert found["sidestep_received_bytes_total", direct] == entries[1]["bytes_recv"]
     assert found["sidestep_pods", frozenset({("state", "enrolled")})] == 3
     client = frozenset({("pod", "shop/client"), ("direction", "outbound")})
     assert found["sidestep_pod_packets_total", client] > 0

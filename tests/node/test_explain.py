@@ -144,7 +144,7 @@ def test_unknown_name_is_an_error_of_one_line(lab: Lab) -> None:
     done = subprocess.run(
         [*command, "--lab", lab.name], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: nobody is no pod, no service")
 
 

@@ -82,7 +82,7 @@ def last_path(lab: Lab, server: PodEnd, port: int, count: int) -> str:
     found: list[dict[str, Any]] = []
 
     def is_the_last(entry: dict[str, Any]) -> bool:
-        if entry["destination"] == f"{server.address}:{port}" and entry not in found:
+        if entry["dst.original"] == f"{server.address}:{port}" and entry not in found:
             found.append(entry)
         return len(found) == count
 
@@ -100,7 +100,7 @@ def outbound(lab: Lab) -> list[dict[str, Any]]:
         entry
         for entry in entries(lab, east, COMPLETE)
         if entry["direction"] == "outbound"
-        and not entry["destination"].endswith(f":{WARM_UP_PORT}")
+        and not entry["dst.original"].endswith(f":{WARM_UP_PORT}")
     ]
 
 
@@ -277,17 +277,17 @@ def test_ports_are_excluded_in_both_directions(
     assert b"plain two" in link
 
     wait_for_tunnel(lab, server, 9000)
-    assert [entry["destination"] for entry in outbound(lab)] == [f"{server.address}:9000"]
+    assert [entry["dst.original"] for entry in outbound(lab)] == [f"{server.address}:9000"]
     # Captured at the server's pod as plaintext: the agent dialed in between.
     entry = wait_for_entry(
-        lab, west, COMPLETE, lambda entry: entry["destination"] == f"{server.address}:9001"
+        lab, west, COMPLETE, lambda entry: entry["dst.original"] == f"{server.address}:9001"
     )
     assert entry["path"] == "plaintext"
-    assert entry["source"] == f"{client.address}:{own_ports[9001]}"
+    assert entry["src.addr"] == f"{client.address}:{own_ports[9001]}"
     # Excluded on both sides: one connection from end to end, with the client's own port.
     assert heard[9002] == [(client.address, own_ports[9002])]
     assert {peers[0][0] for peers in heard.values()} == {client.address}
-    inbound = [entry["destination"] for entry in entries(lab, west, COMPLETE)]
+    inbound = [entry["dst.original"] for entry in entries(lab, west, COMPLETE)]
     assert f"{server.address}:9002" not in inbound
 
 

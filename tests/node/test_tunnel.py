@@ -125,10 +125,10 @@ def test_peer_identities_are_in_the_access_log(mesh: MeshPair, serve: Serve) -> 
     assert read_all(connection) == b""
     mesh.client.worker.settle()
     mesh.server.worker.settle()
-    assert '"peer_identity": "spiffe://cluster.local/ns/default/sa/server"' in (
+    assert '"dst.identity": "spiffe://cluster.local/ns/default/sa/server"' in (
         mesh.client.worker.log.read_text()
     )
-    assert '"peer_identity": "spiffe://cluster.local/ns/default/sa/client"' in (
+    assert '"src.identity": "spiffe://cluster.local/ns/default/sa/client"' in (
         mesh.server.worker.log.read_text()
     )
 

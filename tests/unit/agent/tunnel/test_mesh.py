@@ -56,13 +56,14 @@ def test_pod_that_is_not_captured_is_reached_as_plain_tcp(mesh: Mesh) -> None:
 
 
 def test_service_leads_to_an_endpoint_of_the_same_family(mesh: Mesh) -> None:
-    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, WORKLOAD)
-    assert mesh.resolve(VIP6, 80, first) == Route(POD6, 8080, WORKLOAD)
+    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, WORKLOAD, SERVICE)
+    assert mesh.resolve(VIP6, 80, first) == Route(POD6, 8080, WORKLOAD, SERVICE)
 
 
 def test_other_family_serves_where_there_is_none_of_the_same(mesh: Mesh) -> None:
-    mesh.put_service(replace(SERVICE, endpoints=SERVICE.endpoints[:1]))
-    assert mesh.resolve(VIP6, 80, first) == Route(POD4, 8080, WORKLOAD)
+    service = replace(SERVICE, endpoints=SERVICE.endpoints[:1])
+    mesh.put_service(service)
+    assert mesh.resolve(VIP6, 80, first) == Route(POD4, 8080, WORKLOAD, service)
 
 
 def test_service_without_an_endpoint_for_the_port_leads_nowhere(mesh: Mesh) -> None:
@@ -103,11 +104,13 @@ def test_address_that_was_taken_over_stays_with_its_new_owner(mesh: Mesh) -> Non
     service = replace(SERVICE, name="cart-2", addresses=(VIP4,))
     mesh.put_service(service)
     mesh.remove_service(SERVICE.namespace, SERVICE.name)
-    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, heir)
+    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, heir, service)
 
 
 def test_workload_is_found_by_its_uid(mesh: Mesh) -> None:
     assert mesh.workload("u-1") == WORKLOAD
+    assert mesh.at(POD4) == WORKLOAD
+    assert mesh.at(OTHER4) is None
     assert mesh.workload("u-2") is None
 
 

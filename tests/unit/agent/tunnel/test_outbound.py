@@ -16,6 +16,7 @@ from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel.access import Ledger
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.frames import ErrorCode
@@ -80,7 +81,15 @@ class Scene:
         self.sessions: list[Session] = []
         asked = Asked()
         self.outbound = Outbound(
-            self.reactor, pod_sockets, asked, mesh, self.pool, contexts, asked, bounds
+            self.reactor,
+            pod_sockets,
+            asked,
+            mesh,
+            self.pool,
+            contexts,
+            asked,
+            Ledger(self.reactor, mesh),
+            bounds,
         )
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.0.0.2"),))
         self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])

@@ -8,14 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from agent.tunnel.served import log
+from agent.loglines import Format, Levels
+from agent.tunnel.served import LOG, log
 
 
 def test_line_has_time_message_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
     log("tunnel closed", pod="shop/cart", peer=None)
     entry = json.loads(capsys.readouterr().err)
     assert entry.pop("time")
-    assert entry == {"message": "tunnel closed", "pod": "shop/cart", "peer": None}
+    assert entry == {
+        "level": "info",
+        "scope": "tunnel",
+        "message": "tunnel closed",
+        "pod": "shop/cart",
+        "peer": None,
+    }
+
+
+def test_levels_and_form_are_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOG, "levels", Levels("warning"))
+    monkeypatch.setattr(LOG, "form", Format.TEXT)
+    log("tunnel closed")
+    log("tunnel refused", level="warning", code=7)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.split("\t")[1:] == ["warning", "tunnel", "tunnel refused", "code=7"]
 
 
 def test_line_that_cannot_be_written_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

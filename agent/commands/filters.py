@@ -1,0 +1,96 @@
+"""The same filters for every listing: --pod, --namespace and --node.
+
+A row is about the pods that its columns name (`pod`, `workload`, `source_pod`, `destination_pod`,
+`pods`: NAMESPACE/NAME), or about a namespace or identity that it names; one that names none is left
+out where a filter asks for some.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from agent.output import Row
+
+POD_COLUMNS = ("pod", "workload", "source", "destination", "source_pod", "destination_pod", "pods")
+NAMED_COLUMNS = ("service", "policy")  # [KIND ]NAMESPACE/NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which rows a person wants to see; None is every one."""
+
+    pod: str | None = None
+    namespace: str | None = None
+    node: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pod is not None and "/" in self.pod:
+            space, _, name = self.pod.partition("/")
+            if self.namespace not in (None, space):
+                raise click.BadParameter(
+                    f"{self.pod} is not in namespace {self.namespace}", param_hint="--pod"
+                )
+            object.__setattr__(self, "pod", name)
+            object.__setattr__(self, "namespace", space)
+
+    def passes(self, row: Row) -> bool:
+        """Say whether a row is to be shown."""
+        if self.node is not None and row.get("node") != self.node:
+            return False
+        if self.pod is None and self.namespace is None:
+            return True
+        pods = set(_pods(row))
+        if self.pod is not None:
+            return any(name == self.pod and self.namespace in (None, space) for space, name in pods)
+        return self.namespace in {space for space, _name in pods} | set(_namespaces(row))
+
+    def apply(self, rows: Iterable[Row]) -> list[Row]:
+        """Return the rows that are to be shown."""
+        return [row for row in rows if self.passes(row)]
+
+
+def _pods(row: Row) -> Iterator[tuple[str, str]]:
+    for column in POD_COLUMNS:
+        value = row.get(column)
+        for text in value if isinstance(value, list) else [value]:
+            space, separator, name = str(text).partition("/")
+            if separator:
+                yield space, name
+
+
+def _namespaces(row: Row) -> Iterator[str]:
+    if row.get("namespace"):
+        yield str(row["namespace"])
+    for column in NAMED_COLUMNS:
+        space, separator, _name = str(row.get(column) or "").rpartition(" ")[2].partition("/")
+        if separator:
+            yield space
+    identity = str(row.get("identity") or "").split("/")
+    if "ns" in identity[:-1]:
+        yield identity[identity.index("ns") + 1]
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a Filter, passed to it as `wanted`."""
+
+    @wraps(command)
+    def filtered(*args: Any, pod: str | None, namespace: str | None, node: str | None,
+                 **kwargs: Any) -> Any:  # fmt: skip
+        return command(*args, wanted=Filter(pod, namespace, node), **kwargs)
+
+    options = (
+        click.option("--pod", metavar="[NAMESPACE/]NAME", help="Show only what is about this pod."),
+        click.option("-n", "--namespace", help="Show only what is about this namespace."),
+        click.option("--node", help="Show only what is on this node."),
+    )
+    wrapped: Callable[..., Any] = filtered
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped

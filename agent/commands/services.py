@@ -1,0 +1,30 @@
+"""`sidestep services`: the services of the mesh and their endpoints, as the agent knows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.examples import examples
+from agent.commands.filters import Filter
+from agent.output import Output, emit, output_option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COLUMNS = ("service", "addresses", "ports", "endpoints")
+
+
+@click.command(epilog=examples("sidestep services", "sidestep services -n shop -o yaml"))
+@agent_options
+@click.option("-n", "--namespace", help="Show only the services of this namespace.")
+@output_option
+def services(
+    socket_path: Path | None, lab: str | None, run_dir: Path, namespace: str | None, output: Output
+) -> None:
+    """List the services and the endpoints that are ready."""
+    sockets = chosen_sockets(socket_path, lab, run_dir)[:1]  # every agent knows all of them
+    (rows,) = ask_each(sockets, "services")
+    emit(Filter(namespace=namespace).apply(rows), COLUMNS, output)

@@ -1,0 +1,126 @@
+"""A very small HTTP/1.1 server: GET and POST, one request for each connection, no body.
+
+For metrics and the admin pages, on loopback or on the agent's unix socket; nothing that a pod or
+another machine reaches. A request that names another host than this machine's loopback is refused:
+it comes from a browser that a stranger's page has sent here (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+from agent.errors import ConfigError, SidestepError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    Query = dict[str, str]
+    Handler = Callable[[Query], Awaitable["Response"]]
+    Routes = Mapping[tuple[str, str], Handler]  # (method, path)
+
+HOST = "127.0.0.1"
+REQUEST_SECONDS = 5.0
+REQUEST_BYTES = 8192
+END_OF_HEAD = b"\r\n\r\n"
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer; text if no other type is said."""
+
+    body: bytes
+    status: HTTPStatus = HTTPStatus.OK
+    content_type: str = "text/plain; charset=utf-8"
+
+
+def text(line: str, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    """Answer with a line of text."""
+    return Response(f"{line}\n".encode(), status)
+
+
+async def answer(head: bytes, routes: Routes) -> bytes:
+    """Return what to send for one request, whose head ends with an empty line."""
+    try:
+        response = await _respond(head, routes)
+    except SidestepError as error:
+        response = text(str(error), HTTPStatus.BAD_REQUEST)
+    lines = (
+        f"HTTP/1.1 {response.status.value} {response.status.phrase}",
+        f"Content-Type: {response.content_type}",
+        f"Content-Length: {len(response.body)}",
+        "Connection: close",
+    )
+    return "\r\n".join(lines).encode() + END_OF_HEAD + response.body
+
+
+async def _respond(head: bytes, routes: Routes) -> Response:
+    lines = head.decode("latin-1").split("\r\n")
+    method, separator, rest = lines[0].partition(" ")
+    target, separator, version = rest.rpartition(" ")
+    if not separator or not version.startswith("HTTP/1."):
+        return text("this is no HTTP/1.1 request", HTTPStatus.BAD_REQUEST)
+    if not _is_for_here(lines[1:]):
+        return text("the Host of the request is not this machine", HTTPStatus.MISDIRECTED_REQUEST)
+    try:
+        parts = urlsplit(target)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True, max_num_fields=16))
+    except ValueError:
+        return text("the address cannot be read", HTTPStatus.BAD_REQUEST)
+    handler = routes.get((method, parts.path))
+    if handler is not None:
+        return await handler(query)
+    known = sorted({path for _method, path in routes})
+    if parts.path in known:
+        return text(f"{method} is not for {parts.path}", HTTPStatus.METHOD_NOT_ALLOWED)
+    return text(f"there are {', '.join(known)}", HTTPStatus.NOT_FOUND)
+
+
+def _is_for_here(fields: list[str]) -> bool:
+    for field in fields:
+        name, _, value = field.partition(":")
+        if name.strip().lower() == "host":
+            host = value.strip().lower()
+            return host in LOOPBACK_NAMES or host.rpartition(":")[0] in LOOPBACK_NAMES
+    return True
+
+
+class Server:
+    """Serves routes on a port of the node's loopback."""
+
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+        self._server: asyncio.Server | None = None
+
+    async def start(self, port: int, option: str) -> None:
+        """Listen; 0 is any free port (ConfigError names `option` if the port is taken)."""
+        try:
+            self._server = await asyncio.start_server(self._serve, HOST, port, limit=REQUEST_BYTES)
+        except OSError as error:
+            raise ConfigError(f"{option} {port}: {error.strerror}") from error
+
+    @property
+    def port(self) -> int | None:
+        """The port that is served; None before `start`."""
+        return self._server.sockets[0].getsockname()[1] if self._server else None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                head = await reader.readuntil(END_OF_HEAD)
+            writer.write(await answer(head, self._routes))
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await writer.drain()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # whoever asked has gone, or asked for nothing
+        finally:
+            writer.close()
+
+    def stop(self) -> None:
+        """Serve no more."""
+        if self._server is not None:
+            self._server.close()

@@ -1,0 +1,131 @@
+"""Every command is as the others: help, examples that parse, options that say what they do."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+
+from agent.cli import COMMANDS, main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LISTINGS = {
+    "check", "pods", "workloads", "services", "policies", "certs", "connections", "explain", "diff",
+    "maps list", "maps dump", "programs", "lab status", "bench",
+}  # fmt: skip
+FILTERED = {"pods", "workloads", "policies", "certs", "connections", "diff", "maps dump"}
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(main)
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        yield name, command
+        if isinstance(command, click.Group):
+            for below in command.list_commands(context):
+                found = command.get_command(context, below)
+                assert found is not None
+                yield f"{name} {below}", found
+
+
+ALL = dict(commands())
+
+
+def option_names(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_says_what_it_does_with_examples(name: str) -> None:
+    command = ALL[name]
+    assert command.help
+    assert command.epilog is not None
+    assert f"\n  sidestep {name.split()[0]}" in command.epilog
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_says_what_it_is_for(name: str) -> None:
+    options = [each for each in ALL[name].params if isinstance(each, click.Option)]
+    assert [each.name for each in options if not each.help] == []
+
+
+def example_lines() -> Iterator[str]:
+    for command in (main, *ALL.values()):
+        for line in (command.epilog or "").splitlines():
+            if line.startswith("  sidestep "):
+                yield line.strip()
+
+
+@pytest.mark.parametrize("line", sorted(set(example_lines())))
+def test_examples_are_what_the_commands_take(
+    line: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path_factory.mktemp("examples")
+    for name in ("objects", "ca"):
+        (place / name).mkdir()
+    (place / "cluster.yaml").touch()
+    monkeypatch.chdir(place)
+    _sidestep, *words = shlex.split(line, comments=True)
+    context = click.Context(main)
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        _name, found, words = command.resolve_command(context, words)
+        assert found is not None
+        command = found
+    command.make_context(command.name, words, parent=context)
+
+
+@pytest.mark.parametrize("name", sorted(LISTINGS))
+def test_listings_are_printed_in_one_of_three_ways(name: str) -> None:
+    (output,) = [each for each in ALL[name].params if each.name == "output"]
+    assert isinstance(output.type, click.Choice)
+    assert list(output.type.choices) == ["table", "json", "yaml"]
+    assert output.opts == ["-o", "--output"]
+
+
+@pytest.mark.parametrize("name", sorted(FILTERED))
+def test_listings_of_pods_are_filtered_alike(name: str) -> None:
+    assert {"--pod", "--namespace", "-n", "--node"} <= option_names(ALL[name])
+
+
+def test_shell_completes_commands_and_maps() -> None:
+    complete = ShellComplete(main, {}, "sidestep", "_SIDESTEP_COMPLETE")
+    assert [each.value for each in complete.get_completions([], "con")] == ["connections"]
+    found = [each.value for each in complete.get_completions(["maps", "dump"], "ss_po")]
+    assert found == ["ss_pods", "ss_pod_names", "ss_ports"]
+
+
+def test_version_is_said() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("sidestep 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["connections", "--socket", "/nowhere/agent.sock"],
+        ["certs", "--socket", "/nowhere/agent.sock"],
+        ["diff", "--run-dir", "/nowhere"],
+        ["policies", "--lab", "none"],
+        ["check", "--repair", "--run-dir", "/nowhere"],
+        ["pods", "--pins", "/nowhere"],
+        ["maps", "dump", "ss_pods", "--pins", "/nowhere"],
+        ["maps", "dump", "nothing"],
+        ["connections", "--no-such-option"],
+    ],
+)
+def test_command_that_cannot_run_says_so_in_one_line_and_ends_with_2(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "agent.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.lower().strip().splitlines()[-1].startswith("error: ")
