@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import logs
+from agent.commands.examples import examples
 from agent.errors import InstallFailed
 from cni import installer
 
@@ -59,12 +60,12 @@ def _entry(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group()
+@click.group(epilog=examples("sidestep cni watch", "sidestep cni uninstall"))
 def cni() -> None:
     """Chain Sidestep's plugin after the cluster's CNI on this node."""
 
 
-@cni.command()
+@cni.command(epilog=examples("sidestep cni install --networks /etc/cni/net.d"))
 @_places
 @_entry
 def install(
@@ -79,7 +80,7 @@ def install(
     click.echo(f"{networks / primary} has the plugin")
 
 
-@cni.command()
+@cni.command(epilog=examples("sidestep cni uninstall --plugins /opt/cni/bin"))
 @_places
 def uninstall(networks: Path, plugins: Path, state: Path) -> None:
     """Take entry, plugin and record away; each file is as its owner wrote it."""
@@ -91,7 +92,9 @@ def uninstall(networks: Path, plugins: Path, state: Path) -> None:
     click.echo("the plugin is uninstalled")
 
 
-@cni.command()
+@cni.command(
+    epilog=examples("sidestep cni watch", "sidestep cni watch --exclude-namespace kube-system")
+)
 @_places
 @_entry
 def watch(

@@ -312,7 +312,7 @@ def test_commands_install_keep_and_uninstall(places: Places, conflist: Path) -> 
 
     conflist.unlink()
     refused = run("install", *where, *entry)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "has no network configuration yet" in refused.stderr
     conflist.write_text(CONFLIST)
     done = run("install", *where, *entry)

@@ -115,7 +115,8 @@ def test_workload_is_found_by_its_uid(mesh: Mesh) -> None:
 
 
 def test_service_and_entry_of_one_name_are_two(mesh: Mesh) -> None:
-    mesh.put_service(replace(SERVICE, addresses=(OTHER4,), kind="ServiceEntry"))
+    entry = replace(SERVICE, addresses=(OTHER4,), kind="ServiceEntry")
+    mesh.put_service(entry)
     mesh.remove_service(*SERVICE.key)
     assert mesh.resolve(VIP4, 80, first) == Route(VIP4, 80, None)
-    assert mesh.resolve(OTHER4, 80, first) == Route(POD4, 8080, WORKLOAD)
+    assert mesh.resolve(OTHER4, 80, first) == Route(POD4, 8080, WORKLOAD, entry)
