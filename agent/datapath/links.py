@@ -45,21 +45,11 @@ def _closing(fd: int) -> Iterator[int]:
 
 
 def attach_cgroup(pins: Pins, root: Path) -> None:
-    """Attach every cgroup program at `root`, where that is not done yet."""
+    """Attach every cgroup program at `root`; behind a link that is there the program is replaced."""
     with _closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
         for name, (_program_type, attach_type) in CGROUP_PROGRAMS.items():
-            path = pins.link_path(name)
             with _closing(pins.program(name)) as program_fd:
-                if path.exists():
-                    with _closing(libbpf.open_pin(path)) as link_fd:
-                        attached = libbpf.link_facts(link_fd).program_id
-                    if attached != libbpf.program_facts(program_fd).id:
-                        raise AttachError(f"{path} is attached to another program")
-                    continue
-                with _closing(
-                    libbpf.create_link(program_fd, cgroup_fd, attach_type, name)
-                ) as link_fd:
-                    libbpf.pin(link_fd, path)
+                _attach(program_fd, cgroup_fd, attach_type, name, pins.link_path(name))
 
 
 def lookup_link_name(netns_cookie: int) -> str:
