@@ -1,6 +1,7 @@
 """The pods of this node: who is captured, how each fares, who drains.
 
     wanted -> diff with what is captured -> enroll | unenroll -> tell the workers -> publish
+    heritage -> the next agent's inherit, then abandon here
 
 One pod's failure is that pod's: it is logged, counted, shown by the admin socket and on the pod
 itself, and tried again when the pod changes or some time has passed.
@@ -13,20 +14,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import sandbox
-from agent.enroll import enroll, hand_over, release, set_strict, unenroll
+from agent.enroll import (
+    Inherited,
+    abandon,
+    enroll,
+    exceptions,
+    hand_over,
+    inherit_draining,
+    release,
+    set_strict,
+    unenroll,
+)
 from agent.errors import MapError, SandboxNotFound, SidestepError
-from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.inheritance import Inheritance
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.tunnel import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
     from agent.datapath.pins import Pins
     from agent.direct import DirectPath
@@ -78,6 +90,9 @@ class Roster:
         self._plaintext_ports = plaintext_ports
         self._enrolled: dict[str, Enrollment] = {}
         self._draining: dict[str, Enrollment] = {}
+        self._drained: set[str] = set()  # of those, but an elder may still serve them
+        self._has_elders = False
+        self._let_go_of_one = asyncio.Event()
         self.statuses: dict[str, PodStatus] = {}
         self.failures: Counter[str] = Counter()  # tries that failed, by reason
 
@@ -96,7 +111,7 @@ class Roster:
             self._source.publish(self.statuses.pop(uid).pod, None)
         for uid in self._draining.keys() - alive:
             self._fleet.expect_no_more(uid)
-            self._let_go(self._draining.pop(uid))
+            self._end_drain(uid)
         observed = {uid: enrollment.pod for uid, enrollment in self._enrolled.items()}
         for step in diff(desired, observed):
             match step:
@@ -117,12 +132,87 @@ class Roster:
         for enrollment in self._enrolled.values():
             yield _added(enrollment)
 
+    def exceptions(self) -> set[tuple[str, bytes]]:
+        """Return what is not captured of the pods that are; see `enroll.exceptions`."""
+        found = (exceptions(self._pins, enrollment) for enrollment in self._enrolled.values())
+        return set().union(*found)
+
+    # -- from one agent to the next -----------------------------------------------------------
+
+    def heritage(self) -> Iterator[tuple[Inheritance, list[int]]]:
+        """Yield what a successor needs of each pod, and the descriptors, which stay ours."""
+        for enrollment in (*self._enrolled.values(), *self._draining.values()):
+            inheritance = Inheritance(
+                enrollment.pod,
+                enrollment.netns_cookie,
+                tuple(port for port, _listener in enrollment.listeners),
+                enrollment.pod.uid in self._draining,
+                {str(path): text for path, text in enrollment.sysctls.items()},
+            )
+            yield inheritance, _descriptors(enrollment)
+
+    def inherit(
+        self, heritage: Iterable[tuple[Inheritance, list[int]]], desired: dict[str, LocalPod]
+    ) -> None:
+        """Serve what an agent hands over, beside it; its descriptors are ours now.
+
+        A pod is taken as it is desired, so that nothing has to be undone for what changed.
+        """
+        for inheritance, fds in heritage:
+            netns_fd, *listener_fds = fds
+            listeners = [socket.socket(fileno=fd) for fd in listener_fds]
+            inherited = Inherited(
+                list(zip(inheritance.ports, listeners, strict=True)),
+                {Path(name): text for name, text in inheritance.sysctls.items()},
+            )
+            cookie, pod = inheritance.netns_cookie, inheritance.pod
+            if inheritance.is_draining:
+                enrollment = inherit_draining(pod, netns_fd, cookie, inherited)
+                self._fleet.tell(*_added(enrollment))
+                self._expect_drained(enrollment)
+                continue
+            pod = desired.get(pod.uid, pod)
+            try:
+                enrollment = enroll(self._pins, pod, netns_fd, inherited)
+            except SidestepError as error:
+                os.close(netns_fd)
+                self._put_off(pod, error)
+                continue
+            self._take(enrollment)
+            self.statuses[pod.uid] = PodStatus(pod, "enrolled")
+
+    def wait_for_elders(self, has_elders: bool) -> None:
+        """Say whether an agent before us still serves connections, which need the reply routes."""
+        self._has_elders = has_elders
+        if not has_elders:
+            for uid in list(self._drained):
+                self._end_drain(uid)
+
+    def abandon(self) -> None:
+        """Listen no more, and leave every pod captured: closed, or the successor's."""
+        for enrollment in (*self._enrolled.values(), *self._draining.values()):
+            abandon(enrollment)
+            os.close(enrollment.netns_fd)
+        self._enrolled.clear()
+        self._draining.clear()
+        self._drained.clear()
+
     def release_all(self) -> None:
-        """Take every pod out, at once."""
+        """Take every pod out; what is open goes on until `drop_all`, or until all is drained."""
         for uid in list(self._enrolled):
-            self._unenroll(uid, has_ended=True)
-        for enrollment in self._draining.values():
-            self._let_go(enrollment)
+            self._unenroll(uid, has_ended=False)
+
+    async def wait_drained(self) -> None:
+        """Wait until no pod drains any more."""
+        while self._draining:
+            self._let_go_of_one.clear()
+            await self._let_go_of_one.wait()
+
+    def drop_all(self) -> None:
+        """Undo what is left of pods that drain."""
+        for uid in list(self._draining):
+            self._fleet.expect_no_more(uid)
+            self._end_drain(uid)
 
     def _is_due(self, pod: LocalPod) -> bool:
         """Whether to try a pod now: it is new or changed, or has waited after a failure."""
@@ -142,14 +232,17 @@ class Roster:
                 os.close(netns_fd)
             self._put_off(pod, error)
             return
-        self._enrolled[pod.uid] = enrollment
-        self._guard(enrollment)
-        self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)
-        self._fleet.tell(*_added(enrollment))
+        self._take(enrollment)
         await self._fleet.wait_in_force()
         self.statuses[pod.uid] = PodStatus(pod, "enrolled")
         self._source.publish(pod, "enabled")
         log.info("pod enrolled", extra=_named(pod))
+
+    def _take(self, enrollment: Enrollment) -> None:
+        self._enrolled[enrollment.pod.uid] = enrollment
+        self._guard(enrollment)
+        self._direct.add_pod(enrollment.netns_cookie, enrollment.pod, enrollment.netns_fd)
+        self._fleet.tell(*_added(enrollment))
 
     def _put_off(self, pod: LocalPod, error: SidestepError) -> None:
         state = "pending" if isinstance(error, SandboxNotFound) else "failed"
@@ -195,22 +288,36 @@ class Roster:
         log.info("pod unenrolled", extra=_named(pod))
 
     def _drain(self, enrollment: Enrollment) -> None:
-        uid = enrollment.pod.uid
         try:
             release(enrollment)
         except (SidestepError, OSError) as error:
             # Its other steps are done, and the other pods are not affected.
             fields = _named(enrollment.pod) | {"error": str(error)}
             log.error("pod not unenrolled cleanly", extra=fields)
+        self._expect_drained(enrollment)
+
+    def _expect_drained(self, enrollment: Enrollment) -> None:
+        uid = enrollment.pod.uid
         self._draining[uid] = enrollment
-        self._fleet.expect_drained(uid, lambda: self._let_go(self._draining.pop(uid)))
+        self._fleet.expect_drained(uid, lambda: self._on_drained(uid))
         self._fleet.tell(messages.DrainPod(uid))
+
+    def _on_drained(self, uid: str) -> None:
+        self._drained.add(uid)
+        if not self._has_elders:
+            self._end_drain(uid)
+
+    def _end_drain(self, uid: str) -> None:
+        self._drained.discard(uid)
+        self._let_go(self._draining.pop(uid))
+        self._let_go_of_one.set()
 
     async def _take_back(self, uid: str) -> None:
         """Free 15008 of a pod that comes back while it drains; its connections go on."""
         enrollment = self._draining.pop(uid, None)
         if enrollment is None:
             return
+        self._drained.discard(uid)
         self._fleet.expect_no_more(uid)
         self._fleet.tell(messages.RemovePod(uid))
         await self._fleet.wait_in_force()
@@ -235,15 +342,10 @@ def _named(pod: LocalPod) -> dict[str, str]:
 
 
 def _added(enrollment: Enrollment) -> Told:
-    listeners = [
-        (port, listener.fileno())
-        for port, found in (
-            (OUTBOUND_PORT, enrollment.outbound),
-            (INBOUND_PORT, enrollment.inbound),
-            (HBONE_PORT, enrollment.hbone),
-        )
-        for listener in found
-    ]
-    ports = tuple(port for port, _fd in listeners)
+    ports = tuple(port for port, _listener in enrollment.listeners)
     message = messages.AddPod(enrollment.pod, enrollment.netns_cookie, ports)
-    return message, [enrollment.netns_fd, *(fd for _port, fd in listeners)]
+    return message, _descriptors(enrollment)
+
+
+def _descriptors(enrollment: Enrollment) -> list[int]:
+    return [enrollment.netns_fd, *(each.fileno() for _port, each in enrollment.listeners)]

@@ -41,3 +41,4 @@ class Settings:
     has_direct_path: bool = True
     kubelet_cgroup: Path | None = None
     metrics_port: int = 15020  # 0: none
+    drain_seconds: int = 300  # for connections to end, after a successor has taken over

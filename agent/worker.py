@@ -17,6 +17,7 @@ import resource
 import select
 import socket
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,8 @@ from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
-from agent.tunnel.served import ServedPod, log
+from agent.tunnel.served import OPEN, ServedPod, log
+from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
 
@@ -52,7 +54,9 @@ if TYPE_CHECKING:
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
+QUEUE_LENGTH = 2048  # more than a listener keeps
 COUNT_SECONDS = 1.0  # between two messages with counts
+RETIRE_TURN_SECONDS = 0.1  # between two looks at what is left
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -131,6 +135,8 @@ class Worker:
                 self._drain_pod(message.uid)
             case messages.RemovePod():
                 self._remove_pod(message.uid)
+            case messages.Retire():
+                self._retire(message.has_successor)
             case messages.PutCertificate():
                 self._contexts.put(message)
                 if self._pool is not None:
@@ -222,25 +228,32 @@ class Worker:
 
     def _watch_listener(self, served: ServedPod, listener: socket.socket, serve: Serve) -> None:
         def on_ready(_ready: int) -> None:
-            for _ in range(ACCEPTS_PER_TURN):
-                try:
-                    accepted, peer = listener.accept()
-                except BlockingIOError:
-                    return
-                except OSError as error:
-                    log("accept failed", pod=served.pod.name, reason=str(error))
-                    return
-                accepted.setblocking(False)
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                try:
-                    serve(served, accepted, peer)
-                except (SidestepError, OSError) as error:
-                    # One connection's failure is its own.
-                    accepted.close()
-                    log("connection failed", pod=served.pod.name, reason=str(error))
+            self._accept(served, listener, serve, ACCEPTS_PER_TURN)
 
         # Workers share the listener: one of them is enough for one connection.
         self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
+
+    @staticmethod
+    def _accept(
+        served: ServedPod, listener: socket.socket, serve: Serve, limit: int = QUEUE_LENGTH
+    ) -> None:
+        """Serve what is in a listener's queue, and no more than `limit` at once."""
+        for _ in range(limit):
+            try:
+                accepted, peer = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log("accept failed", pod=served.pod.name, reason=str(error))
+                return
+            accepted.setblocking(False)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                serve(served, accepted, peer)
+            except (SidestepError, OSError) as error:
+                # One connection's failure is its own.
+                accepted.close()
+                log("connection failed", pod=served.pod.name, reason=str(error))
 
     def _drain_pod(self, uid: str) -> None:
         served = self._served.get(uid)
@@ -257,6 +270,29 @@ class Worker:
             self._end_drain(uid)
 
         self._reactor.call_later(DRAIN_SECONDS, leave)
+
+    def _retire(self, has_successor: bool) -> None:
+        for served in self._served.values():
+            for port, listener in served.listeners:
+                self._reactor.forget(listener.fileno())
+                if has_successor:
+                    # The kernel may have told us alone (EPOLLEXCLUSIVE) of what is in the queue.
+                    self._accept(served, listener, self._serve_by_port[port])
+                listener.close()
+            served.listeners = []
+        hears_until = time.monotonic() + (DRAIN_SECONDS if has_successor else 0.0)
+
+        def look() -> None:
+            if self._trust is not None:
+                self._trust.drain_all()  # those, too, whose handshake has ended meanwhile
+                if time.monotonic() >= hears_until:
+                    self._trust.close_idle()
+            if OPEN or (has_successor and Session.open_count):
+                self._reactor.call_later(RETIRE_TURN_SECONDS, look)
+            else:
+                self._reactor.call_soon(self._reactor.stop)  # what was said goodbye to is written
+
+        look()
 
     def _end_drain(self, uid: str) -> None:
         served = self._served.get(uid)

@@ -90,6 +90,10 @@ def default_workers() -> int:
     help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
 )  # fmt: skip
 @click.option(
+    "--drain-seconds", type=click.IntRange(0), default=300, show_default=True,
+    help="How long connections may last after a new agent has taken over, or at an uninstall.",
+)  # fmt: skip
+@click.option(
     "--enrollment-selectors", metavar="YAML",
     help="Which pods take part, as in Istio's enablementSelectors; "
     "by default the label istio.io/dataplane-mode of the pod, then of its namespace.",
@@ -125,6 +129,7 @@ def agent(
     kubelet_cgroup: Path | None,
     root_namespace: str,
     metrics_port: int,
+    drain_seconds: int,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -154,6 +159,7 @@ def agent(
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
         metrics_port=metrics_port,
+        drain_seconds=drain_seconds,
     )
     rules = EnrollmentRules(
         DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),

@@ -36,7 +36,7 @@ from agent.datapath.source import (
     program_hash,
     schema_hash,
 )
-from agent.errors import AbiMismatch, FeatureMissing, LoadError, MapError, PinsInUse
+from agent.errors import AbiMismatch, AttachError, FeatureMissing, LoadError, MapError, PinsInUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,6 +135,18 @@ class Pins:
         """Read again what the pins are, after programs were replaced."""
         self.meta = self.maps["ss_meta"].get({"value": 0}) or {}
 
+    def lookup_text(self) -> list[int]:
+        """Return the lookup program, whoever loaded it (AttachError while it is replaced)."""
+        self.refresh()
+        before = dict(self.meta)
+        length = before["lookup_instructions"]
+        assert isinstance(length, int)
+        text = [self.maps["ss_lookup_text"].get({"value": index}) for index in range(length)]
+        self.refresh()
+        if self.programs == NOBODY or self.meta != before:
+            raise AttachError(f"the programs of {self.directory} are just being replaced")
+        return [int(entry["value"]) for entry in text if entry is not None]
+
     def close(self) -> None:
         """Give the descriptors back; pins stay."""
         if self._held >= 0:
@@ -203,9 +215,9 @@ def load(root: Path = DEFAULT_ROOT) -> Pins:
         for other in root.iterdir():
             if other not in (directory, root / STAGING):
                 raise AbiMismatch(
-                    f"{other} holds maps of another version, whose layout this one ({directory.name}) "
-                    f"cannot take over: run `sidestep uninstall --pins {root}` while no pod of this "
-                    "node needs the mesh, then start this agent again"
+                    f"{other} holds maps of another version, whose layout this one "
+                    f"({directory.name}) cannot take over: run `sidestep uninstall --pins {root}` "
+                    "when the pods of this node can do without the mesh, then start it again"
                 )
         if not directory.exists():
             _make(root / STAGING, directory)

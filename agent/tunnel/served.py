@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,7 +49,7 @@ def log(message: str, **fields: object) -> None:
         sys.stderr.write(_encode(entry | fields) + "\n")
 
 
-@dataclass
+@dataclass(eq=False)
 class Access:
     """The access log entry of one connection, written when it ends."""
 
@@ -61,8 +62,13 @@ class Access:
     verdict: Verdict | None = None  # of an inbound connection
     began: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        """Count as open until `complete`, or until nobody holds it."""
+        OPEN.add(self)
+
     def complete(self, result: str, sent: int = 0, received: int = 0) -> None:
         """Write it, and count it; `sent` counts bytes away from the client."""
+        OPEN.discard(self)
         verdict = self.verdict
         is_denied = verdict is not None and not verdict.is_allowed
         outcome = "denied" if is_denied else result if result in ("ok", "reset") else "failed"
@@ -88,6 +94,9 @@ class Access:
             policy=verdict.decided_by if verdict else None,
             dry_run=str(would_be) if would_be else None,
         )
+
+
+OPEN: weakref.WeakSet[Access] = weakref.WeakSet()  # connections of this worker that have not ended
 
 
 def endpoint(host: str, port: int) -> str:

@@ -22,9 +22,13 @@ class Recorded:
         self.proof: Peer | None = Peer(CLIENT, 1, time.time() + seconds, mark)
         self.drained_at: list[float] = []
         self.refused: list[str] = []
+        self.closed = 0
 
     def drain(self) -> None:
         self.drained_at.append(time.time())
+
+    def close_if_idle(self) -> None:
+        self.closed += 1
 
     def refuse(self, error: UntrustedPeer) -> None:
         self.refused.append(error.reason)
