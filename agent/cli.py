@@ -20,7 +20,7 @@ from agent.errors import ConfigError, FeatureMissing, SidestepError
 # The command NAME is the object NAME of agent.commands.NAME.
 COMMANDS = (
     "agent", "ca", "lab", "demo", "bench", "pods", "policies", "explain", "certs", "maps",
-    "programs", "check",
+    "programs", "check", "uninstall",
 )  # fmt: skip
 
 

@@ -494,8 +494,8 @@ class Session:
             self.on_idle(self)
 
     def close_if_idle(self) -> None:
-        """Close if no stream is open."""
-        if not self.channels and not self.is_closed:
+        """Close if no stream is open; a client's own closes by itself once it drains."""
+        if self._role is Role.SERVER and not self.channels and not self.is_closed:
             self.close()
 
     def refuse(self, error: UntrustedPeer) -> None:

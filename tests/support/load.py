@@ -59,9 +59,9 @@ class Load:
         self._threads: list[threading.Thread] = []
         self.connects, self.streams, self.bulk = Seen(), Seen(), Seen()
         self.sent_bytes = 0
-        stack.callback(self.stop)
         server.echo(ECHO_PORT)
         self._serve_bulk()
+        stack.callback(self.stop)  # before the servers, which wait for their clients
 
     def _serve_bulk(self) -> None:
         def take(accepted: socket.socket) -> None:
