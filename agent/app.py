@@ -194,15 +194,16 @@ class Agent:
         try:
             lock, elders, heritage = await predecessor.begin()
             self._pins.hold(lock)
-            self._elders.add(predecessor.connection)
             for fd in elders:
                 self._elders.add(socket.socket(fileno=fd))
             self._roster.wait_for_elders(True)
             self._roster.inherit(heritage, self._desired)
             await self._fleet.wait_in_force()
             await predecessor.commit()
+            self._elders.add(predecessor.connection)
         except PredecessorGone:
             log.warning("the agent before this one has ended before it had handed over")
+            predecessor.connection.close()
             if self._pins.lock < 0:
                 self._pins.hold()
         except SidestepError:
@@ -210,6 +211,7 @@ class Agent:
             raise
         finally:
             predecessor.close()
+        self._roster.wait_for_elders(bool(self._elders.fds))
         await self._take_office(tasks)
         log.info("taken over from the agent before this one", extra={"pid": predecessor.pid})
         return True
@@ -435,6 +437,7 @@ class Agent:
         self._roster.abandon()
         self._fleet.stop()
         self._pins.close()
+        self._handover.forget()
 
 
 def _raise_ours(group: BaseExceptionGroup[BaseException]) -> None:

@@ -103,6 +103,12 @@ class HandoverServer:
         for task in self._tasks:
             task.cancel()
 
+    def forget(self) -> None:
+        """Close what is kept: this process ends now."""
+        for connection in self._kept:
+            connection.close()
+        self._kept.clear()
+
     async def _serve(self, listener: socket.socket, tasks: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
         with listener:

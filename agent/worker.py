@@ -29,6 +29,7 @@ from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
 from agent.errors import SidestepError
 from agent.identity.verify import FINGERPRINT_BYTES
+from agent.log_sink import never_stall
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.secrecy import keep_memory_private
@@ -315,6 +316,7 @@ class Worker:
 def main() -> None:
     """Run a worker on the message socket whose descriptor is the only argument."""
     keep_memory_private()
+    never_stall()
     channel = socket.socket(fileno=int(sys.argv[1]))
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # two descriptors for each connection

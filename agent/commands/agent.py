@@ -17,6 +17,7 @@ from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
+from agent.log_sink import never_stall
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
 from agent.model.pod import Exclusions
 from agent.secrecy import keep_memory_private
@@ -167,6 +168,7 @@ def agent(
         own_namespace,
     )
     followed = _open_source(source, objects, root_namespace, rules)
+    never_stall()
     logs.set_up()
 
     async def run() -> None:

@@ -68,6 +68,7 @@ def is_direct(lab: Lab, client: PodEnd, address: str) -> bool:
         return any(str(port) in str(row) for row in flows)
 
 
+@pytest.mark.timeout(150)
 def test_nothing_fails_through_five_upgrades_in_a_row(lab: Lab, other_version: Path) -> None:
     east, west = lab.cluster().nodes
     with ExitStack() as stack:
@@ -93,7 +94,7 @@ def test_nothing_fails_through_five_upgrades_in_a_row(lab: Lab, other_version: P
             assert load.connects.failed == []
             assert load.streams.failed == []
             assert load.bulk.failed == []
-        assert far.sent_bytes > 100 << 20
+        assert far.sent_bytes > 20 << 20
         # With nothing left to serve they end, long before the drain time is over.
         for pid in olds:
             assert machine.wait_for_exit(pid, 10)
@@ -153,10 +154,11 @@ def test_successor_without_certificates_waits_until_the_one_before_is_gone(lab: 
     east, _west = lab.cluster().nodes
     agent = lab.agent_pid(east)
     assert agent is not None
-    machine.kill_cgroup(lab.cgroup / "ca")
     with ExitStack() as stack:
         client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
         server.echo(PORT)
+        assert is_alive(client.connect(server.address, PORT))  # all have their certificates
+        machine.kill_cgroup(lab.cgroup / "ca")
         with pytest.raises(LabError, match="did not become ready"):
             lab.upgrade_agent(east, ready_seconds=2)
         assert is_alive(client.connect(server.address, PORT))  # by the one that runs

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ECHO_PORT, BULK_PORT = 9000, 9001
 WORD_SECONDS = 0.02  # between two words of a stream
+# So that traffic takes no processor from what it watches.
+CONNECT_SECONDS, BULK_SECONDS = 0.01, 0.02
 PATTERN = os.urandom(1 << 20)
 
 
@@ -103,6 +105,7 @@ class Load:
                 self._stop.wait(WORD_SECONDS)
             else:
                 self.connects.good.append(time.monotonic())
+                self._stop.wait(CONNECT_SECONDS)
 
     def _stream(self) -> None:
         try:
@@ -123,6 +126,7 @@ class Load:
                     digest.update(PATTERN)
                     self.sent_bytes += len(PATTERN)
                     self.bulk.good.append(time.monotonic())
+                    self._stop.wait(BULK_SECONDS)
                 connection.shutdown(socket.SHUT_WR)
                 answer = connection.recv(32, socket.MSG_WAITALL)
                 if answer != digest.digest():
