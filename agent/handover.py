@@ -87,12 +87,15 @@ class HandoverServer:
         self._listener.bind(str(self._path))
         self._path.chmod(0o600)
         self._listener.listen()
-        self._accepting = tasks.create_task(self._serve(self._listener, tasks))
+        listener = self._listener
+        self._accepting = tasks.create_task(self._serve(listener, tasks))
+        # Not by the task itself, which may be cancelled before it has begun.
+        self._accepting.add_done_callback(lambda _task: listener.close())
 
     def stop(self) -> None:
         """Listen no more."""
         if self._listener is not None:
-            self._listener = None  # `_serve` closes it
+            self._listener = None  # closed when nobody accepts any more
             self._path.unlink(missing_ok=True)
         if self._accepting is not None:
             self._accepting.cancel()
@@ -111,13 +114,12 @@ class HandoverServer:
 
     async def _serve(self, listener: socket.socket, tasks: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                connection, _address = await loop.sock_accept(listener)
-                connection.setblocking(False)
-                task = tasks.create_task(self._answer(connection))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        while True:
+            connection, _address = await loop.sock_accept(listener)
+            connection.setblocking(False)
+            task = tasks.create_task(self._answer(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, connection: socket.socket) -> None:
         is_kept = False
