@@ -153,10 +153,14 @@ class Fleet:
                 "wait_seconds": seconds,
             },
         )
-        # At once, too, not within the dead one's callback: it may have told of several.
-        self._waiting.append(asyncio.get_running_loop().call_later(seconds, self._replace))
+        if seconds:
+            self._waiting.append(asyncio.get_running_loop().call_later(seconds, self._replace))
+        else:
+            self._replace()
 
     def _replace(self) -> None:
+        if self._is_stopping:
+            return
         now = asyncio.get_running_loop().time()
         self._waiting = [timer for timer in self._waiting if timer.when() > now]
         self._add()
