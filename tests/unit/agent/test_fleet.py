@@ -58,8 +58,9 @@ def test_worker_that_dies_at_its_start_is_replaced_later_and_later() -> None:
             fleet.start(1)
             await fourth.wait()
         fleet.stop()
-        first, second, third, fourth_at = introduced
-        assert fourth_at - third > wait_before(2) > second - first - wait_before(0)
+        _first, second, third, fourth_at = introduced
+        assert third - second >= wait_before(1)
+        assert fourth_at - third >= wait_before(2)
 
     asyncio.run(check())
 
