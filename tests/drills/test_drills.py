@@ -245,6 +245,18 @@ DRILLS: list[tuple[str, Callable[[Ground], None], bool]] = [
 ]
 
 
+def test_plaintext_would_be_seen(ground: Ground) -> None:
+    ground.lab.label_namespace("shop", None)
+    with ExitStack() as stack:
+        sniffer = Sniffer(ground.lab, ground.nodes[1], stack)
+        client, server = PodEnd(ground.lab, "client", stack), PodEnd(ground.lab, "server", stack)
+        load = Load(client, server, stack)
+        load.start(streams=0, has_bulk=False)
+        wait_good(load, time.monotonic(), 20)
+    assert sniffer.plaintext > 0
+    ground.lab.label_namespace("shop", "ambient")
+
+
 @pytest.mark.parametrize(("name", "break_it", "survives"), DRILLS, ids=[row[0] for row in DRILLS])
 def test_traffic_is_whole_again_and_never_plain(
     ground: Ground, name: str, break_it: Callable[[Ground], None], survives: bool
