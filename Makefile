@@ -1,7 +1,7 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
 .PHONY: help setup shim demo bench check format test test-unit test-root test-cluster coverage-each \
-	fuzz clean
+	fuzz drills clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c cni/*.c \
@@ -50,6 +50,9 @@ test-root: setup ## the tests that need root and BPF
 test-cluster: setup ## the tests against a real API server, which is built the first time (minutes)
 	@tests/cluster/build.sh
 	REQUIRE_ROOT=1 $(BIN)/pytest -m cluster tests/cluster
+
+drills: setup ## break one thing after the other, and write docs/reliability.md (root; minutes)
+	REQUIRE_ROOT=1 DRILLS_REPORT=docs/reliability.md $(BIN)/pytest tests/drills
 
 coverage-each: setup ## every branch of each pure module, by its own test file
 	$(BIN)/python -m scripts.coverage_each

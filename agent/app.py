@@ -2,16 +2,21 @@
 
     discovery -> workers know the mesh -> policies in force -> pods captured -> ready
 
-Stopping unenrolls every pod, so that none is left captured with nobody listening; what an agent
-that was killed left is taken over, or taken away.
+An agent that ends leaves its pods captured, with nobody listening: closed, until the next one takes
+over what is there, or takes away what is no longer wanted. Where the next one comes first, it gets
+the listeners themselves (`agent.handover`), and this one serves what is open until that has ended.
+Only `sidestep uninstall` takes the pods out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import enum
 import itertools
 import logging
 import signal
+import socket
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -29,6 +34,7 @@ from agent.direct import DirectPath
 from agent.enforcement import Enforcement
 from agent.errors import MapError, RequestRefused, SidestepError
 from agent.fleet import Fleet
+from agent.handover import SOCKET_NAME, Elders, HandoverServer, Predecessor, PredecessorGone
 from agent.inspection import Inspection, rows
 from agent.kubelet import Probers
 from agent.loglines import parse_levels
@@ -60,6 +66,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 VERSION = version("sidestep")
 GAUGE_SECONDS = 2.0  # for a worker to say what it has; a scrape does not wait longer
+STOP_SECONDS = 2.0  # for short connections to end, when nobody takes over
+
+
+class Departure(enum.Enum):
+    """Why an agent ends."""
+
+    STOPPED = enum.auto()
+    SUCCEEDED = enum.auto()
+    UNINSTALLED = enum.auto()
 
 
 class Agent:
@@ -68,9 +83,10 @@ class Agent:
     def __init__(self, settings: Settings, source: Source) -> None:
         self._settings = settings
         self._source = source
+        self._predecessor = Predecessor.find(settings.run_directory / SOCKET_NAME)
         self._pins = pins.load(settings.pin_root)
-        self._pins.hold()
-        forget_exceptions(self._pins)
+        if self._predecessor is None:
+            self._pins.hold()
         self._services = ServiceMaps(self._pins)
         self._direct = DirectPath(self._pins, settings.trust_domain, self._add_counts)
         self._enforcement = Enforcement(settings.node, settings.trust_domain)
@@ -78,7 +94,10 @@ class Agent:
         self._told = Snapshot()  # by the source, which knows less of this node's pods than we
         self._desired: dict[str, LocalPod] = {}
         self._stop = asyncio.Event()
+        self._snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
+        self._departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
         self._is_ready = False
+        self._is_in_office = False  # the node's agent: none before us, none after us
         self._levels = settings.log_levels
         self._places: set[Place] = set()
         self._passing = asyncio.Lock()  # one pass over the pods at a time
@@ -128,39 +147,43 @@ class Agent:
             },
             pages.routes(),
         )
+        self._elders = Elders(lambda: self._roster.wait_for_elders(False))
+        self._handover = HandoverServer(
+            settings.run_directory / SOCKET_NAME,
+            self._roster.turn,
+            lambda: ([self._pins.lock, *self._elders.fds], self._roster.heritage()),
+            lambda: self._depart_once(Departure.SUCCEEDED),
+            lambda: self._depart_once(Departure.UNINSTALLED),
+        )
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT."""
+        """Run until SIGTERM or SIGINT, or until a successor serves all that is open."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        await self._admin.start()
+            loop.add_signal_handler(number, self._depart_once, Departure.STOPPED)
         links.attach_cgroup(self._pins, links.cgroup_root())
-        self._direct.start()
         self._fleet.start(self._settings.worker_count)
-        await self._plugin_server.start()
-        if self._settings.metrics_port:
-            await self._metrics.start(self._settings.metrics_port)
-        if self._settings.admin_port:
-            await self._pages.start(self._settings.admin_port, "--admin-port")
         try:
             await self._follow()
+        except BaseExceptionGroup as group:
+            _raise_ours(group)
+            raise
         finally:
-            # First: a pod that comes now waits for the next agent, instead of starting uncaptured.
             await self._plugin_server.stop()
             self._shut_down()
             await self._source.close()
 
     async def _follow(self) -> None:
-        snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
-
         async def read() -> None:
             async for snapshot in self._source.watch(self._stop):
-                await snapshots.put(snapshot)
-            await snapshots.put(None)
+                await self._snapshots.put(snapshot)
+            await self._snapshots.put(None)
 
         async with asyncio.TaskGroup() as tasks:
+            if self._predecessor is None:
+                await self._take_office(tasks)
             tasks.create_task(read())
+            tasks.create_task(self._depart())
             tasks.create_task(self._keep_certificates(tasks))
             if self._settings.kubelet_cgroup is not None:
                 probers = Probers(self._pins.maps["ss_probers"], self._settings.kubelet_cgroup)
@@ -168,24 +191,120 @@ class Agent:
             while True:
                 try:
                     async with asyncio.timeout_at(self._roster.next_retry()):
-                        snapshot = await snapshots.get()
+                        snapshot = await self._snapshots.get()
                 except TimeoutError:
                     snapshot = self._told
                 if snapshot is None:
+                    self._handover.close()
                     return
                 async with self._passing:
-                    await self._apply(snapshot)
+                    await self._apply(snapshot, tasks)
 
-    async def _apply(self, told: Snapshot) -> None:
+    # -- office -------------------------------------------------------------------------------
+
+    async def _take_office(self, tasks: asyncio.TaskGroup) -> None:
+        """Begin with what only one agent can do at a time."""
+        self._is_in_office = True
+        self._direct.start()
+        await self._admin.start()
+        if self._settings.metrics_port:
+            await self._metrics.start(self._settings.metrics_port)
+        if self._settings.admin_port:
+            await self._pages.start(self._settings.admin_port, "--admin-port")
+        await self._plugin_server.start()
+        self._handover.start(tasks)
+
+    def _leave_office(self) -> None:
+        if self._is_in_office:
+            self._is_in_office = False
+            self._handover.stop()
+            self._plugin_server.close()
+            self._admin.stop()
+            self._metrics.stop()
+            self._pages.stop()
+            self._direct.stop()
+
+    async def _succeed(self, predecessor: Predecessor, tasks: asyncio.TaskGroup) -> bool:
+        """Take over from the agent that runs; False if there is news to follow first."""
+        # Until there is a certificate for each pod everything stays as it is, however long.
+        certificates = tasks.create_task(self._credentials.wait_complete())
+        gone = tasks.create_task(predecessor.wait_gone())
+        await asyncio.wait(
+            (certificates, gone, asyncio.shield(self._departure)),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        certificates.cancel()
+        gone.cancel()
+        if not self._snapshots.empty() or self._departure.done():
+            return False
+        self._predecessor = None
+        try:
+            lock, elders, heritage = await predecessor.begin()
+            self._pins.hold(lock)
+            for fd in elders:
+                self._elders.add(socket.socket(fileno=fd))
+            self._roster.wait_for_elders(True)
+            self._roster.inherit(heritage, self._desired)
+            self._arrivals.inherit(
+                each.pod for each, _fds in heritage if each.pod.uid not in self._desired
+            )
+            await self._fleet.wait_in_force()
+            await predecessor.commit()
+            self._elders.add(predecessor.connection)
+        except PredecessorGone:
+            log.warning("the agent before this one has ended before it had handed over")
+            predecessor.connection.close()
+            if self._pins.lock < 0:
+                self._pins.hold()
+        except SidestepError:
+            self._roster.abandon()
+            raise
+        finally:
+            predecessor.close()
+        self._roster.wait_for_elders(bool(self._elders.fds))
+        await self._take_office(tasks)
+        log.info("taken over from the agent before this one", extra={"pid": predecessor.pid})
+        return True
+
+    def _depart_once(self, departure: Departure) -> None:
+        if self._departure.done():
+            return
+        self._departure.set_result(departure)
+        # First: a pod that comes now waits for the next agent, instead of starting uncaptured.
+        self._plugin_server.close()
+        if departure is Departure.SUCCEEDED:
+            self._leave_office()
+            self._roster.abandon()
+
+    async def _depart(self) -> None:
+        departure = await self._departure
+        seconds = float(self._settings.drain_seconds)
+        log.info("leaving", extra={"why": departure.name.lower()})
+        if departure is Departure.UNINSTALLED:
+            async with self._roster.turn:
+                self._roster.release_all()
+            began = asyncio.get_running_loop().time()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._roster.wait_drained()
+            seconds -= asyncio.get_running_loop().time() - began
+        elif departure is Departure.STOPPED:
+            async with self._roster.turn:
+                self._roster.abandon()
+            seconds = STOP_SECONDS
+        is_done = await self._fleet.retire(seconds, has_successor=departure is Departure.SUCCEEDED)
+        if not is_done:
+            log.warning(
+                "connections are cut, the time to drain is over", extra={"seconds": seconds}
+            )
+        self._roster.drop_all()
+        self._stop.set()
+
+    async def _apply(self, told: Snapshot, tasks: asyncio.TaskGroup) -> None:
         self._told = told
         snapshot = self._arrivals.complete(told)
         for message in briefing.changes(self._snapshot, snapshot):
             self._fleet.tell(message)
-        try:
-            self._services.apply(records.service_ports(snapshot.services))
-        except MapError as error:
-            # Those that are missing go through the agent, which knows them all.
-            log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._snapshot = snapshot
         self._places = {(each.namespace, each.owner or each.name) for each in snapshot.workloads}
         node = self._settings.node
@@ -202,14 +321,27 @@ class Agent:
         # Asked for before the pods are enrolled, so that the first connection need not wait.
         identities = {self._identity(pod) for pod in self._desired.values()}
         self._credentials.want(identities)
+        if self._predecessor is not None:
+            if await self._succeed(self._predecessor, tasks):
+                await self._apply(told, tasks)  # with the pods that came without an address yet
+            return
+        if not self._departure.done():
+            await self._apply_to_pods(snapshot)
+            self._credentials.forget_others(identities)
+        await self._admin.changed()
+
+    async def _apply_to_pods(self, snapshot: Snapshot) -> None:
+        try:
+            self._services.apply(records.service_ports(snapshot.services))
+        except MapError as error:
+            # Those that are missing go through the agent, which knows them all.
+            log.warning("services are not all in the kernel", extra={"error": str(error)})
         self._correct_words(snapshot)
         await self._roster.apply(self._desired, {each.uid for each in snapshot.workloads})
-        self._credentials.forget_others(identities)
         if not self._is_ready:
             self._sweep()
             self._is_ready = True
             readiness.notify()
-        await self._admin.changed()
 
     def _with_settings(self, pod: LocalPod) -> LocalPod:
         return replace(
@@ -294,6 +426,8 @@ class Agent:
         """Bring a changed list of revoked certificates into force, as policies are."""
         self._credentials.tell_revoked()
         await self._fleet.wait_in_force()
+        if not self._is_in_office:
+            return
         # The direct path shows no certificate: each next connection shows one again, and what an
         # identity without a good one has open is closed.
         self._direct.renew()
@@ -312,6 +446,8 @@ class Agent:
         for message in told:
             self._fleet.tell(message)
         await self._fleet.wait_in_force()
+        if not self._is_in_office:
+            return
         self._roster.guard()
         # Only now: what a worker still allowed by the old policies is void with the new generation.
         self._direct.renew()
@@ -320,6 +456,7 @@ class Agent:
 
     def _sweep(self) -> None:
         try:
+            forget_exceptions(self._pins, self._roster.exceptions())
             for uid in sweep(self._pins, self._desired, self._settings.pod_cgroups):
                 log.info("what an agent before left of a pod is taken away", extra={"uid": uid})
         except (SidestepError, OSError) as error:
@@ -516,13 +653,23 @@ class Agent:
 
     def _shut_down(self) -> None:
         self._stop.set()
-        self._roster.release_all()
+        self._leave_office()
+        self._elders.stop()
+        self._roster.abandon()
         self._fleet.stop()
-        self._admin.stop()
-        self._metrics.stop()
-        self._pages.stop()
-        self._direct.stop()
         self._pins.close()
+        self._handover.forget()
+
+
+def _raise_ours(group: BaseExceptionGroup[BaseException]) -> None:
+    """Raise the first of our errors in a group of nothing else: the command line knows those."""
+    ours, others = group.split(SidestepError)
+    if ours is None or others is not None:
+        return
+    first: BaseException = ours
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    raise first
 
 
 def _joined(common: Exclusions, own: Exclusions) -> Exclusions:

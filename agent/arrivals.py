@@ -33,7 +33,7 @@ from agent.state.arrival import complete, find_pod, pods_of
 from cni.protocol import CniError, Code
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from agent.discovery.source import Source
     from agent.model.pod import Address, LocalPod
@@ -54,7 +54,7 @@ UNSEEN_SECONDS = 60.0
 class Sandbox:
     """One sandbox of a pod, as ADD brought it."""
 
-    container_id: str
+    container_id: str  # empty: an agent before us enrolled it
     addresses: tuple[Address, ...]
 
 
@@ -104,6 +104,11 @@ class Arrivals:
         self._sandboxes = {uid: box for uid, box in self._sandboxes.items() if uid in known}
         arrived = [known[uid].at(box.addresses) for uid, box in self._sandboxes.items()]
         return complete(told, self._node, arrived, self._gone)
+
+    def inherit(self, pods: Iterable[LocalPod]) -> None:
+        """Know pods that an agent before us brought, and whose addresses the API has not yet."""
+        for pod in pods:
+            self._sandboxes.setdefault(pod.uid, Sandbox("", pod.addresses))
 
     def on_enforced(self, told: Snapshot) -> None:
         """Go on with what waits for a newer state: its policies are in force."""
@@ -230,7 +235,7 @@ class Arrivals:
     async def _delete(self, request: Request) -> None:
         uid = request.uid or self._uid_of(request.container_id)
         sandbox = self._sandboxes.get(uid)
-        if sandbox is not None:
+        if sandbox is not None and sandbox.container_id:
             if sandbox.container_id != request.container_id:
                 return  # of a sandbox before the one that the pod has now
         elif not self._is_enrolled_in(uid, request.netns):
@@ -275,7 +280,7 @@ class Arrivals:
         ended = [
             uid
             for uid, sandbox in self._sandboxes.items()
-            if sandbox.container_id not in request.valid_containers
+            if sandbox.container_id and sandbox.container_id not in request.valid_containers
         ]
         for uid in ended:
             await self._take_out(uid)

@@ -24,6 +24,7 @@ from agent.errors import SidestepError
 COMMANDS = (
     "agent", "ca", "cni", "lab", "demo", "bench", "check", "pods", "workloads", "services",
     "policies", "certs", "connections", "explain", "diff", "maps", "programs", "bundle",
+    "uninstall",
 )  # fmt: skip
 
 

@@ -53,14 +53,19 @@ class PluginServer:
         self._server = await asyncio.start_unix_server(self._serve, self._path, backlog=BACKLOG)
         self._path.chmod(0o600)
 
-    async def stop(self) -> None:
+    def close(self) -> None:
         """Take no request any more; those that are not answered fail, and are tried again."""
         if self._server is None:
             return
         self._server.close()
+        self._server = None
         self._path.unlink(missing_ok=True)
         for task in self._unanswered:
             task.cancel()
+
+    async def stop(self) -> None:
+        """Close, and wait until nothing is done any more."""
+        self.close()
         await asyncio.gather(*self._unanswered, *self._settling, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -6,6 +6,7 @@ Certificates are kept by `agent.identity.keeper`; which identities there are is 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from agent.model.identity import SpiffeId, parse_spiffe_id
 from agent.tunnel import messages
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterator
 
     from agent.fleet import Fleet, Told
@@ -38,6 +38,7 @@ class Credentials:
         self.keeper.on_change = on_change
         self._fleet = fleet
         self._wanted: set[SpiffeId] = set()
+        self._received = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, on_revoked: Callable[[], None]) -> None:
         """Issue and renew until `stop`; `on_revoked()` when other certificates are revoked."""
@@ -53,6 +54,12 @@ class Credentials:
         for identity in identities - self._wanted:
             self.keeper.want(identity, is_waiting=False)
         self._wanted |= identities
+
+    async def wait_complete(self) -> None:
+        """Wait until there is a certificate for each identity that is wanted."""
+        while self._wanted - {issued.identity for issued, _roots in self.keeper.certificates()}:
+            self._received.clear()
+            await self._received.wait()
 
     def forget_others(self, identities: set[SpiffeId]) -> None:
         """Forget what is not among them."""
@@ -94,6 +101,7 @@ class Credentials:
 
     def _on_certificate(self, issued: Certificate, roots: bytes) -> None:
         self._fleet.tell(_put(issued, roots))
+        self._received.set()
 
 
 def _put(issued: Certificate, roots: bytes) -> messages.PutCertificate:

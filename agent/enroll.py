@@ -11,6 +11,10 @@ The order keeps the pod closed or untouched, never half open:
     6 ss_pods       outbound is captured from here on    undo: delete
     7 guard         on the node's side of each link      undo: detach; counters
 
+Over what an agent before us left, the same steps replace without a gap: the pod was captured, and
+stays so whatever fails here. Where that agent still runs, its listeners come along (`Inherited`)
+and are not opened anew, so that no connection in their queues is lost.
+
 Undo runs in reverse order, in two parts. `release` ends capture: all but the reply route and 15008,
 which open connections and peers that have not heard yet still need. `unenroll` takes those too. No
 process of the pod is touched. The caller holds the returned Enrollment; its listeners are what the
@@ -67,21 +71,55 @@ class Enrollment:
     ground: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     plaintext_ports: frozenset[int] = frozenset()
     is_guarded: bool = False
+    sysctls: dict[Path, str] = field(default_factory=dict)  # as they were before enrollment
+
+    @property
+    def listeners(self) -> list[tuple[int, socket.socket]]:
+        """Every open listener with its port."""
+        by_port = (
+            (OUTBOUND_PORT, self.outbound),
+            (INBOUND_PORT, self.inbound),
+            (HBONE_PORT, self.hbone),
+        )
+        return [(port, each) for port, found in by_port for each in found if each.fileno() >= 0]
 
 
-def enroll(pins: Pins, pod: LocalPod, netns_fd: int, *, is_guarded: bool = True) -> Enrollment:
+@dataclass(frozen=True)
+class Inherited:
+    """What a running agent hands over of a pod beside what is in the kernel."""
+
+    listeners: list[tuple[int, socket.socket]]
+    sysctls: dict[Path, str]
+
+
+NOTHING_INHERITED = Inherited([], {})
+
+
+def enroll(
+    pins: Pins,
+    pod: LocalPod,
+    netns_fd: int,
+    inherited: Inherited = NOTHING_INHERITED,
+    *,
+    is_guarded: bool = True,
+) -> Enrollment:
     """Enroll `pod`, whose network namespace is behind `netns_fd` (stays the caller's).
 
     Where it is not guarded, `attach_guard` is to follow.
 
     Raises:
-        EnrollError: a step failed; all steps before it are undone.
+        EnrollError: a step failed; all steps before it are undone. A pod that was captured before
+            stays so, with nobody listening: closed.
     """
     enrollment = Enrollment(pod, netns_fd, netns.netns_cookie(netns_fd))
+    was_captured = pins.maps["ss_pods"].get({"value": enrollment.netns_cookie}) is not None
     with contextlib.ExitStack() as ground, contextlib.ExitStack() as undo:
         try:
-            _add_reply_route(enrollment, ground)
-            _open_listeners(pins, enrollment, undo, ground)
+            _add_reply_route(enrollment, ground, inherited)
+            if inherited.listeners:
+                _take_listeners(enrollment, undo, ground, inherited)
+            else:
+                _open_listeners(pins, enrollment, undo, ground)
             _fill_slot(pins, enrollment, undo)
             _write_addresses(pins, enrollment, undo)
             if pod.bypasses_inbound:
@@ -93,6 +131,10 @@ def enroll(pins: Pins, pod: LocalPod, netns_fd: int, *, is_guarded: bool = True)
             if is_guarded:
                 _attach_guard(pins, enrollment, undo)
         except (KernelError, OSError) as error:
+            if was_captured:
+                abandon(enrollment)
+                undo.pop_all()
+                ground.pop_all()
             raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
         enrollment.capture, enrollment.ground = undo.pop_all(), ground.pop_all()
     return enrollment
@@ -128,16 +170,51 @@ def hand_over(enrollment: Enrollment) -> None:
         listener.close()
 
 
-def _add_reply_route(enrollment: Enrollment, ground: contextlib.ExitStack) -> None:
+def inherit_draining(
+    pod: LocalPod, netns_fd: int, netns_cookie: int, inherited: Inherited
+) -> Enrollment:
+    """Take over a released pod: reply route and 15008 are there, and ours to take away."""
+    enrollment = Enrollment(pod, netns_fd, netns_cookie, sysctls=dict(inherited.sysctls))
+    with contextlib.ExitStack() as ground:
+        ground.callback(
+            netns.run_in, netns_fd, lambda: take_reply_route(enrollment.sysctls or None)
+        )
+        _take_listeners(enrollment, ground, ground, inherited)
+        enrollment.ground = ground.pop_all()
+    return enrollment
+
+
+def abandon(enrollment: Enrollment) -> None:
+    """Leave everything in the kernel as it is, captured, and listen no more."""
+    enrollment.capture.pop_all()
+    enrollment.ground.pop_all()
+    for _port, listener in enrollment.listeners:
+        listener.close()
+
+
+def exceptions(pins: Pins, enrollment: Enrollment) -> set[tuple[str, bytes]]:
+    """Return what is not captured or not STRICT of a pod, as (map, bytes of the key)."""
+    entries = [(name, key) for name, key in exclusion_entries(enrollment)]
+    entries += [
+        ("ss_ports", records.port_key(enrollment.netns_cookie, port, records.PLAINTEXT))
+        for port in enrollment.plaintext_ports
+    ]
+    return {(name, pins.maps[name].key.encode(**key)) for name, key in entries}
+
+
+def _add_reply_route(
+    enrollment: Enrollment, ground: contextlib.ExitStack, inherited: Inherited
+) -> None:
     def add() -> None:
         families = [socket.AF_INET] + ([socket.AF_INET6] if netns.has_ipv6() else [])
         # A rule that is there is of an agent that was killed, and so are the sysctls' values.
         is_ours = netlink.has_reply_route()
         before = {
-            path: SYSCTL_DEFAULT if is_ours else path.read_text()
+            path: inherited.sysctls.get(path, SYSCTL_DEFAULT) if is_ours else path.read_text()
             for path in REPLY_SYSCTLS
             if path.exists()
         }
+        enrollment.sysctls.update(before)
         ground.callback(netns.run_in, enrollment.netns_fd, lambda: take_reply_route(before))
         for path in before:
             path.write_text("1")
@@ -188,6 +265,26 @@ def _open_listeners(
     netns.run_in(enrollment.netns_fd, open_all)
 
 
+def _take_listeners(
+    enrollment: Enrollment,
+    capture: contextlib.ExitStack,
+    ground: contextlib.ExitStack,
+    inherited: Inherited,
+) -> None:
+    by_port = {
+        OUTBOUND_PORT: (enrollment.outbound, capture),
+        INBOUND_PORT: (enrollment.inbound, capture),
+        HBONE_PORT: (enrollment.hbone, ground),
+    }
+    for port, listener in inherited.listeners:
+        if port in by_port:
+            known, undo = by_port[port]
+            known.append(listener)
+            undo.callback(listener.close)
+        else:
+            listener.close()  # of another version, for what we do not do
+
+
 def _put(
     pins: Pins,
     undo: contextlib.ExitStack,
@@ -236,7 +333,10 @@ def _write_addresses(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitSt
 def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     key: dict[str, Value] = {"value": enrollment.netns_cookie}
     _put(pins, undo, "ss_pod_names", key, records.pod_name_record(enrollment.pod))
-    _put(pins, undo, "ss_pods", key, records.pod_record(enrollment.pod))
+    before = pins.maps["ss_pods"].get(key) or {}
+    # An agent before us may have known that it is STRICT: so it stays, until we know.
+    record = records.pod_record(enrollment.pod, is_strict=bool(before.get("is_strict")))
+    _put(pins, undo, "ss_pods", key, record)
     undo.callback(_write_plaintext_ports, pins, enrollment, frozenset())
 
 

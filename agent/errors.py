@@ -87,6 +87,12 @@ class PinsInUse(KernelError):
     reason = "pins_in_use"
 
 
+class HandoverFailed(SidestepError):
+    """The agent that runs did not hand over; it goes on, and this one ends."""
+
+    reason = "handover_failed"
+
+
 class NetlinkError(KernelError):
     """A link, address, rule or route could not be changed."""
 

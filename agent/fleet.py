@@ -2,7 +2,8 @@
 
     introduction -> each new worker        tell -> all of them        drain -> until all are done
 
-Nothing but a dead worker's own connections is lost. Does not know what the messages mean.
+Nothing but a dead worker's own connections is lost. One that dies young is replaced later and
+later, so that a cause that stays costs no processor. Knows no message's meaning but that of Retire.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from agent.tunnel.messages import Retire
 from agent.workers import WorkerProcess
 
 if TYPE_CHECKING:
@@ -20,7 +22,16 @@ if TYPE_CHECKING:
     from agent.tunnel.messages import Answer, ToWorker
 
 log = logging.getLogger(__name__)
+YOUNG_SECONDS = 10.0  # who lives so long did not die of its start
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 10.0
 Told = tuple["ToWorker", list[int]]  # a message, and the descriptors that go with it
+
+
+def wait_before(early_deaths: int) -> float:
+    """Return the seconds to wait after so many workers in a row that died young; 0 after none."""
+    if not early_deaths:
+        return 0.0
+    return float(min(FIRST_WAIT_SECONDS * 2 ** (early_deaths - 1), LONGEST_WAIT_SECONDS))
 
 
 class Fleet:
@@ -46,6 +57,9 @@ class Fleet:
         self._draining: dict[str, tuple[set[WorkerProcess], Callable[[], None]]] = {}
         self._is_stopping = False
         self.replaced = 0  # workers that died
+        self._early_deaths = 0
+        self._waiting: list[asyncio.TimerHandle] = []
+        self._all_gone = asyncio.Event()
 
     def start(self, count: int) -> None:
         """Start `count` workers."""
@@ -90,9 +104,32 @@ class Fleet:
         """Forget what `expect_drained` was to call."""
         self._draining.pop(uid, None)
 
+    async def retire(self, seconds: float, *, has_successor: bool) -> bool:
+        """Let the workers end when their connections have; False if some are left after `seconds`.
+
+        `stop` has to follow.
+        """
+        self._is_stopping = True
+        self._cancel_waiting()
+        if not self._workers:
+            return True
+        self.tell(Retire(has_successor))
+        try:
+            async with asyncio.timeout(seconds):
+                await self._all_gone.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _cancel_waiting(self) -> None:
+        for timer in self._waiting:
+            timer.cancel()
+        self._waiting.clear()
+
     def stop(self) -> None:
         """End the workers and wait for them; their connections end with them."""
         self._is_stopping = True
+        self._cancel_waiting()
         for worker in self._workers:
             worker.stop()
 
@@ -116,11 +153,33 @@ class Fleet:
         self._workers.remove(worker)
         for uid in list(self._draining):
             self._on_drained(worker, uid)
-        if not self._is_stopping:
-            log.error(
-                "worker died and is replaced",
-                extra={"pid": worker.pid, "exit_code": worker.process.returncode},
-            )
-            self.replaced += 1
-            self._add()
-            self._on_replaced()
+        if self._is_stopping:
+            if not self._workers:
+                self._all_gone.set()
+            return
+        lived = asyncio.get_running_loop().time() - worker.began
+        self._early_deaths = self._early_deaths + 1 if lived < YOUNG_SECONDS else 0
+        # The first of a row may have been a chance, and a node without a worker serves nobody.
+        seconds = wait_before(self._early_deaths - 1 if self._early_deaths else 0)
+        log.error(
+            "worker died and is replaced",
+            extra={
+                "pid": worker.pid,
+                "exit_code": worker.process.returncode,
+                "lived_seconds": round(lived, 1),
+                "wait_seconds": seconds,
+            },
+        )
+        if seconds:
+            self._waiting.append(asyncio.get_running_loop().call_later(seconds, self._replace))
+        else:
+            self._replace()
+
+    def _replace(self) -> None:
+        if self._is_stopping:
+            return
+        now = asyncio.get_running_loop().time()
+        self._waiting = [timer for timer in self._waiting if timer.when() > now]
+        self.replaced += 1
+        self._add()
+        self._on_replaced()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
 
+    from agent.datapath.btf import Value
     from agent.datapath.maps import Map
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,8 @@ class Probers:
     def __init__(self, probers: Map, cgroup: Path) -> None:
         self._map = probers
         self._cgroup = cgroup
-        self._known: int | None = None
-        for key in [key for key, _value in probers.items()]:
-            probers.delete(key)
+        # An agent before us may have written another; it goes when ours is there.
+        self._known: Value | None = next((key["value"] for key, _ in probers.items()), None)
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Follow the cgroup through restarts of the kubelet, until `stop`."""

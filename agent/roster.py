@@ -1,6 +1,7 @@
 """The pods of this node: who is captured, how each fares, who drains.
 
     wanted -> diff with what is captured -> enroll | unenroll -> tell the workers -> publish
+    heritage -> the next agent's inherit, then abandon here
 
 One pod's failure is that pod's: it is logged, counted, shown by the admin socket and on the pod
 itself, and tried again when the pod changes or some time has passed.
@@ -14,21 +15,33 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import netns, sandbox
 from agent.datapath import links
-from agent.enroll import attach_guard, enroll, hand_over, release, set_strict, unenroll
+from agent.enroll import (
+    Inherited,
+    abandon,
+    attach_guard,
+    enroll,
+    exceptions,
+    hand_over,
+    inherit_draining,
+    release,
+    set_strict,
+    unenroll,
+)
 from agent.errors import EnrollError, KernelError, MapError, SandboxNotFound, SidestepError
-from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.inheritance import Inheritance
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.tunnel import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
     from agent.datapath.pins import Pins
     from agent.direct import DirectPath
@@ -80,9 +93,14 @@ class Roster:
         self._plaintext_ports = plaintext_ports
         self._enrolled: dict[str, Enrollment] = {}
         self._draining: dict[str, Enrollment] = {}
-        # Held for one step of one pod: the runtime brings pods while `apply` goes through others.
-        self._turn = asyncio.Lock()
+        # Held for one step of one pod: the runtime brings pods while `apply` goes through others,
+        # and a successor wants all of them at once.
+        self.turn = asyncio.Lock()
         self._coming: set[str] = set()
+        self._is_leaving = False  # nobody is taken in any more
+        self._drained: set[str] = set()  # of those that drain, but an elder may still serve them
+        self._has_elders = False
+        self._let_go_of_one = asyncio.Event()
         self.statuses: dict[str, PodStatus] = {}
         self.failures: Counter[str] = Counter()  # tries that failed, by reason
 
@@ -129,17 +147,18 @@ class Roster:
             self._source.publish(self.statuses.pop(uid).pod, None)
         for uid in self._draining.keys() - alive:
             self._fleet.expect_no_more(uid)
-            self._let_go(self._draining.pop(uid))
+            self._end_drain(uid)
         observed = {uid: enrollment.pod for uid, enrollment in self._enrolled.items()}
         for step in diff(desired, observed):
             match step:
                 case Unenroll():
-                    async with self._turn:
+                    async with self.turn:
                         if step.uid in self._enrolled:
                             self._unenroll(step.uid, has_ended=step.uid not in alive)
                 case Enroll() if self._is_due(step.pod):
-                    async with self._turn:
-                        if step.pod.uid not in self._enrolled.keys() | self._coming:
+                    async with self.turn:
+                        known = self._enrolled.keys() | self._coming
+                        if step.pod.uid not in known and not self._is_leaving:
                             await self._enroll(step.pod)
                 case Enroll():
                     pass
@@ -151,13 +170,15 @@ class Roster:
         """
         self._coming.add(pod.uid)
         try:
-            async with self._turn:
+            async with self.turn:
                 await self._bring(pod, netns_path)
         finally:
             self._coming.discard(pod.uid)
 
     async def _bring(self, pod: LocalPod, netns_path: Path) -> None:
         failed = f"{pod.namespace}/{pod.name} was not enrolled"
+        if self._is_leaving:
+            raise EnrollError(f"{failed}: this agent is about to end; the next one does it")
         try:
             netns_fd = netns.open_netns(netns_path)
         except OSError as error:
@@ -178,7 +199,7 @@ class Roster:
 
     async def settle(self, uid: str) -> None:
         """Guard a pod that was brought: in a thread, since nobody waits for it."""
-        async with self._turn:
+        async with self.turn:
             enrollment = self._enrolled.get(uid)
             if enrollment is None or enrollment.is_guarded:
                 return
@@ -191,7 +212,7 @@ class Roster:
 
     async def take_out(self, uid: str) -> None:
         """Unenroll a pod whose sandbox ends, at once: nobody is left whose connections could."""
-        async with self._turn:
+        async with self.turn:
             if uid in self._enrolled:
                 self._unenroll(uid, has_ended=True)
 
@@ -225,12 +246,89 @@ class Roster:
         for enrollment in self._enrolled.values():
             yield _added(enrollment)
 
+    def exceptions(self) -> set[tuple[str, bytes]]:
+        """Return what is not captured of the pods that are; see `enroll.exceptions`."""
+        found = (exceptions(self._pins, enrollment) for enrollment in self._enrolled.values())
+        return set().union(*found)
+
+    # -- from one agent to the next -----------------------------------------------------------
+
+    def heritage(self) -> Iterator[tuple[Inheritance, list[int]]]:
+        """Yield what a successor needs of each pod, and the descriptors, which stay ours."""
+        for enrollment in (*self._enrolled.values(), *self._draining.values()):
+            inheritance = Inheritance(
+                enrollment.pod,
+                enrollment.netns_cookie,
+                tuple(port for port, _listener in enrollment.listeners),
+                enrollment.pod.uid in self._draining,
+                {str(path): text for path, text in enrollment.sysctls.items()},
+            )
+            yield inheritance, _descriptors(enrollment)
+
+    def inherit(
+        self, heritage: Iterable[tuple[Inheritance, list[int]]], desired: dict[str, LocalPod]
+    ) -> None:
+        """Serve what an agent hands over, beside it; its descriptors are ours now.
+
+        A pod is taken as it is desired, so that nothing has to be undone for what changed.
+        """
+        for inheritance, fds in heritage:
+            netns_fd, *listener_fds = fds
+            listeners = [socket.socket(fileno=fd) for fd in listener_fds]
+            inherited = Inherited(
+                list(zip(inheritance.ports, listeners, strict=True)),
+                {Path(name): text for name, text in inheritance.sysctls.items()},
+            )
+            cookie, pod = inheritance.netns_cookie, inheritance.pod
+            if inheritance.is_draining:
+                enrollment = inherit_draining(pod, netns_fd, cookie, inherited)
+                self._fleet.tell(*_added(enrollment))
+                self._expect_drained(enrollment)
+                continue
+            pod = desired.get(pod.uid, pod)
+            try:
+                enrollment = enroll(self._pins, pod, netns_fd, inherited)
+            except SidestepError as error:
+                os.close(netns_fd)
+                self._put_off(pod, error)
+                continue
+            self._take(enrollment)
+            self.statuses[pod.uid] = PodStatus(pod, "enrolled")
+
+    def wait_for_elders(self, has_elders: bool) -> None:
+        """Say whether an agent before us still serves connections, which need the reply routes."""
+        self._has_elders = has_elders
+        if not has_elders:
+            for uid in list(self._drained):
+                self._end_drain(uid)
+
+    def abandon(self) -> None:
+        """Listen no more, and leave every pod captured: closed, or the successor's."""
+        self._is_leaving = True
+        for enrollment in (*self._enrolled.values(), *self._draining.values()):
+            abandon(enrollment)
+            os.close(enrollment.netns_fd)
+        self._enrolled.clear()
+        self._draining.clear()
+        self._drained.clear()
+
     def release_all(self) -> None:
-        """Take every pod out, at once."""
+        """Take every pod out; what is open goes on until `drop_all`, or until all is drained."""
+        self._is_leaving = True
         for uid in list(self._enrolled):
-            self._unenroll(uid, has_ended=True)
-        for enrollment in self._draining.values():
-            self._let_go(enrollment)
+            self._unenroll(uid, has_ended=False)
+
+    async def wait_drained(self) -> None:
+        """Wait until no pod drains any more."""
+        while self._draining:
+            self._let_go_of_one.clear()
+            await self._let_go_of_one.wait()
+
+    def drop_all(self) -> None:
+        """Undo what is left of pods that drain."""
+        for uid in list(self._draining):
+            self._fleet.expect_no_more(uid)
+            self._end_drain(uid)
 
     def _is_due(self, pod: LocalPod) -> bool:
         """Whether to try a pod now: it is new or changed, or has waited after a failure."""
@@ -251,15 +349,17 @@ class Roster:
 
     async def _take_in(self, pod: LocalPod, netns_fd: int, *, is_guarded: bool = True) -> None:
         await self._take_back(pod.uid)
-        enrollment = enroll(self._pins, pod, netns_fd, is_guarded=is_guarded)
-        self._enrolled[pod.uid] = enrollment
-        self._guard(enrollment)
-        self._direct.add_pod(enrollment.netns_cookie, pod, netns_fd)
-        self._fleet.tell(*_added(enrollment))
+        self._take(enroll(self._pins, pod, netns_fd, is_guarded=is_guarded))
         await self._fleet.wait_in_force()
         self.statuses[pod.uid] = PodStatus(pod, "enrolled")
         self._source.publish(pod, "enabled")
         log.info("pod enrolled", extra=_named(pod))
+
+    def _take(self, enrollment: Enrollment) -> None:
+        self._enrolled[enrollment.pod.uid] = enrollment
+        self._guard(enrollment)
+        self._direct.add_pod(enrollment.netns_cookie, enrollment.pod, enrollment.netns_fd)
+        self._fleet.tell(*_added(enrollment))
 
     def _put_off(self, pod: LocalPod, error: SidestepError) -> None:
         state = "pending" if isinstance(error, SandboxNotFound) else "failed"
@@ -305,22 +405,36 @@ class Roster:
         log.info("pod unenrolled", extra=_named(pod))
 
     def _drain(self, enrollment: Enrollment) -> None:
-        uid = enrollment.pod.uid
         try:
             release(enrollment)
         except (SidestepError, OSError) as error:
             # Its other steps are done, and the other pods are not affected.
             fields = _named(enrollment.pod) | {"error": str(error)}
             log.error("pod not unenrolled cleanly", extra=fields)
+        self._expect_drained(enrollment)
+
+    def _expect_drained(self, enrollment: Enrollment) -> None:
+        uid = enrollment.pod.uid
         self._draining[uid] = enrollment
-        self._fleet.expect_drained(uid, lambda: self._let_go(self._draining.pop(uid)))
+        self._fleet.expect_drained(uid, lambda: self._on_drained(uid))
         self._fleet.tell(messages.DrainPod(uid))
+
+    def _on_drained(self, uid: str) -> None:
+        self._drained.add(uid)
+        if not self._has_elders:
+            self._end_drain(uid)
+
+    def _end_drain(self, uid: str) -> None:
+        self._drained.discard(uid)
+        self._let_go(self._draining.pop(uid))
+        self._let_go_of_one.set()
 
     async def _take_back(self, uid: str) -> None:
         """Free 15008 of a pod that comes back while it drains; its connections go on."""
         enrollment = self._draining.pop(uid, None)
         if enrollment is None:
             return
+        self._drained.discard(uid)
         self._fleet.expect_no_more(uid)
         self._fleet.tell(messages.RemovePod(uid))
         await self._fleet.wait_in_force()
@@ -345,15 +459,10 @@ def _named(pod: LocalPod) -> dict[str, str]:
 
 
 def _added(enrollment: Enrollment) -> Told:
-    listeners = [
-        (port, listener.fileno())
-        for port, found in (
-            (OUTBOUND_PORT, enrollment.outbound),
-            (INBOUND_PORT, enrollment.inbound),
-            (HBONE_PORT, enrollment.hbone),
-        )
-        for listener in found
-    ]
-    ports = tuple(port for port, _fd in listeners)
+    ports = tuple(port for port, _listener in enrollment.listeners)
     message = messages.AddPod(enrollment.pod, enrollment.netns_cookie, ports)
-    return message, [enrollment.netns_fd, *(fd for _port, fd in listeners)]
+    return message, _descriptors(enrollment)
+
+
+def _descriptors(enrollment: Enrollment) -> list[int]:
+    return [enrollment.netns_fd, *(each.fileno() for _port, each in enrollment.listeners)]

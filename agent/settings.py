@@ -49,3 +49,4 @@ class Settings:
     log_format: Format = Format.JSON
     log_levels: Levels = DEFAULT_LEVELS
     access_log_lines: int = 1000  # a second and worker; 0: all
+    drain_seconds: int = 300  # for connections to end, after a successor has taken over

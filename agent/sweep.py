@@ -4,8 +4,8 @@ An agent that is killed undoes nothing: pods stay captured, with nobody listenin
 and safe. The next agent enrolls the pods that want the mesh over what is there; here go the others:
 those that ended meanwhile, and those whose label was taken away.
 
-Called by the composition root: `forget_exceptions` before the first pass, `sweep` once after it. A
-pod that is wanted and could not be enrolled yet is left as it is: closed.
+Called by the composition root, once after the first pass. A pod that is wanted and could not be
+enrolled yet is left as it is, closed, but for the exceptions that it had.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ COOKIE_IN_KEY = {
 }
 
 
-def forget_exceptions(pins: Pins) -> None:
-    """Forget what an agent before us left uncaptured: enrolling anew says what still holds."""
+def forget_exceptions(pins: Pins, kept: Collection[tuple[str, bytes]]) -> None:
+    """Forget what an agent before us left uncaptured, but for `kept` (`enroll.exceptions`)."""
     for name in ("ss_bypass", "ss_ports"):
-        for key in [key for key, _value in pins.maps[name].items()]:
-            pins.maps[name].delete(key)
+        opened = pins.maps[name]
+        for key in [key for key, _value in opened.items()]:
+            if (name, opened.key.encode(**key)) not in kept:
+                opened.delete(key)
 
 
 def sweep(pins: Pins, wanted_uids: Collection[str], pod_cgroups: Path) -> list[str]:

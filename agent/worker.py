@@ -17,6 +17,7 @@ import resource
 import select
 import socket
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,14 @@ from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
 from agent.errors import SidestepError
 from agent.identity.verify import FINGERPRINT_BYTES
+from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.sampling import Sampler
 from agent.secrecy import keep_memory_private
-from agent.tunnel import messages, sockets
+from agent.tunnel import messages
 from agent.tunnel.access import Ledger
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
@@ -45,6 +47,7 @@ from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.served import LOG, ServedPod, log
+from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
 
@@ -58,7 +61,9 @@ if TYPE_CHECKING:
 
 ACCEPTS_PER_TURN = 64
 CONNECTIONS_AT_ONCE = 100  # in one answer, which has to fit into one datagram
+QUEUE_LENGTH = 2048  # more than a listener keeps
 COUNT_SECONDS = 1.0  # between two messages with counts
+RETIRE_TURN_SECONDS = 0.1  # between two looks at what is left
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -142,6 +147,8 @@ class Worker:
                 self._drain_pod(message.uid)
             case messages.RemovePod():
                 self._remove_pod(message.uid)
+            case messages.Retire():
+                self._retire(message.has_successor)
             case messages.PutCertificate():
                 self._contexts.put(message)
                 if self._pool is not None:
@@ -283,32 +290,38 @@ class Worker:
 
     def _watch_listener(self, served: ServedPod, listener: socket.socket, serve: Serve) -> None:
         def on_ready(_ready: int) -> None:
-            for _ in range(ACCEPTS_PER_TURN):
-                try:
-                    accepted, peer = listener.accept()
-                except BlockingIOError:
-                    return
-                except OSError as error:
-                    log("accept failed", level="error", pod=served.pod.name, reason=str(error))
-                    return
-                accepted.setblocking(False)
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                try:
-                    if self._sockets is not None:
-                        self._sockets.require_room(accepted)
-                    serve(served, accepted, peer)
-                except (SidestepError, OSError) as error:
-                    # One connection's failure is its own.
-                    sockets.abort(accepted)
-                    log(
-                        "connection failed",
-                        level="error",
-                        pod=f"{served.pod.namespace}/{served.pod.name}",
-                        error=str(error),
-                    )
+            self._accept(served, listener, serve, ACCEPTS_PER_TURN)
 
         # Workers share the listener: one of them is enough for one connection.
         self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
+
+    def _accept(
+        self, served: ServedPod, listener: socket.socket, serve: Serve, limit: int = QUEUE_LENGTH
+    ) -> None:
+        """Serve what is in a listener's queue, and no more than `limit` at once."""
+        for _ in range(limit):
+            try:
+                accepted, peer = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log("accept failed", level="error", pod=served.pod.name, reason=str(error))
+                return
+            accepted.setblocking(False)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                if self._sockets is not None:
+                    self._sockets.require_room(accepted)
+                serve(served, accepted, peer)
+            except (SidestepError, OSError) as error:
+                # One connection's failure is its own.
+                sockets.abort(accepted)
+                log(
+                    "connection failed",
+                    level="error",
+                    pod=f"{served.pod.namespace}/{served.pod.name}",
+                    error=str(error),
+                )
 
     def _drain_pod(self, uid: str) -> None:
         served = self._served.get(uid)
@@ -325,6 +338,29 @@ class Worker:
             self._end_drain(uid)
 
         self._reactor.call_later(DRAIN_SECONDS, leave)
+
+    def _retire(self, has_successor: bool) -> None:
+        for served in self._served.values():
+            for port, listener in served.listeners:
+                self._reactor.forget(listener.fileno())
+                if has_successor:
+                    # The kernel may have told us alone (EPOLLEXCLUSIVE) of what is in the queue.
+                    self._accept(served, listener, self._serve_by_port[port])
+                listener.close()
+            served.listeners = []
+        hears_until = time.monotonic() + (DRAIN_SECONDS if has_successor else 0.0)
+
+        def look() -> None:
+            if self._trust is not None:
+                self._trust.drain_all()  # those, too, whose handshake has ended meanwhile
+                if time.monotonic() >= hears_until:
+                    self._trust.close_idle()
+            if self._ledger.has_open or (has_successor and Session.open_count):
+                self._reactor.call_later(RETIRE_TURN_SECONDS, look)
+            else:
+                self._reactor.call_soon(self._reactor.stop)  # what was said goodbye to is written
+
+        look()
 
     def _end_drain(self, uid: str) -> None:
         served = self._served.get(uid)
@@ -347,6 +383,7 @@ class Worker:
 def main() -> None:
     """Run a worker on the message socket whose descriptor is the only argument."""
     keep_memory_private()
+    never_stall()
     channel = socket.socket(fileno=int(sys.argv[1]))
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # two descriptors for each connection

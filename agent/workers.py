@@ -54,6 +54,7 @@ class WorkerProcess:
             )
         self._answers: dict[int, asyncio.Future[messages.Answer | None]] = {}
         self._number = 0
+        self.began = asyncio.get_running_loop().time()
         asyncio.get_running_loop().add_reader(self._channel, self._on_answer)
 
     @property

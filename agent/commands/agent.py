@@ -18,6 +18,7 @@ from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
+from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
@@ -164,6 +165,10 @@ def default_workers() -> int:
     help="Of a second and a worker; what is beyond is counted in one line. 0 writes all.",
 )  # fmt: skip
 @click.option(
+    "--drain-seconds", type=click.IntRange(0), default=300, show_default=True,
+    help="How long connections may last after a new agent has taken over, or at an uninstall.",
+)  # fmt: skip
+@click.option(
     "--enrollment-selectors", metavar="YAML",
     help="Which pods take part, as in Istio's enablementSelectors; "
     "by default the label istio.io/dataplane-mode of the pod, then of its namespace.",
@@ -211,6 +216,7 @@ def agent(
     log_format: str,
     log_levels: str,
     access_log_lines: int,
+    drain_seconds: int,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -254,6 +260,7 @@ def agent(
         log_format=Format(log_format),
         log_levels=parse_levels(log_levels),
         access_log_lines=access_log_lines,
+        drain_seconds=drain_seconds,
     )
     rules = EnrollmentRules(
         DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),
@@ -261,6 +268,7 @@ def agent(
         own_namespace,
     )
     followed = _open_source(source, objects, root_namespace, rules)
+    never_stall()
     logs.set_up(settings.log_format, settings.log_levels)
 
     async def run() -> None:

@@ -1,8 +1,11 @@
 """Compile and load the BPF programs with bcc, in a process of its own that ends at once.
 
 bcc brings LLVM, 70 to 140 MB that are never returned, so the agent never imports this module: it
-runs `python -m agent.datapath.compiler STAGING`. The child leaves maps and programs pinned under
-STAGING and ends; the parent moves the directory to its place (`agent.datapath.pins`).
+runs `python -m agent.datapath.compiler STAGING [MAPS]`. The child leaves maps and programs pinned
+under STAGING and ends; the parent moves them to their place (`agent.datapath.pins`). With MAPS, the
+maps of programs that run, the new programs use those, and only programs are left under STAGING.
+
+On stdout it prints the instructions of lookup.c, a JSON list, for one stamped copy for each pod.
 
 No kernel headers are needed. bcc is pointed (BCC_KERNEL_SOURCE) at a tree made of bpf/kbuild, which
 stands in for the four internal headers that bcc asks for, and of the exported headers of
@@ -17,6 +20,7 @@ Exit code 0, or 1 with the reason on stderr.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import shutil
@@ -27,16 +31,13 @@ from typing import TYPE_CHECKING, Any
 
 from agent.datapath.source import (
     LOOKUP_PROGRAM,
-    MAGIC,
     MAIN,
     MAPS,
     PROGRAMS,
     RING_BUFFERS,
     SOURCES,
     expand,
-    program_hash,
     relocatable_text,
-    schema_hash,
 )
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ def _header_tree() -> Iterator[Path]:
         yield tree
 
 
-def _load(staging: Path) -> None:
+def _load(staging: Path, maps: Path | None) -> list[int]:
     from bcc import BPF, lib  # heavy, and only ever in this process
 
     with _header_tree() as tree:
         os.environ["BCC_KERNEL_SOURCE"] = str(tree)
         flags = [
-            f'-DSS_PINS="{staging}/maps"',
+            f'-DSS_PINS="{maps or staging / "maps"}"',
             "-Wno-macro-redefined",
             "-Wno-duplicate-decl-specifier",
         ]
@@ -73,37 +74,37 @@ def _load(staging: Path) -> None:
             raise OSError(f"{name} cannot be pinned under {staging}")
 
     for name in RING_BUFFERS:
-        pin(lib.bpf_table_fd(module.module, name.encode()), name, "maps")
+        fd = lib.bpf_table_fd(module.module, name.encode())
+        if maps is None:
+            pin(fd, name, "maps")
+            continue
+        # bcc opens pinned maps, but ring buffers only new. The text names the map by its
+        # descriptor, and is not loaded yet: so that number becomes the pinned one.
+        pinned = lib.bpf_obj_get(str(maps / name).encode())
+        if pinned < 0:
+            raise OSError(f"{maps / name} cannot be opened")
+        os.dup2(pinned, fd, inheritable=False)
+        os.close(pinned)
     # ss_lookup too, so that the verifier sees it here; what serves a pod is a stamped copy.
     for name, (program_type, attach_type) in PROGRAMS.items():
         pin(module.load_func(name, program_type, attach_type=attach_type).fd, name)
 
     fds = {lib.bpf_table_fd(module.module, name.encode()): i for i, name in enumerate(MAPS)}
-    text = relocatable_text(module.dump_func(LOOKUP_PROGRAM), fds)
-    for index, instruction in enumerate(text):
-        module["ss_lookup_text"][module["ss_lookup_text"].Key(index)] = module[
-            "ss_lookup_text"
-        ].Leaf(instruction)
-    meta = module["ss_meta"].Leaf(
-        magic=MAGIC,
-        schema=schema_hash().encode(),
-        programs=program_hash().encode(),
-        lookup_instructions=len(text),
-    )
-    module["ss_meta"][module["ss_meta"].Key(0)] = meta
+    return relocatable_text(module.dump_func(LOOKUP_PROGRAM), fds)
 
 
 def main() -> int:
-    """Load into the staging directory named by the only argument."""
+    """Load into the staging directory that is the first argument."""
     staging = Path(sys.argv[1])
-    (staging / "maps").mkdir()
-    (staging / "programs").mkdir()
-    (staging / "links").mkdir()
+    maps = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    for part in ("programs",) if maps else ("maps", "programs", "links"):
+        (staging / part).mkdir()
     try:
-        _load(staging)
+        text = _load(staging, maps)
     except Exception as error:  # this process's last act: bcc raises bare Exception
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201  # the report
         return 1
+    print(json.dumps(text))  # noqa: T201  # the answer
     return 0
 
 

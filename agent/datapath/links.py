@@ -19,7 +19,7 @@ from agent.datapath.source import (
     MAPS,
     stamped_text,
 )
-from agent.errors import AttachError, FeatureMissing, KernelError
+from agent.errors import FeatureMissing, KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,21 +45,11 @@ def _closing(fd: int) -> Iterator[int]:
 
 
 def attach_cgroup(pins: Pins, root: Path) -> None:
-    """Attach every cgroup program at `root`, where that is not done yet."""
+    """Attach every cgroup program at `root`; a link that is there gets the program of `pins`."""
     with _closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
         for name, (_program_type, attach_type) in CGROUP_PROGRAMS.items():
-            path = pins.link_path(name)
             with _closing(pins.program(name)) as program_fd:
-                if path.exists():
-                    with _closing(libbpf.open_pin(path)) as link_fd:
-                        attached = libbpf.link_facts(link_fd).program_id
-                    if attached != libbpf.program_facts(program_fd).id:
-                        raise AttachError(f"{path} is attached to another program")
-                    continue
-                with _closing(
-                    libbpf.create_link(program_fd, cgroup_fd, attach_type, name)
-                ) as link_fd:
-                    libbpf.pin(link_fd, path)
+                _attach(program_fd, cgroup_fd, attach_type, name, pins.link_path(name))
 
 
 def lookup_link_name(netns_cookie: int) -> str:
@@ -84,11 +74,8 @@ def _attach(program_fd: int, target_fd: int, attach_type: int, name: str, path: 
 
 def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
     """Load the pod's own copy of the lookup program and attach it to its netns."""
-    length = pins.meta["lookup_instructions"]
-    assert isinstance(length, int)
-    text = [pins.maps["ss_lookup_text"].get({"value": index}) for index in range(length)]
-    instructions = [int(entry["value"]) for entry in text if entry is not None]
-    stamped = stamped_text(instructions, netns_cookie, [pins.maps[name].fd for name in MAPS])
+    text = pins.lookup_text()
+    stamped = stamped_text(text, netns_cookie, [pins.maps[name].fd for name in MAPS])
     path = pins.link_path(lookup_link_name(netns_cookie))
     with _closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd:
         _attach(program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP, LOOKUP_PROGRAM, path)

@@ -4,8 +4,13 @@
                         /programs/ss_*    every program
                         /links/ss_*       cgroup links; lookup_<netns cookie>, one for each pod
 
-Pins keep programs and maps alive without the agent. A directory that is truncated, foreign, or made
-by other sources is refused with AbiMismatch before anything is written to it.
+Pins keep programs and maps alive without the agent. A directory that is truncated or foreign is
+refused with AbiMismatch before anything is written to it, and so is a root that holds maps of
+another layout: two layouts at once would capture every connection twice.
+
+Programs of another build over the same maps are replaced: compiled against the maps that are there,
+and put in place one by one. `ss_meta` says whose programs these are before the first and after the
+last step, so whoever comes after a crash in between begins anew, in whichever direction.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -30,15 +36,19 @@ from agent.datapath.source import (
     program_hash,
     schema_hash,
 )
-from agent.errors import AbiMismatch, FeatureMissing, LoadError, MapError, PinsInUse
+from agent.errors import AbiMismatch, AttachError, FeatureMissing, LoadError, MapError, PinsInUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from agent.datapath.btf import Value
 
 DEFAULT_ROOT = Path("/sys/fs/bpf/sidestep")
 BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
 STATFS_BYTES = 256  # more than struct statfs has on any machine
 COMPILE_SECONDS = 60
+STAGING = "loading"
+NOBODY = ""  # whose programs these are while they are replaced
 
 
 class Pins:
@@ -96,13 +106,18 @@ class Pins:
         """Return where the link `name` is, or would be, pinned."""
         return self.directory / "links" / name
 
-    def hold(self) -> None:
+    def hold(self, held: int | None = None) -> None:
         """Keep other agents off the directory until `close`, or the end of the process.
+
+        `held` is the lock that a predecessor has passed on (`lock`); it is ours from here.
 
         Raises:
             PinsInUse: another one holds it.
         """
-        self._held = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        if held is not None:
+            self._held = held
+            return
+        self._held = _open_directory(self.directory)
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -110,6 +125,27 @@ class Pins:
                 f"another agent runs on {self.directory}: stop it first, or give this one its own "
                 "place with --pins"
             ) from error
+
+    @property
+    def lock(self) -> int:
+        """The descriptor that holds the directory: whoever gets a copy holds it as well."""
+        return self._held
+
+    def refresh(self) -> None:
+        """Read again what the pins are, after programs were replaced."""
+        self.meta = self.maps["ss_meta"].get({"value": 0}) or {}
+
+    def lookup_text(self) -> list[int]:
+        """Return the lookup program, whoever loaded it (AttachError while it is replaced)."""
+        self.refresh()
+        before = dict(self.meta)
+        length = before["lookup_instructions"]
+        assert isinstance(length, int)
+        text = [self.maps["ss_lookup_text"].get({"value": index}) for index in range(length)]
+        self.refresh()
+        if self.programs == NOBODY or self.meta != before:
+            raise AttachError(f"the programs of {self.directory} are just being replaced")
+        return [int(entry["value"]) for entry in text if entry is not None]
 
     def close(self) -> None:
         """Give the descriptors back; pins stay."""
@@ -121,15 +157,31 @@ class Pins:
         self.maps.clear()
 
 
+def _open_directory(directory: Path) -> int:
+    # bpffs holds no regular file; the directory itself can be locked.
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    # bpffs holds no regular file; the directory itself can be locked.
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    fd = _open_directory(root)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether an agent runs on a pin directory."""
+    fd = _open_directory(directory)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _is_bpffs(path: Path) -> bool:
@@ -141,12 +193,12 @@ def _is_bpffs(path: Path) -> bool:
 
 
 def load(root: Path = DEFAULT_ROOT) -> Pins:
-    """Open the pins under `root`, compiling and loading first where there are none.
+    """Open the pins under `root`, compiling and loading first what is not there.
 
     Raises:
         FeatureMissing: `root` is not on a BPF file system, or root's rights are missing.
         LoadError: the sources do not compile, or the verifier refuses a program.
-        AbiMismatch: there is a directory, and it is not one that these sources made.
+        AbiMismatch: there are pins, and not of this layout.
     """
     if os.geteuid() != 0:
         raise FeatureMissing("root is missing: loading BPF programs needs it")
@@ -160,33 +212,85 @@ def load(root: Path = DEFAULT_ROOT) -> Pins:
         )
     directory = root / schema_hash()
     with _locked(root):
+        for other in root.iterdir():
+            if other not in (directory, root / STAGING):
+                raise AbiMismatch(
+                    f"{other} holds maps of another version, whose layout this one "
+                    f"({directory.name}) cannot take over: run `sidestep uninstall --pins {root}` "
+                    "when the pods of this node can do without the mesh, then start it again"
+                )
         if not directory.exists():
-            _compile(root / "loading", directory)
+            _make(root / STAGING, directory)
         pins = Pins(directory)
-    if pins.programs != program_hash():
-        pins.close()
-        raise AbiMismatch(
-            f"{directory} holds programs of another build ({pins.programs}): take that agent "
-            "down and remove its pins first"
-        )
+        if pins.programs != program_hash():
+            try:
+                _replace_programs(root / STAGING, pins)
+            except BaseException:
+                pins.close()
+                raise
     return pins
 
 
-def _compile(staging: Path, directory: Path) -> None:
+def _compile(staging: Path, maps: Path | None = None) -> list[int]:
+    """Load into an empty staging directory; return the text of lookup.c."""
     if staging.exists():  # of a child that was killed; we hold the lock
         shutil.rmtree(staging)
     staging.mkdir()
     command = [sys.executable, "-m", "agent.datapath.compiler", str(staging)]
+    if maps is not None:
+        command.append(str(maps))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+    )
+    if done.returncode != 0:
+        raise LoadError(f"the BPF programs were not loaded: {done.stderr.strip()[-2000:]}")
+    # Before it, the compiler may have said something of its own.
+    text: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return text
+
+
+def _make(staging: Path, directory: Path) -> None:
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-        )
-        if done.returncode != 0:
-            raise LoadError(f"the BPF programs were not loaded: {done.stderr.strip()[-2000:]}")
+        text = _compile(staging)
+        with contextlib.closing(Map(staging / "maps/ss_lookup_text")) as lookup_text:
+            _write_text(lookup_text, text)
+        with contextlib.closing(Map(staging / "maps/ss_meta")) as meta:
+            _write_meta(meta, program_hash(), len(text))
         staging.rename(directory)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _replace_programs(staging: Path, pins: Pins) -> None:
+    """Put our programs in the place of another build's; links follow when they are attached."""
+    try:
+        text = _compile(staging, pins.directory / "maps")
+        length = pins.meta["lookup_instructions"]
+        assert isinstance(length, int)
+        _write_meta(pins.maps["ss_meta"], NOBODY, length)
+        for name in PROGRAMS:
+            (staging / "programs" / name).rename(pins.directory / "programs" / name)
+        _write_text(pins.maps["ss_lookup_text"], text)
+        _write_meta(pins.maps["ss_meta"], program_hash(), len(text))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    pins.refresh()
+
+
+def _write_text(lookup_text: Map, text: list[int]) -> None:
+    for index, instruction in enumerate(text):
+        lookup_text.put({"value": index}, {"value": instruction})
+
+
+def _write_meta(meta: Map, programs: str, lookup_instructions: int) -> None:
+    value: dict[str, Value] = {
+        "magic": MAGIC,
+        "schema": schema_hash().encode(),
+        "programs": programs.encode(),
+        "lookup_instructions": lookup_instructions,
+    }
+    meta.put({"value": 0}, value)
 
 
 def remove(directory: Path) -> None:

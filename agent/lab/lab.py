@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -35,7 +34,7 @@ from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
 from agent.model.enrollment import MODE_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 RUN = Path("/run/sidestep/lab")
 PINS = Path("/sys/fs/bpf/sidestep-lab")
@@ -240,8 +239,36 @@ class Lab:
 
     def restart_agent(self, node: LabNode) -> None:
         """Stop a node's agent as an operator would, and start it anew."""
-        self._stop_agents([self.cgroup / node.name / "agent"])
+        self.stop_agent(node)
         self._start_agents([node])
+
+    def stop_agent(self, node: LabNode) -> None:
+        """Stop a node's agent; its pods stay captured, with nobody listening."""
+        processes = self.agent_processes(node)
+        for agent in _find_agents(processes):
+            os.kill(agent, signal.SIGTERM)  # its children end with it
+        for pid in processes:
+            machine.wait_for_exit(pid, STOP_SECONDS)
+
+    def upgrade_agent(
+        self, node: LabNode, tree: Path | None = None, ready_seconds: float = READY_SECONDS
+    ) -> int:
+        """Start an agent beside the one that runs, and wait until it has taken over.
+
+        Args:
+            tree: the directory with the sources of its version; those of this one by default.
+
+        Returns:
+            The process of the agent before it, which serves what is open until that has ended.
+
+        Raises:
+            LabError: none runs, or the new one does not take over.
+        """
+        before = self.agent_pid(node)
+        if before is None:
+            raise LabError(f"no agent runs on node {node.name}")
+        self._start_agents([node], tree, ready_seconds)
+        return before
 
     # -- the certificate authority ------------------------------------------------------------
 
@@ -300,10 +327,16 @@ class Lab:
         return machine.processes_of(self.cgroup / node.name / "agent")
 
     def agent_pid(self, node: LabNode) -> int | None:
-        """Return the process of a node's agent that the others are children of."""
-        return _find_agent(self.agent_processes(node))
+        """Return the process of a node's agent, the youngest if one hands over to another."""
+        agents = _find_agents(self.agent_processes(node))
+        return agents[-1] if agents else None
 
-    def _start_agents(self, nodes: list[LabNode]) -> None:
+    def _start_agents(
+        self,
+        nodes: list[LabNode],
+        tree: Path | None = None,
+        ready_seconds: float = READY_SECONDS,
+    ) -> None:
         waiting: list[tuple[LabNode, socket.socket, subprocess.Popen[bytes]]] = []
         try:
             for node in nodes:
@@ -332,21 +365,27 @@ class Lab:
                     command,
                     self.agent_log(node),
                     env=os.environ | {"NOTIFY_SOCKET": str(run / "notify.sock")},
+                    cwd=tree,
                 )
                 waiting.append((node, ready, process))
             for node, ready, process in waiting:
                 named = f"the agent of node {node.name}"
-                self._wait_ready(named, self.agent_log(node), ready, process)
+                self._wait_ready(named, self.agent_log(node), ready, process, ready_seconds)
         finally:
             for _node, ready, _process in waiting:
                 ready.close()
 
     def _wait_ready(
-        self, named: str, log: Path, ready: socket.socket, process: subprocess.Popen[bytes]
+        self,
+        named: str,
+        log: Path,
+        ready: socket.socket,
+        process: subprocess.Popen[bytes],
+        seconds: float = READY_SECONDS,
     ) -> None:
         pidfd = os.pidfd_open(process.pid)
         try:
-            found = select.select([ready.fileno(), pidfd], [], [], READY_SECONDS)[0]
+            found = select.select([ready.fileno(), pidfd], [], [], seconds)[0]
         finally:
             os.close(pidfd)
         if ready.fileno() not in found:
@@ -411,7 +450,7 @@ class Lab:
     def down(self) -> bool:
         """Remove everything that is there; False if there was nothing."""
         there = [self.run.exists(), self.pins.exists(), self.cgroup.exists()]
-        self._stop_agents(self.cgroup.glob("*/agent"))
+        # At once: an agent that ends in order would leave the same, and serve what is open first.
         machine.kill_cgroup(self.cgroup)
         for child in self._children:
             child.wait(STOP_SECONDS)
@@ -435,21 +474,14 @@ class Lab:
         # `a` and `a-b` are both names of labs: ss-a-b-fabric belongs to the second.
         return re.fullmatch(rf"ss-{self.name}-(fabric|node-.*|pod-.*)", name) is not None
 
-    def _stop_agents(self, cgroups: Iterable[Path]) -> None:
-        processes = [machine.processes_of(cgroup) for cgroup in cgroups]
-        for pids in processes:
-            agent = _find_agent(pids)
-            if agent is not None:
-                os.kill(agent, signal.SIGTERM)  # its children end with it
-        for pid in itertools.chain(*processes):
-            machine.wait_for_exit(pid, STOP_SECONDS)
 
-
-def _find_agent(pids: list[int]) -> int | None:
+def _find_agents(pids: list[int]) -> list[int]:
+    """Return those that are agents and no children of one, the youngest last."""
     commands = {pid: machine.command_of(pid) for pid in pids}
     agents = [pid for pid, command in commands.items() if command[1:4] == AGENT]
     # A child that has not yet become its own program still has its parent's command line.
-    return next((pid for pid in agents if machine.parent_of(pid) not in agents), None)
+    found = [pid for pid in agents if machine.parent_of(pid) not in agents]
+    return sorted(found, key=machine.started_at)
 
 
 def _late(state: dict[str, Any], uids: list[str], wanted: str | None) -> dict[str, str]:

@@ -178,6 +178,15 @@ def parent_of(pid: int) -> int | None:
     return int(next(line for line in lines if line.startswith("PPid:")).split()[1])
 
 
+def started_at(pid: int) -> int:
+    """Return when a process began, in ticks since boot; 0 if it is gone (proc(5))."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
+
+
 def kill_cgroup(cgroup: Path) -> None:
     """Kill everything below a cgroup, wait until it is gone, and remove the cgroup."""
     if not cgroup.is_dir():

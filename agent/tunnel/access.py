@@ -302,6 +302,11 @@ class Ledger:
                 found.append(access.listed(now))
         return found, 0
 
+    @property
+    def has_open(self) -> bool:
+        """Whether a connection has not ended."""
+        return bool(self._open)
+
     def count(self) -> dict[tuple[str, str], int]:
         """Count the open connections by reporter and path."""
         counted: dict[tuple[str, str], int] = {}

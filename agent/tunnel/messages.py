@@ -79,6 +79,16 @@ class RemovePod:
 
 
 @dataclass(frozen=True, slots=True)
+class Retire:
+    """Accept nothing more, say goodbye to peers, and end when the last connection has.
+
+    With a successor, streams that peers open before they have heard are served as well.
+    """
+
+    has_successor: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PutCertificate:
     """The certificate of an identity, for new tunnels; PEM texts."""
 
@@ -250,6 +260,7 @@ ToWorker = (
     | AddPod
     | DrainPod
     | RemovePod
+    | Retire
     | PutCertificate
     | RemoveCertificate
     | PutRevoked

@@ -180,6 +180,8 @@ class Session:
     each CONNECT (server). The answer to our own CONNECT goes to `channel.on_response`.
     """
 
+    open_count = 0  # of this worker, from the constructor to the end
+
     def __init__(
         self,
         reactor: Reactor,
@@ -226,6 +228,7 @@ class Session:
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
         reactor.watch(self._fd, self._watched, self._on_io)
+        Session.open_count += 1
 
     # -- streams ------------------------------------------------------------------------------
 
@@ -506,6 +509,11 @@ class Session:
         if not self.channels:
             self.on_idle(self)
 
+    def close_if_idle(self) -> None:
+        """Close if no stream is open; a client's own closes by itself once it drains."""
+        if self._role is Role.SERVER and not self.channels and not self.is_closed:
+            self.close()
+
     def refuse(self, error: UntrustedPeer) -> None:
         """Close now, because of what the peer's certificate says."""
         if not self.is_closed:
@@ -526,6 +534,7 @@ class Session:
                 self._tls.write(self.connection.take_output())
             self._socket.send(bytes(self._unsent) + self._outgoing.read())
         self.is_closed = True
+        Session.open_count -= 1
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}
         for channel in channels.values():

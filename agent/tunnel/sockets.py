@@ -26,7 +26,8 @@ IP_TRANSPARENT, IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT = 19, 75, 24  # linux/
 # Below what Linux gives to clients (net.ipv4.ip_local_port_range), above what needs a privilege.
 BORROWED_PORTS = range(1024, 32768)
 MOST_PORTS = 16  # a pod that listens on so many in a row leaves the choice to the kernel
-LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # struct linger {on, 0 seconds}: close() sends RST
+# struct linger {on or off, seconds}: with no time to linger, close() sends RST.
+LINGER_RESET, LINGER_NOT = b"\1\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"
 
 
 def borrow_source(own: socket.socket, source: Address, ports: Iterable[int] = ()) -> None:
@@ -108,7 +109,12 @@ class PodSockets:
             )
 
 
+def reset_on_close(own: socket.socket, *, is_reset: bool) -> None:
+    """Say what closing a socket means to its peer: RST, or the FIN that it may have had already."""
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET if is_reset else LINGER_NOT)
+
+
 def abort(own: socket.socket) -> None:
     """Close a socket with RST, where there is somebody to send it to."""
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    reset_on_close(own, is_reset=True)
     own.close()

@@ -35,7 +35,11 @@ def _no_data(_data: bytes | memoryview) -> None:
 
 
 class TcpChannel:
-    """Implements relay.Channel. Reads nothing until `start`."""
+    """Implements relay.Channel. Reads nothing until `start`.
+
+    Whatever ends it but `close` is a reset, the death of this process too: an application must not
+    take what arrived until then for all.
+    """
 
     def __init__(self, reactor: Reactor, own: socket.socket) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = _no_data
@@ -43,6 +47,7 @@ class TcpChannel:
         self._reactor = reactor
         self._socket = own
         self._fd = own.fileno()
+        sockets.reset_on_close(own, is_reset=True)
         self._pending: deque[bytes | memoryview] = deque()
         self.buffered = 0
         self._wants_read = False
@@ -188,6 +193,7 @@ class TcpChannel:
         if not self._is_closed:
             self._is_closed = True
             self._reactor.forget(self._fd)
+            sockets.reset_on_close(self._socket, is_reset=False)
             self._socket.close()
 
 

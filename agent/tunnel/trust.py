@@ -41,6 +41,10 @@ class Tunnel(Protocol):
         """Close at once."""
         ...
 
+    def close_if_idle(self) -> None:
+        """Close if no stream is open."""
+        ...
+
 
 class Trust:
     """One per worker."""
@@ -87,6 +91,18 @@ class Trust:
                 tunnel.refuse(
                     PeerRevoked(f"the peer's certificate {tunnel.proof.serial:x} is revoked")
                 )
+
+    def drain_all(self) -> None:
+        """Take no new streams on any tunnel; each is asked once, however often this is called."""
+        for tunnel, due in list(self._drain_at.items()):
+            if due < float("inf"):
+                self._drain_at[tunnel] = float("inf")
+                tunnel.drain()
+
+    def close_idle(self) -> None:
+        """Close the tunnels that carry nothing."""
+        for tunnel in list(self._drain_at):
+            tunnel.close_if_idle()
 
     def _schedule(self) -> None:
         # One timer for all, since a cancelled one stays in the reactor until its time.

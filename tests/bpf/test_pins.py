@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.datapath import libbpf, pins
-from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS
+from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS, program_hash
 from agent.errors import AbiMismatch, FeatureMissing, LoadError, PinsInUse
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def children() -> list[str]:
     return found
 
 
-def no_compile(staging: Path, directory: Path) -> None:
-    raise AssertionError(f"{directory} was compiled again")
+def no_compile(staging: Path, maps: Path | None = None) -> list[int]:
+    raise AssertionError(f"{staging} was compiled again, {maps}")
 
 
 def test_compile_and_load_is_fast_and_its_child_is_gone(
@@ -148,10 +148,6 @@ def write_another_schema(directory: Path) -> None:
     write_meta(directory, schema=b"0123456789abcdef")
 
 
-def write_another_build(directory: Path) -> None:
-    write_meta(directory, programs=b"0123456789abcdef")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -163,7 +159,6 @@ def write_another_build(directory: Path) -> None:
         (pin_a_program_as_a_map, "ss_pods"),
         (write_another_magic, "no mark of Sidestep"),
         (write_another_schema, "another layout"),
-        (write_another_build, "another build"),
     ],
 )
 def test_spoiled_directory_is_refused_and_left_alone(
@@ -180,6 +175,47 @@ def test_spoiled_directory_is_refused_and_left_alone(
         pins.load(root)
     assert str(directory) in str(refused.value)
     assert snapshot(root) == before
+
+
+def program_ids(opened: pins.Pins) -> set[int]:
+    found = set()
+    for name in PROGRAMS:
+        fd = opened.program(name)
+        found.add(libbpf.program_facts(fd).id)
+        os.close(fd)
+    return found
+
+
+@pytest.mark.parametrize("programs", [b"0123456789abcdef", b""])  # the second: half-way replaced
+def test_programs_of_another_build_are_replaced_over_the_same_maps(
+    root: Path, directory: Path, programs: bytes
+) -> None:
+    opened = pins.Pins(directory)
+    before = {path.name: libbpf.map_facts(libbpf.open_pin(path)).id for path in maps_of(directory)}
+    ids = program_ids(opened)
+    opened.close()
+    write_meta(directory, programs=programs)
+    again = pins.load(root)
+    after = {path.name: libbpf.map_facts(libbpf.open_pin(path)).id for path in maps_of(directory)}
+    assert after == before
+    assert not program_ids(again) & ids
+    assert again.programs == program_hash()
+    assert len(again.lookup_text()) == again.meta["lookup_instructions"]
+    again.close()
+    assert sorted(path.name for path in root.iterdir()) == [directory.name]
+
+
+def maps_of(directory: Path) -> list[Path]:
+    return sorted((directory / "maps").iterdir())
+
+
+def test_maps_of_another_layout_beside_are_refused(root: Path, directory: Path) -> None:
+    other = root / "0123456789abcdef"
+    directory.rename(other)
+    with pytest.raises(AbiMismatch, match="sidestep uninstall --pins") as refused:
+        pins.load(root)
+    assert str(other) in str(refused.value)
+    assert [path.name for path in root.iterdir()] == [other.name]
 
 
 def test_empty_directory_is_refused_and_left_alone(root: Path, directory: Path) -> None:

@@ -85,18 +85,22 @@ class PodEnd:
         return self._stack.enter_context(made)
 
     def connect(self, host: str, port: int) -> socket.socket:
-        connection = self._socket()
-        connection.connect((host, port))
-        return connection
+        """Return a connection that lasts until the test ends."""
+        return self._stack.enter_context(self.open(host, port))
+
+    def open(self, host: str, port: int) -> socket.socket:
+        """Return a connection that is the caller's."""
+        made = netns.run_in(self._fd, socket.socket)
+        made.settimeout(SECONDS)
+        try:
+            made.connect((host, port))
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def echo(self, port: int) -> list[tuple[str, int]]:
         """Serve echo in a thread until the test ends; return the peers that it sees, growing."""
-        listener = self._socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("0.0.0.0", port))
-        listener.listen(128)
-        listener.settimeout(None)
-        peers: list[tuple[str, int]] = []
 
         def handle(accepted: socket.socket) -> None:
             with accepted:
@@ -106,7 +110,18 @@ class PodEnd:
                 except ConnectionError:
                     return
 
-        def serve() -> None:
+        return self.serve(port, handle)
+
+    def serve(self, port: int, handle: Callable[[socket.socket], None]) -> list[tuple[str, int]]:
+        """Serve each connection in a thread, until the test ends; return the peers, growing."""
+        listener = self._socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("0.0.0.0", port))
+        listener.listen(128)
+        listener.settimeout(None)
+        peers: list[tuple[str, int]] = []
+
+        def accept() -> None:
             threads = []
             while True:
                 try:
@@ -119,7 +134,7 @@ class PodEnd:
             for thread in threads:
                 thread.join()
 
-        server = threading.Thread(target=serve)
+        server = threading.Thread(target=accept)
         server.start()
         self._stack.callback(server.join)
         self._stack.callback(listener.shutdown, socket.SHUT_RDWR)

@@ -282,3 +282,22 @@ def test_connection_that_stands_outlives_the_deadline(
         attempt.reactor.run()
         assert attempt.outcomes == [None]
         assert attempt.own.fileno() != -1
+
+
+def test_connection_whose_holder_dies_is_reset_and_not_ended(end: End) -> None:
+    end.peer.settimeout(5)
+    end.own.close()  # as the kernel does for a process that is gone
+    with pytest.raises(ConnectionResetError):
+        end.peer.recv(1)
+
+
+def test_connection_that_has_ended_both_ways_is_not_reset(end: End) -> None:
+    end.peer.settimeout(5)
+    end.channel.start()
+    end.channel.write(b"last")
+    end.channel.finish()
+    end.peer.shutdown(socket.SHUT_WR)
+    run_until(end.reactor, lambda: "end" in end.seen)
+    end.channel.close()
+    assert end.peer.recv(10) == b"last"
+    assert end.peer.recv(10) == b""

@@ -22,9 +22,13 @@ class Recorded:
         self.proof: Peer | None = Peer(CLIENT, 1, time.time() + seconds, mark)
         self.drained_at: list[float] = []
         self.refused: list[str] = []
+        self.closed = 0
 
     def drain(self) -> None:
         self.drained_at.append(time.time())
+
+    def close_if_idle(self) -> None:
+        self.closed += 1
 
     def refuse(self, error: UntrustedPeer) -> None:
         self.refused.append(error.reason)
@@ -70,3 +74,16 @@ def test_revocation_closes_whom_it_hits_and_nobody_else_also_after_the_drain() -
     trust.revoke(frozenset({b"hit", b"other"}))
     assert hit.refused == ["peer_revoked"]
     assert spared.refused == []
+
+
+def test_all_tunnels_are_drained_once_however_often_that_is_asked() -> None:
+    trust = Trust(Reactor(), TRUST_DOMAIN)
+    first, second = Recorded(b"a", 3600), Recorded(b"b", 3600)
+    trust.admit(first)
+    trust.drain_all()
+    trust.admit(second)  # its handshake ended meanwhile
+    trust.drain_all()
+    assert (len(first.drained_at), len(second.drained_at)) == (1, 1)
+    trust.leave(first)
+    trust.close_idle()
+    assert (first.closed, second.closed) == (0, 1)

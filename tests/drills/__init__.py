@@ -1,0 +1,1 @@
+"""Failure drills: something breaks while traffic runs, and nothing goes out in plaintext."""

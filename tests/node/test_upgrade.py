@@ -1,0 +1,210 @@
+"""A new agent takes over from the one that runs: no connection fails, none is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.datapath import listing
+from agent.errors import LabError
+from agent.handover import SOCKET_NAME, Predecessor
+from agent.lab import machine
+from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
+from tests.support.load import Load
+from tests.support.modules import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from agent.lab.cluster import LabNode
+
+pytestmark = pytest.mark.root
+PORT = 9000
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    built = Lab(f"t{os.getpid()}")
+    try:
+        built.up(DEFAULT_CLUSTER, print)
+        built.label_namespace("shop", "ambient")
+        yield built
+    finally:
+        built.down()
+
+
+@pytest.fixture
+def other_version(tmp_path: Path) -> Path:
+    """Return the sources of a version whose programs differ from ours."""
+    tree = tmp_path / "other"
+    for part in ("agent", "bpf"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tree / "bpf/lookup.c").open("a") as file:
+        file.write("/* another version */\n")
+    return tree
+
+
+def programs(lab: Lab, node: LabNode) -> dict[str, object]:
+    """Return the id of each program."""
+    (directory,) = listing.find_directories((lab.pins / node.name,))
+    return {str(row["name"]): row["id"] for row in listing.list_programs(directory)}
+
+
+def is_direct(lab: Lab, client: PodEnd, address: str) -> bool:
+    """Whether a connection goes without the agent, which the maps say while it is open."""
+    with client.open(address, PORT) as connection:
+        assert is_alive(connection)
+        port = connection.getsockname()[1]
+        (directory,) = listing.find_directories((lab.pins / client.pod.node.name,))
+        flows = listing.dump_map(directory, "ss_direct_flows")
+        return any(str(port) in str(row) for row in flows)
+
+
+@pytest.mark.timeout(150)
+def test_nothing_fails_through_five_upgrades_in_a_row(lab: Lab, other_version: Path) -> None:
+    east, west = lab.cluster().nodes
+    with ExitStack() as stack:
+        client = PodEnd(lab, "client", stack)
+        far = Load(client, PodEnd(lab, "server", stack), stack)  # by tunnel
+        near_end = PodEnd(lab, "cache", stack)
+        near = Load(client, near_end, stack)  # directly
+        far.start()
+        # Allowed before the streams begin, so that those are direct, too.
+        while not is_direct(lab, client, near_end.address):
+            pass
+        near.start(has_bulk=False)
+        before = programs(lab, east)
+        olds: list[int] = []
+        for tree in (other_version, None, other_version, other_version, None):
+            olds += [lab.upgrade_agent(node, tree) for node in (east, west)]
+        assert programs(lab, east).keys() == before.keys()
+        assert not set(programs(lab, east).values()) & set(before.values())
+        assert len(far.connects.good) > 100
+        far.stop()
+        near.stop()
+        for load in (far, near):
+            assert load.connects.failed == []
+            assert load.streams.failed == []
+            assert load.bulk.failed == []
+        assert far.sent_bytes > 20 << 20
+        # With nothing left to serve they end, long before the drain time is over.
+        for pid in olds:
+            assert machine.wait_for_exit(pid, 10)
+    for node in (east, west):
+        assert len(lab.agent_processes(node)) <= 3  # itself, its worker, a caller that ends
+        assert not entries(lab, node, "connections are cut, the time to drain is over")
+
+
+def test_pod_that_leaves_while_the_agent_before_still_serves_it_keeps_its_connections(
+    lab: Lab,
+) -> None:
+    _east, west = lab.cluster().nodes
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        with client.open(server.address, PORT) as kept:
+            assert is_alive(kept)
+            old = lab.upgrade_agent(west)
+            lab.label_namespace("shop", None)
+            assert is_alive(kept, b"x" * 100_000)
+            lab.label_namespace("shop", "ambient")
+            assert is_alive(kept, b"x" * 100_000)
+            lab.label_namespace("shop", None)
+            assert not machine.wait_for_exit(old, 3)  # longer than a pod without it drains
+            assert is_alive(kept, b"x" * 100_000)
+        assert machine.wait_for_exit(old, 10)
+        wait_for_entry(lab, west, "pod has nothing of ours any more", lambda _entry: True)
+
+
+def test_successor_that_dies_half_way_changes_nothing(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    agent = lab.agent_pid(east)
+
+    async def begin_and_die() -> None:
+        found = Predecessor.find(lab.run / east.name / SOCKET_NAME)
+        assert found is not None
+        assert found.pid == agent
+        _lock, _elders, heritage = await found.begin()
+        assert {pod.pod.name for pod, _fds in heritage} == {"client", "cache"}
+        found.connection.close()
+        for fd in (_lock, *_elders, *(fd for _pod, fds in heritage for fd in fds)):
+            os.close(fd)
+
+    asyncio.run(begin_and_die())
+    wait_for_entry(lab, east, "nothing was handed over", lambda _entry: True)
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        assert is_alive(client.connect(server.address, PORT))
+    lab.label_namespace("shop", None)  # pods change again
+    lab.label_namespace("shop", "ambient")
+    lab.upgrade_agent(east)
+    assert lab.agent_pid(east) != agent
+
+
+def test_successor_without_certificates_waits_until_the_one_before_is_gone(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    agent = lab.agent_pid(east)
+    assert agent is not None
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        assert is_alive(client.connect(server.address, PORT))  # all have their certificates
+        machine.kill_cgroup(lab.cgroup / "ca")
+        with pytest.raises(LabError, match="did not become ready"):
+            lab.upgrade_agent(east, ready_seconds=2)
+        assert is_alive(client.connect(server.address, PORT))  # by the one that runs
+        os.kill(agent, signal.SIGKILL)
+        wait_for_entry(
+            lab,
+            east,
+            "the agent before this one has ended before it had handed over",
+            lambda _entry: True,
+        )
+        assert lab.agent_pid(east) != agent
+        assert [row["mesh"] for row in lab.status()] == ["enrolled"] * 3
+        ca = lab.start_ca()
+        assert ca is not None
+        ca()
+        assert is_alive(client.connect(server.address, PORT))
+
+
+def test_agent_that_is_stopped_leaves_its_pods_closed(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        kept = client.connect(server.address, PORT)
+        assert is_alive(kept)
+        lab.stop_agent(east)
+        with pytest.raises(ConnectionRefusedError):
+            client.open(server.address, PORT)
+        # A reset, and not an end that an application takes for all that there was.
+        with pytest.raises(ConnectionResetError):
+            kept.recv(1)
+        lab.restart_agent(east)
+        assert is_alive(client.connect(server.address, PORT))
+
+
+def test_maps_of_another_layout_are_refused_and_say_what_to_do(
+    lab: Lab, other_version: Path
+) -> None:
+    east, _west = lab.cluster().nodes
+    agent = lab.agent_pid(east)
+    with (other_version / "bpf/include/types.h").open("a") as file:
+        file.write("/* another layout */\n")
+    with pytest.raises(LabError, match="sidestep uninstall --pins"):
+        lab.upgrade_agent(east, other_version)
+    assert lab.agent_pid(east) == agent
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        assert is_alive(client.connect(server.address, PORT))

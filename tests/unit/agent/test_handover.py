@@ -1,0 +1,127 @@
+"""The handover's two sides, over a real socket: who is the node's agent at each point."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.errors import HandoverFailed
+from agent.handover import Elders, HandoverServer, Predecessor
+from agent.inheritance import Inheritance
+from agent.model.pod import LocalPod
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+PODS = [Inheritance(LocalPod(f"uid-{n}", "a", f"p{n}", "s", ()), n, (15008,)) for n in range(40)]
+
+
+def with_server(
+    path: Path, check: Callable[[HandoverServer, asyncio.Lock, list[str]], Awaitable[None]]
+) -> None:
+    async def run() -> None:
+        turn, said = asyncio.Lock(), list[str]()
+        lock, one = os.open(path, os.O_RDONLY), os.open(path, os.O_RDONLY)
+        server = HandoverServer(
+            path / "handover.sock",
+            turn,
+            lambda: ([lock], [(pod, [one, one]) for pod in PODS]),
+            lambda: said.append("committed"),
+            lambda: said.append("leave"),
+        )
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            server.start(tasks)
+            await check(server, turn, said)
+            server.close()
+        server.forget()
+        os.close(lock)
+        os.close(one)
+
+    asyncio.run(run())
+
+
+def close_all(lock: int, elders: list[int], pods: list[tuple[Inheritance, list[int]]]) -> None:
+    for fd in (lock, *elders, *(fd for _pod, fds in pods for fd in fds)):
+        os.close(fd)
+
+
+def test_all_is_handed_over_and_nothing_changes_between_begin_and_commit(tmp_path: Path) -> None:
+    inode = tmp_path.stat().st_ino
+
+    async def check(_server: HandoverServer, turn: asyncio.Lock, said: list[str]) -> None:
+        found = Predecessor.find(tmp_path / "handover.sock")
+        assert found is not None
+        assert found.pid == os.getpid()
+        lock, elders, pods = await found.begin()
+        assert [pod for pod, _fds in pods] == PODS
+        assert os.fstat(lock).st_ino == inode
+        assert turn.locked()
+        assert said == []
+        await found.commit()
+        assert said == ["committed"]
+        assert not (tmp_path / "handover.sock").exists()
+        close_all(lock, elders, pods)
+        found.close()
+        found.connection.close()
+
+    with_server(tmp_path, check)
+
+
+def test_successor_that_goes_before_the_commit_is_as_if_it_had_not_come(tmp_path: Path) -> None:
+    async def check(_server: HandoverServer, turn: asyncio.Lock, said: list[str]) -> None:
+        for _ in range(2):
+            found = Predecessor.find(tmp_path / "handover.sock")
+            assert found is not None
+            close_all(*(await found.begin()))
+            found.close()
+            found.connection.close()
+            async with turn:  # it is free again
+                assert said == []
+
+    with_server(tmp_path, check)
+
+
+def test_predecessor_that_ends_it_alone_is_still_the_agent(tmp_path: Path) -> None:
+    async def check(server: HandoverServer, _turn: asyncio.Lock, said: list[str]) -> None:
+        found = Predecessor.find(tmp_path / "handover.sock")
+        assert found is not None
+        close_all(*(await found.begin()))
+        server.close()
+        # Its process, this one, goes on: so it was not ours.
+        with pytest.raises(HandoverFailed, match="waits no longer"):
+            await found.commit()
+        assert said == []
+        found.close()
+        found.connection.close()
+
+    with_server(tmp_path, check)
+
+
+def test_nobody_is_found_where_nobody_listens(tmp_path: Path) -> None:
+    assert Predecessor.find(tmp_path / "handover.sock") is None
+
+    async def check(server: HandoverServer, _turn: asyncio.Lock, _said: list[str]) -> None:
+        server.stop()
+        assert Predecessor.find(tmp_path / "handover.sock") is None
+
+    with_server(tmp_path, check)
+
+
+def test_elder_is_watched_until_its_end() -> None:
+    async def check() -> None:
+        gone = asyncio.Event()
+        elders = Elders(gone.set)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        elders.add(ours)
+        assert elders.fds == [ours.fileno()]
+        theirs.close()
+        async with asyncio.timeout(5):
+            await gone.wait()
+        assert elders.fds == []
+
+    asyncio.run(check())

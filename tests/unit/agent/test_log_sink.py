@@ -1,0 +1,67 @@
+"""A reader of the log that stops reading holds nobody up, and hears later what it missed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+from agent.log_sink import LogSink
+
+F_SETPIPE_SZ = 1031  # fcntl.h
+LINE = json.dumps({"message": "x" * 1000}) + "\n"
+
+
+def test_lines_that_find_no_room_are_lost_and_counted() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)
+    os.set_blocking(writer, False)
+    sink = LogSink(writer)
+    for _ in range(100):
+        assert sink.write(LINE) == len(LINE)  # and comes back
+    found = os.read(reader, 1 << 20).decode()
+    sink.write(LINE)
+    found += os.read(reader, 1 << 20).decode()
+    messages = [json.loads(line) for line in found.splitlines()]
+    lost = [line["count"] for line in messages if line["message"] == "log lines lost"]
+    assert sum(lost) + len(messages) - len(lost) == 101
+    assert sum(lost) > 90
+    os.close(reader)
+    os.close(writer)
+
+
+def test_long_line_that_is_cut_is_ended_before_the_next() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)
+    os.set_blocking(writer, False)
+    sink = LogSink(writer)
+    long = json.dumps({"message": "y" * 6000}) + "\n"
+    sink.write(long)
+    sink.write(LINE)
+    found = os.read(reader, 1 << 20)
+    sink.write(LINE)
+    found += os.read(reader, 1 << 20)
+    words = [json.loads(line)["message"][0] for line in found.decode().splitlines()]
+    assert words == ["y", "l", "x"]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_process_whose_log_nobody_reads_goes_on() -> None:
+    program = (
+        "import sys; from agent.log_sink import never_stall; never_stall();"
+        "[sys.stderr.write('x' * 1000 + '\\n') for _ in range(1000)]; print('done')"
+    )
+    reader, writer = os.pipe()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stderr=writer,
+        stdout=subprocess.PIPE,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout == b"done\n"
+    os.close(reader)
+    os.close(writer)
