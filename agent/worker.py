@@ -36,7 +36,7 @@ from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.sampling import Sampler
 from agent.secrecy import keep_memory_private
-from agent.tunnel import messages
+from agent.tunnel import messages, sockets
 from agent.tunnel.access import Ledger
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
