@@ -13,6 +13,8 @@ import pytest
 from agent.errors import AuthorityUnavailable
 from agent.identity.caller import Target
 from agent.identity.calls import Calls
+from agent.identity.local import LocalAuthority
+from agent.model.identity import SpiffeId
 
 ROOTS = b"-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n"
 
@@ -51,13 +53,17 @@ def test_one_process_serves_calls_and_ends_when_there_are_none() -> None:
     asyncio.run(run())
 
 
-def test_death_of_the_process_fails_its_calls_and_the_next_starts_another() -> None:
+def test_death_of_the_process_fails_its_calls_and_the_next_starts_another(tmp_path: Path) -> None:
+    # Roots that can be read: with others gRPC gives up at once, before the process is killed.
+    authority = LocalAuthority.create(tmp_path, "cluster.local")
+    roots = authority.issue(SpiffeId("cluster.local", "shop", "cart")).roots
+
     async def run() -> None:
         before = children()
         with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
             silent.setblocking(False)
             calls = Calls()
-            target = Target(f"127.0.0.1:{silent.getsockname()[1]}", "", ROOTS)
+            target = Target(f"127.0.0.1:{silent.getsockname()[1]}", "", roots)
             for _ in range(2):
                 async with asyncio.TaskGroup() as tasks:
                     asking = tasks.create_task(_fails(calls, target))
