@@ -92,7 +92,7 @@ class Agent:
         self._plugin_server = PluginServer(
             settings.run_directory / "cni.sock", self._arrivals, self._add_counts
         )
-        self._metrics = Metrics(self._read_metrics)
+        self._metrics = Metrics(self._read_metrics, lambda: self._is_ready)
         self._admin = Admin(
             settings.run_directory / "agent.sock",
             self._describe,
@@ -110,7 +110,7 @@ class Agent:
         await self._admin.start()
         await self._plugin_server.start()
         if self._settings.metrics_port:
-            await self._metrics.start(self._settings.metrics_port)
+            await self._metrics.start(self._settings.metrics_host, self._settings.metrics_port)
         try:
             await self._follow()
         finally:

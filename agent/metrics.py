@@ -1,9 +1,13 @@
-"""The agent's metrics, in Prometheus' text format, on a port of the node's loopback.
+"""The agent's metrics, in Prometheus' text format, and its health, on a port of the node.
+
+    GET /metrics           all there is
+    GET /healthz/live      200 while the control process answers
+    GET /healthz/ready     200 when every pod that was there at the start has been tried, else 503
 
 Counters of the workers arrive as messages and are summed here, so they survive a worker; everything
 else is read when somebody asks. Names and meanings are in docs/metrics.md; a test compares.
 
-Called by the composition root. Whoever scrapes from elsewhere goes through the node's own agent.
+Called by the composition root. On loopback, if the operator does not say otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
 
     from agent.tunnel.counts import Counted
 
-HOST = "127.0.0.1"
 REQUEST_SECONDS = 5.0
 REQUEST_BYTES = 8192
 
@@ -61,8 +64,9 @@ class _Read(Collector):
 class Metrics:
     """All metrics of one agent."""
 
-    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+    def __init__(self, read: Callable[[], Iterable[Metric]], is_ready: Callable[[], bool]) -> None:
         """Prepare; `read` returns the families that are known elsewhere (`families`)."""
+        self._is_ready = is_ready
         self._registry = CollectorRegistry()
         self._counters = {
             name: Counter(name, text, labels, registry=self._registry)
@@ -80,12 +84,12 @@ class Metrics:
         """Return everything in the text format."""
         return generate_latest(self._registry)
 
-    async def start(self, port: int) -> None:
-        """Serve GET /metrics (ConfigError if the port is taken)."""
+    async def start(self, host: str, port: int) -> None:
+        """Serve (ConfigError if the port is taken)."""
         try:
-            self._server = await asyncio.start_server(self._serve, HOST, port, limit=REQUEST_BYTES)
+            self._server = await asyncio.start_server(self._serve, host, port, limit=REQUEST_BYTES)
         except OSError as error:
-            raise ConfigError(f"--metrics-port {port}: {error.strerror}") from error
+            raise ConfigError(f"--metrics-port {host}:{port}: {error.strerror}") from error
 
     @property
     def port(self) -> int | None:
@@ -96,10 +100,7 @@ class Metrics:
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 head = await reader.readuntil(b"\r\n\r\n")
-                is_ours = head.startswith((b"GET /metrics ", b"GET /metrics?"))
-                body = self.text() if is_ours else b"the metrics are at /metrics\n"
-                status = b"200 OK" if is_ours else b"404 Not Found"
-                kind = CONTENT_TYPE_LATEST.encode() if is_ours else b"text/plain"
+                status, kind, body = self._answer(head)
                 writer.write(
                     b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
                     b"Connection: close\r\n\r\n%s" % (status, kind, len(body), body)
@@ -109,6 +110,20 @@ class Metrics:
             pass  # whoever asked has gone, or asked for nothing
         finally:
             writer.close()
+
+    def _answer(self, head: bytes) -> tuple[bytes, bytes, bytes]:
+        """Return status, type and body."""
+        match head.split(b" ", 2)[:2]:
+            case [b"GET", path] if path.partition(b"?")[0] == b"/metrics":
+                return b"200 OK", CONTENT_TYPE_LATEST.encode(), self.text()
+            case [b"GET", b"/healthz/live"]:
+                return b"200 OK", b"text/plain", b"alive\n"
+            case [b"GET", b"/healthz/ready"] if self._is_ready():
+                return b"200 OK", b"text/plain", b"ready\n"
+            case [b"GET", b"/healthz/ready"]:
+                return b"503 Service Unavailable", b"text/plain", b"the objects are not read yet\n"
+            case _:
+                return b"404 Not Found", b"text/plain", b"the metrics are at /metrics\n"
 
     def stop(self) -> None:
         """Serve no more."""

@@ -87,7 +87,11 @@ def default_workers() -> int:
 )  # fmt: skip
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), default=15020, show_default=True,
-    help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
+    help="Port for GET /metrics and /healthz; 0 for none.",
+)  # fmt: skip
+@click.option(
+    "--metrics-host", default="127.0.0.1", show_default=True,
+    help="Address of that port; :: for a Prometheus elsewhere.",
 )  # fmt: skip
 @click.option(
     "--enrollment-selectors", metavar="YAML",
@@ -125,6 +129,7 @@ def agent(
     kubelet_cgroup: Path | None,
     root_namespace: str,
     metrics_port: int,
+    metrics_host: str,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -153,6 +158,7 @@ def agent(
         exclusions=exclusions,
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
+        metrics_host=metrics_host,
         metrics_port=metrics_port,
     )
     rules = EnrollmentRules(

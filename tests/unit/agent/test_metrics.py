@@ -49,7 +49,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], fl
 
 
 def test_counts_of_workers_are_summed() -> None:
-    metrics = Metrics(read)
+    metrics = Metrics(read, lambda: True)
     labels = (("direction", "inbound"), ("reason", "certificate_expired"))
     for _ in range(2):
         metrics.add((("peers_refused", labels, 3),))
@@ -58,7 +58,7 @@ def test_counts_of_workers_are_summed() -> None:
 
 
 def test_what_is_read_is_there() -> None:
-    found = samples(Metrics(read))
+    found = samples(Metrics(read, lambda: True))
 
     def value(name: str, **labels: str) -> float:
         return found[f"sidestep_{name}", frozenset(labels.items())]
@@ -87,6 +87,9 @@ def test_page_lists_exactly_the_metrics() -> None:
     [
         (b"GET /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"sidestep_pods{"),
         (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n", b"at /metrics"),
+        (b"GET /healthz/live HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"alive"),
+        (b"GET /healthz/ready HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"ready"),
+        (b"\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n", b"at /metrics"),
         (b"x" * 100_000, b"", b""),
         (b"GET /metr", b"", b""),
     ],
@@ -95,8 +98,8 @@ def test_port_answers_and_survives_nonsense(
     request_: bytes, starts: bytes, contains: bytes
 ) -> None:
     async def run() -> bytes:
-        metrics = Metrics(read)
-        await metrics.start(0)
+        metrics = Metrics(read, lambda: True)
+        await metrics.start("127.0.0.1", 0)
         assert metrics.port is not None
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", metrics.port)
@@ -116,14 +119,32 @@ def test_port_answers_and_survives_nonsense(
     assert contains in answer
 
 
+def test_agent_that_has_not_read_the_objects_is_not_ready() -> None:
+    async def run() -> bytes:
+        metrics = Metrics(read, lambda: False)
+        await metrics.start("127.0.0.1", 0)
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", metrics.port)
+            writer.write(b"GET /healthz/ready HTTP/1.1\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+        finally:
+            metrics.stop()
+
+    assert asyncio.run(run()).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+
+
 def test_port_that_is_taken_is_named() -> None:
     async def run() -> None:
-        first, second = Metrics(read), Metrics(read)
-        await first.start(0)
+        first, second = Metrics(read, lambda: True), Metrics(read, lambda: True)
+        await first.start("127.0.0.1", 0)
         assert first.port is not None
         try:
-            with pytest.raises(ConfigError, match=f"--metrics-port {first.port}: .*in use"):
-                await second.start(first.port)
+            with pytest.raises(
+                ConfigError, match=f"--metrics-port 127.0.0.1:{first.port}: .*in use"
+            ):
+                await second.start("127.0.0.1", first.port)
         finally:
             first.stop()
 
