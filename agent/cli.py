@@ -20,7 +20,7 @@ from agent.errors import ConfigError, FeatureMissing, SidestepError
 # The command NAME is the object NAME of agent.commands.NAME.
 COMMANDS = (
     "agent", "ca", "lab", "demo", "bench", "pods", "policies", "explain", "certs", "maps",
-    "programs", "check", "cni",
+    "programs", "check", "wait", "cni", "uninstall",
 )  # fmt: skip
 
 

@@ -208,6 +208,19 @@ def add_filter(ifindex: int, parent: int, program_fd: int, name: str) -> bool:
     return not has_qdisc
 
 
+def has_filter(ifindex: int, parent: int, name: str) -> bool:
+    """Say whether `add_filter` has been here with a program of that name."""
+    gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+    filters: list[Any] = []
+    with _session(f"filters of interface {ifindex} cannot be listed", *gone) as ipr:
+        filters += ipr.get_filters(index=ifindex, parent=parent)
+    return any(
+        found["info"] >> 16 == FILTER_PRIORITY
+        and found.get_nested("TCA_OPTIONS", "TCA_BPF_NAME") == name
+        for found in filters
+    )
+
+
 def delete_filter(ifindex: int, parent: int) -> None:
     """Undo `add_filter`, but for the qdisc; no error if interface or filter are gone."""
     gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)

@@ -189,6 +189,18 @@ def _compile(staging: Path, directory: Path) -> None:
         raise
 
 
+def is_held(directory: Path) -> bool:
+    """Say whether an agent runs on these pins."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def remove(directory: Path) -> None:
     """Remove a pin directory: programs detach and maps go with their last user."""
     # Links first: with a map gone a program could only refuse.

@@ -1,0 +1,55 @@
+"""Whether a DaemonSet's pods are ready on every node, as its controller says.
+
+Called by `agent.commands.wait`. Asks once a second: the right to watch one object by its name would
+not be smaller, and this ends soon.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from agent.discovery.api import Api
+from agent.discovery.cluster import connect
+from agent.errors import KubernetesError
+
+PAUSE_SECONDS = 1.0
+
+
+def wait_until_ready(namespace: str, name: str, seconds: float) -> int:
+    """Return on how many nodes it is ready, when it is on all (KubernetesError if late)."""
+    api = Api(connect().configuration)
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            found = _read(api, namespace, name)
+            wanted, ready, detail = count_nodes(found)
+        except KubernetesError as error:
+            wanted, ready, detail = 0, -1, str(error)
+        if ready == wanted:
+            return ready
+        if time.monotonic() > until:
+            raise KubernetesError(
+                f"DaemonSet {namespace}/{name} is not ready on every node after {seconds:.0f} s: "
+                f"{detail}; look at its pods that are not ready"
+            )
+        time.sleep(PAUSE_SECONDS)
+
+
+def _read(api: Api, namespace: str, name: str) -> dict[str, Any]:
+    with api.get(f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}", {}) as response:
+        found: dict[str, Any] = json.loads(response.read())
+        return found
+
+
+def count_nodes(daemonset: dict[str, Any]) -> tuple[int, int, str]:
+    """Return how many nodes are to have a pod, how many have one that is ready, and both as text.
+
+    -1 are ready while the controller has not seen the newest specification.
+    """
+    status = daemonset.get("status", {})
+    wanted, ready = status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
+    if status.get("observedGeneration") != daemonset["metadata"]["generation"]:
+        ready = -1
+    return wanted, ready, f"{max(ready, 0)} of {wanted} nodes"

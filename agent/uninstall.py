@@ -1,0 +1,88 @@
+"""Take everything of ours off the node, whoever left it, in whichever version.
+
+    links        unpinned: programs detach, pods are captured no more
+    guard        filters of tc by our priority and handle, clsact if we alone used it
+    pods         reply rules and routes, sysctls, in every namespace below the pods' cgroups
+    pins         programs and maps
+    files        sockets in the run directory, and the directory if it is empty then
+
+Works from names and fixed numbers alone and opens no map, so that it also works where the layout is
+another one, or half of the pins is gone. Every step looks first and can be repeated.
+
+Called by `sidestep uninstall`. Objects in the cluster's API are not touched: an agent that ends
+takes its words back itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from typing import TYPE_CHECKING
+
+from agent import netlink, netns, sandbox
+from agent.datapath import pins
+from agent.enroll import take_reply_route
+from agent.errors import PinsInUse
+from agent.guard import PARENTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SOCKETS = ("cni.sock", "agent.sock")
+
+
+def refuse_if_held(pin_root: Path) -> None:
+    """Raise PinsInUse if an agent runs on pins below `pin_root`."""
+    for directory in _directories(pin_root):
+        if pins.is_held(directory):
+            raise PinsInUse(f"an agent runs on {directory} and stop it first")
+
+
+def uninstall(pin_root: Path, pod_cgroups: Path, run_directory: Path) -> Iterator[str]:
+    """Yield a line for each thing that was taken away (SidestepError, OSError: a step failed)."""
+    for directory in _directories(pin_root):
+        for link in sorted((directory / "links").glob("*")):
+            link.unlink()
+            yield f"link {link}"
+    yield from _take_filters()
+    for fd in sandbox.all_netns(pod_cgroups):
+        if netns.run_in(fd, _take_from_pod):
+            yield f"rules, routes and sysctls of namespace {os.fstat(fd).st_ino}"
+    for directory in _directories(pin_root):
+        shutil.rmtree(directory)
+        yield f"pins {directory}"
+    if pin_root.is_dir():
+        pin_root.rmdir()
+    for name in SOCKETS:
+        path = run_directory / name
+        if path.exists():
+            path.unlink()
+            yield f"socket {path}"
+    if run_directory.is_dir() and not any(run_directory.iterdir()):
+        run_directory.rmdir()
+
+
+def _directories(pin_root: Path) -> list[Path]:
+    return sorted(path for path in pin_root.glob("*") if path.is_dir())
+
+
+def _take_filters() -> Iterator[str]:
+    """Take off what an agent without tcx has attached; by tcx nothing is left with the links."""
+    for ifindex, _peer in netns.run_aside(netlink.veth_peers):
+        has_ours = False
+        for name, parent in PARENTS.items():
+            if netns.run_aside(partial(netlink.has_filter, ifindex, parent, name)):
+                netns.run_aside(partial(netlink.delete_filter, ifindex, parent))
+                has_ours = True
+        if has_ours:
+            netns.run_aside(partial(netlink.delete_unused_clsact, ifindex))
+            yield f"filters of interface {ifindex}"
+
+
+def _take_from_pod() -> bool:
+    if not netlink.has_reply_route():
+        return False
+    take_reply_route()
+    return True
