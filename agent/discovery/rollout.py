@@ -1,4 +1,4 @@
-"""Whether a DaemonSet's pods are ready on every node, as its controller says.
+"""Whether a DaemonSet's pods are ready on all nodes, or gone from all, as its controller says.
 
 Called by `agent.commands.wait`. Asks once a second: the right to watch one object by its name would
 not be smaller, and this ends soon.
@@ -10,11 +10,12 @@ import json
 import time
 from typing import Any
 
-from agent.discovery.api import Api
+from agent.discovery.api import Api, StatusError
 from agent.discovery.cluster import connect
 from agent.errors import KubernetesError
 
 PAUSE_SECONDS = 1.0
+NOT_FOUND = 404
 
 
 def wait_until_ready(namespace: str, name: str, seconds: float) -> int:
@@ -37,8 +38,36 @@ def wait_until_ready(namespace: str, name: str, seconds: float) -> int:
         time.sleep(PAUSE_SECONDS)
 
 
+def delete(namespace: str, name: str, seconds: float) -> None:
+    """Delete it, and return when its last pod has ended (KubernetesError if late)."""
+    api = Api(connect().configuration)
+    until = time.monotonic() + seconds
+    is_asked = False
+    while True:
+        try:
+            if not is_asked:
+                # In the foreground: the object stays until the pods are gone.
+                api.delete(_path(namespace, name), {"propagationPolicy": "Foreground"})
+                is_asked = True
+            _wanted, _ready, detail = count_nodes(_read(api, namespace, name))
+        except KubernetesError as error:
+            if isinstance(error, StatusError) and error.status == NOT_FOUND:
+                return
+            detail = str(error)
+        if time.monotonic() > until:
+            raise KubernetesError(
+                f"DaemonSet {namespace}/{name} has not gone after {seconds:.0f} s: {detail}; "
+                "look at its pods that do not end"
+            )
+        time.sleep(PAUSE_SECONDS)
+
+
+def _path(namespace: str, name: str) -> str:
+    return f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}"
+
+
 def _read(api: Api, namespace: str, name: str) -> dict[str, Any]:
-    with api.get(f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}", {}) as response:
+    with api.get(_path(namespace, name), {}) as response:
         found: dict[str, Any] = json.loads(response.read())
         return found
 
