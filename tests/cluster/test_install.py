@@ -129,8 +129,8 @@ def connections(node: KubeNode) -> list[dict[str, Any]]:
     return [line for line in lines if "path" in line]
 
 
-def listing(node: KubeNode) -> dict[str, str]:
-    """Return what an installation could change on the node, in the pods, and in the cluster."""
+def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
+    """Return what an installation could change on the node, in sandboxes, and in the cluster."""
     commands = {
         "files": "find /etc/cni /opt /run/sidestep* /var/lib/sidestep* -printf '%p %m\\n' | sort",
         "networks": "cat /etc/cni/net.d/*",
@@ -143,11 +143,11 @@ def listing(node: KubeNode) -> dict[str, str]:
         name: node.run(["sh", "-c", command], check=False).stdout
         for name, command in commands.items()
     }
-    for name in ("client", "server"):
-        state = "/proc/sys/net/ipv4/{tcp_fwmark_accept,fwmark_reflect} /proc/net/fib_trie"
-        found[f"pod {name}"] = node.kubectl(
-            "exec", "-n", "shop", name, "--", "bash", "-c", f"cat {state}"
-        )
+    for sandbox in sandboxes:
+        inside = f"ip -n {sandbox} rule; ip -n {sandbox} route show table all"
+        state = "cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv4/fwmark_reflect"
+        command = f"{inside}; ip netns exec {sandbox} {state}"
+        found[sandbox] = node.run(["sh", "-c", command]).stdout
     kinds = "clusterroles,clusterrolebindings,all,secrets,configmaps,roles,serviceaccounts"
     names = node.kubectl("get", kinds, "-A", "-o", "name")
     found["cluster"] = "\n".join(sorted(line for line in names.splitlines() if "sidestep" in line))
@@ -163,7 +163,9 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
     wait_until(lambda: request(node))
     plain = request(node)
     assert plain.startswith("hello 10.247.0.")
-    before = listing(node)
+    sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
+    assert len(sandboxes) == 2
+    before = listing(node, sandboxes)
 
     began = time.monotonic()
     node.helm(
@@ -200,4 +202,6 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
     node.helm("uninstall", "sidestep", "--namespace", SYSTEM, "--wait", "--timeout", "120s")
     assert redirections(node) == []
     assert request(node) == plain
-    assert listing(node) == before
+    # The last pods of the hooks go in the background.
+    wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
+    assert listing(node, sandboxes) == before
