@@ -1,11 +1,11 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup shim demo bench check format test test-unit test-root test-cluster coverage-each \
-	fuzz drills clean
+.PHONY: help setup shim demo bench check format manifests test test-unit test-root test-cluster \
+	coverage-each fuzz drills clean
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c cni/*.c \
-	cni/*.h tests/unit/cni/*.c)
+	cni/*.h tests/unit/cni/*.c tests/cluster/node/*.c)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -30,8 +30,10 @@ check: setup ## format, lint, types, layers, spelling: what CI runs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(if $(C_FILES),clang-format --dry-run --Werror $(C_FILES))
-	shellcheck scripts/*.sh tests/cluster/*.sh .ci/run
+	shellcheck scripts/*.sh tests/cluster/*.sh tests/cluster/node/*.sh .ci/run
 	$(BIN)/codespell
+	# Versions of Debian's packages are not pinned: a build takes the security updates of its day.
+	$(BIN)/hadolint --ignore DL3008 deploy/Dockerfile
 
 format: setup ## rewrite sources in the project's format
 	$(BIN)/ruff format .
@@ -47,12 +49,16 @@ test-unit: setup ## the tests that need neither root nor BPF
 test-root: setup ## the tests that need root and BPF
 	REQUIRE_ROOT=1 $(BIN)/pytest -m root
 
-test-cluster: setup ## the tests against a real API server, which is built the first time (minutes)
+test-cluster: setup ## the tests against a real Kubernetes, which is built the first time (minutes)
 	@tests/cluster/build.sh
+	@tests/cluster/image.sh
 	REQUIRE_ROOT=1 $(BIN)/pytest -m cluster tests/cluster
 
 drills: setup ## break one thing after the other, and write docs/reliability.md (root; minutes)
 	REQUIRE_ROOT=1 DRILLS_REPORT=docs/reliability.md $(BIN)/pytest tests/drills
+
+manifests: setup ## render the chart as deploy/manifests
+	scripts/render_manifests.sh "$$(tests/cluster/build.sh)/helm" deploy/manifests
 
 coverage-each: setup ## every branch of each pure module, by its own test file
 	$(BIN)/python -m scripts.coverage_each

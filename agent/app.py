@@ -208,7 +208,7 @@ class Agent:
         self._direct.start()
         await self._admin.start()
         if self._settings.metrics_port:
-            await self._metrics.start(self._settings.metrics_port)
+            await self._metrics.start(self._settings.metrics_host, self._settings.metrics_port)
         if self._settings.admin_port:
             await self._pages.start(self._settings.admin_port, "--admin-port")
         await self._plugin_server.start()

@@ -1,8 +1,10 @@
 """The CA process: build the parts, follow the cluster's state and the key's store, sign.
 
-store -> authority ----+
+store -> authority ----+-> roots, published
 tokens -> caller ------+-> service on gRPC
 objects -> placement --+
+
+It listens only when it knows the pods, so whoever can connect is answered.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from agent.state.placement import Placement
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from datetime import timedelta
     from typing import Protocol
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
         def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
             """Yield the state now and after each change."""
             ...
+
+    Publish = Callable[[str], None]  # the roots, PEM; raises SidestepError
 
 
 log = logging.getLogger(__name__)
@@ -86,16 +90,29 @@ class FollowedPlacement:
 
 
 async def run(
-    settings: CaSettings, store: Store, authenticator: Authenticator, source: Source
+    settings: CaSettings,
+    store: Store,
+    authenticator: Authenticator,
+    source: Source,
+    publish: Publish,
 ) -> None:
-    """Serve until SIGTERM or SIGINT (ConfigError, NoAuthority, KeyExposed at the start)."""
+    """Serve until SIGTERM or SIGINT (SidestepError at the start: nothing is served by halves).
+
+    `publish` is told the trusted roots now and whenever they change.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     entries = await asyncio.to_thread(store.read)
     authority = await asyncio.to_thread(open_authority, store, settings.trust_domain)
+    await asyncio.to_thread(publish, authority.bundle)
     placement = FollowedPlacement()
+    snapshots = source.watch(stop)
+    first = await anext(snapshots, None)
+    if first is None:
+        return
+    await placement.put(first)
     service = CertificateService(
         authority, authenticator, placement, Terms(settings.trust_domain, settings.longest)
     )
@@ -110,13 +127,11 @@ async def run(
         extra={"listen": settings.listen, "root": f"{authority.roots[0].serial_number:x}"},
     )
 
+    readiness.notify()
+
     async def follow_source() -> None:
-        is_first = True
-        async for snapshot in source.watch(stop):
+        async for snapshot in snapshots:
             await placement.put(snapshot)
-            if is_first:
-                is_first = False
-                readiness.notify()
 
     async def follow_store() -> None:
         before = entries
@@ -125,13 +140,14 @@ async def run(
                 now = await asyncio.to_thread(store.read)
                 if now == before:
                     continue
-                service.authority = await asyncio.to_thread(
-                    open_authority, store, settings.trust_domain
-                )
+                changed = await asyncio.to_thread(open_authority, store, settings.trust_domain)
+                await asyncio.to_thread(publish, changed.bundle)
+                service.authority = changed
             except SidestepError as error:
-                # Read between two writes of a rotation, or wrong: what is in memory goes on.
+                # Read between two writes of a rotation, or wrong, or not to be published now: what
+                # is in memory goes on.
                 log.error(
-                    "the CA's key cannot be read again",
+                    "a changed key or root is not used yet",
                     extra={"reason": error.reason, "detail": str(error)},
                 )
                 continue

@@ -23,7 +23,7 @@ from agent.errors import SidestepError
 # The command NAME is the object NAME of agent.commands.NAME.
 COMMANDS = (
     "agent", "ca", "cni", "lab", "demo", "bench", "check", "pods", "workloads", "services",
-    "policies", "certs", "connections", "explain", "diff", "maps", "programs", "bundle",
+    "policies", "certs", "connections", "explain", "diff", "maps", "programs", "bundle", "wait",
     "uninstall",
 )  # fmt: skip
 

@@ -30,10 +30,9 @@ import socket
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_network
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent import guard, netlink, netns
+from agent import guard, netlink, netns, sysctl
 from agent.datapath import links, records
 from agent.datapath.exemption import exempt
 from agent.errors import EnrollError, KernelError
@@ -41,6 +40,7 @@ from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from agent.datapath.btf import Value
     from agent.datapath.pins import Pins
@@ -49,10 +49,9 @@ if TYPE_CHECKING:
 BACKLOG = 1024  # what a burst of 500 connects needs, with room
 # Of the pod's namespace: answers carry the mark of what they answer, those of an accepted
 # connection and those without a socket (the RST of a port on which nobody listens).
-REPLY_SYSCTLS = (
-    Path("/proc/sys/net/ipv4/tcp_fwmark_accept"),
-    Path("/proc/sys/net/ipv4/fwmark_reflect"),
-    Path("/proc/sys/net/ipv6/fwmark_reflect"),
+REPLY_SYSCTLS = tuple(
+    sysctl.NET / name
+    for name in ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")
 )
 SYSCTL_DEFAULT = "0"
 

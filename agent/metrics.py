@@ -1,11 +1,15 @@
-"""The agent's metrics, in Prometheus' text format, on a port of the node's loopback.
+"""The agent's metrics, in Prometheus' text format, and its health, on a port of the node.
+
+    GET /metrics           all there is
+    GET /healthz/live      200 while the control process answers
+    GET /healthz/ready     200 when every pod that was there at the start has been tried, else 503
 
 Counters of the workers arrive as messages and are summed here, so they survive a worker; everything
 else is read when somebody asks. Names and meanings are in docs/metrics.md; a test compares.
 
 A series that is about a workload which is gone is forgotten some minutes after it last changed.
 
-Called by the composition root. Whoever scrapes from elsewhere goes through the node's own agent.
+Called by the composition root. On loopback, if the operator does not say otherwise.
 """
 
 from __future__ import annotations
@@ -126,9 +130,9 @@ class Metrics:
             self._found = list(await self._read())
             return generate_latest(self._registry)
 
-    async def start(self, port: int) -> None:
+    async def start(self, host: str, port: int) -> None:
         """Serve GET /metrics (ConfigError if the port is taken)."""
-        await self._server.start(port, "--metrics-port")
+        await self._server.start(port, "--metrics-port", host)
 
     @property
     def port(self) -> int | None:

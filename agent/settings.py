@@ -43,6 +43,7 @@ class Settings:
     exclusions: Exclusions = NO_EXCLUSIONS
     has_direct_path: bool = True
     kubelet_cgroup: Path | None = None
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = 15020  # 0: none
     bounds: Bounds = DEFAULT_BOUNDS
     admin_port: int = 15000  # 0: none

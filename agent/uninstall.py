@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SOCKETS = (SOCKET_NAME, "agent.sock")
+SOCKETS = (SOCKET_NAME, "cni.sock", "agent.sock")
 
 
 async def ask_agent(run_directory: Path) -> int | None:

@@ -1,8 +1,8 @@
 """A very small HTTP/1.1 server: GET and POST, one request for each connection, no body.
 
-For metrics and the admin pages, on loopback or on the agent's unix socket; nothing that a pod or
-another machine reaches. A request that names another host than this machine's loopback is refused:
-it comes from a browser that a stranger's page has sent here (DNS rebinding).
+For metrics and the admin pages, on loopback or on the agent's unix socket; only metrics may be
+served to other machines, where the operator says so. On loopback a request that names another host
+is refused: it comes from a browser that a stranger's page has sent here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def text(line: str, status: HTTPStatus = HTTPStatus.OK) -> Response:
     return Response(f"{line}\n".encode(), status)
 
 
-async def answer(head: bytes, routes: Routes) -> bytes:
-    """Return what to send for one request, whose head ends with an empty line."""
+async def answer(head: bytes, routes: Routes, *, is_public: bool = False) -> bytes:
+    """Return what to send for one request, whose head ends with an empty line.
+
+    Where it is not public the request has to name this machine's loopback as its Host.
+    """
     try:
-        response = await _respond(head, routes)
+        response = await _respond(head, routes, is_public)
     except SidestepError as error:
         response = text(str(error), HTTPStatus.BAD_REQUEST)
     lines = (
@@ -58,13 +61,13 @@ async def answer(head: bytes, routes: Routes) -> bytes:
     return "\r\n".join(lines).encode() + END_OF_HEAD + response.body
 
 
-async def _respond(head: bytes, routes: Routes) -> Response:
+async def _respond(head: bytes, routes: Routes, is_public: bool) -> Response:
     lines = head.decode("latin-1").split("\r\n")
     method, separator, rest = lines[0].partition(" ")
     target, separator, version = rest.rpartition(" ")
     if not separator or not version.startswith("HTTP/1."):
         return text("this is no HTTP/1.1 request", HTTPStatus.BAD_REQUEST)
-    if not _is_for_here(lines[1:]):
+    if not is_public and not _is_for_here(lines[1:]):
         return text("the Host of the request is not this machine", HTTPStatus.MISDIRECTED_REQUEST)
     try:
         parts = urlsplit(target)
@@ -90,16 +93,21 @@ def _is_for_here(fields: list[str]) -> bool:
 
 
 class Server:
-    """Serves routes on a port of the node's loopback."""
+    """Serves routes on a port, of the node's loopback if nothing else is said."""
 
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
+        self._is_public = False
         self._server: asyncio.Server | None = None
 
-    async def start(self, port: int, option: str) -> None:
-        """Listen; 0 is any free port (ConfigError names `option` if the port is taken)."""
+    async def start(self, port: int, option: str, host: str = HOST) -> None:
+        """Listen; 0 is any free port (ConfigError names `option` if the port is taken).
+
+        On another address than the loopback requests may name any Host.
+        """
+        self._is_public = host != HOST
         try:
-            self._server = await asyncio.start_server(self._serve, HOST, port, limit=REQUEST_BYTES)
+            self._server = await asyncio.start_server(self._serve, host, port, limit=REQUEST_BYTES)
         except OSError as error:
             raise ConfigError(f"{option} {port}: {error.strerror}") from error
 
@@ -112,7 +120,7 @@ class Server:
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 head = await reader.readuntil(END_OF_HEAD)
-            writer.write(await answer(head, self._routes))
+            writer.write(await answer(head, self._routes, is_public=self._is_public))
             async with asyncio.timeout(REQUEST_SECONDS):
                 await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):

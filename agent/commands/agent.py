@@ -146,7 +146,11 @@ def default_workers() -> int:
 )  # fmt: skip
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), default=15020, show_default=True,
-    help="Port of 127.0.0.1 for GET /metrics; 0 for none.",
+    help="Port for GET /metrics and /healthz; 0 for none.",
+)  # fmt: skip
+@click.option(
+    "--metrics-host", default="127.0.0.1", show_default=True,
+    help="Address of that port; :: for a Prometheus elsewhere.",
 )  # fmt: skip
 @click.option(
     "--admin-port", type=click.IntRange(0, 65535), default=15000, show_default=True,
@@ -212,6 +216,7 @@ def agent(
     kubelet_cgroup: Path | None,
     root_namespace: str,
     metrics_port: int,
+    metrics_host: str,
     admin_port: int,
     log_format: str,
     log_levels: str,
@@ -245,6 +250,7 @@ def agent(
         exclusions=exclusions,
         has_direct_path=direct_path,
         kubelet_cgroup=kubelet_cgroup or find_cgroup(links.cgroup_root()),
+        metrics_host=metrics_host,
         metrics_port=metrics_port,
         bounds=Bounds(
             handshake_timeout,

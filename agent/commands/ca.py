@@ -79,6 +79,14 @@ def _open_source(source: str | None, objects: Path | None) -> Source:
     return KubernetesSource.open(resources=(PODS,))
 
 
+def _open_publisher(place: str | None) -> Callable[[str], None]:
+    if place is None:
+        return lambda _roots: None
+    from agent.discovery.roots import RootsPublisher
+
+    return RootsPublisher.open(place).publish
+
+
 @click.group(
     invoke_without_command=True,
     epilog=examples(
@@ -109,6 +117,10 @@ def _open_source(source: str | None, objects: Path | None) -> Source:
     "--agent-account", "accounts", multiple=True, default=(AGENT_ACCOUNT,), show_default=True,
     metavar="NAMESPACE/NAME", help="Service account of the agents.",
 )  # fmt: skip
+@click.option(
+    "--publish-roots", "roots_place", metavar="NAMESPACE/NAME",
+    help="Kubernetes ConfigMap that is to have the trusted roots, for the agents' --ca-root.",
+)  # fmt: skip
 @click.pass_context
 def ca(
     context: click.Context,
@@ -123,6 +135,7 @@ def ca(
     tokens: Path | None,
     audience: str,
     accounts: tuple[str, ...],
+    roots_place: str | None,
 ) -> None:
     """Run the certificate authority of the mesh: sign for the pods of the agent that asks."""
     if context.invoked_subcommand is not None:
@@ -130,6 +143,7 @@ def ca(
     keep_memory_private()
     store = _open_store(directory, secret)
     source = _open_source(source_name, objects)
+    publish = _open_publisher(roots_place)
     authenticator: Authenticator
     if tokens is not None:
         authenticator = TokenFile(tokens)
@@ -141,7 +155,7 @@ def ca(
     settings = authority.CaSettings(listen, hosts, trust_domain, timedelta(seconds=longest))
 
     async def run() -> None:
-        await authority.run(settings, store, authenticator, source)
+        await authority.run(settings, store, authenticator, source, publish)
 
     asyncio.run(run())
 

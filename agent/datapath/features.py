@@ -22,7 +22,12 @@ from agent.errors import FeatureMissing
 MINIMUM_KERNEL = (5, 15)
 TCX_KERNEL = (6, 6)
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
-CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}  # linux/capability.h
+# What deploy/chart gives the agent, and why. CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON.
+CAPABILITIES = {
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+}  # linux/capability.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ def run_checks(root: Path = Path("/")) -> list[Check]:
     return [
         _check_privilege(root),
         _check_kernel(os.uname().release),
-        _check_mount(root, "cgroup2", None, "mount -t cgroup2 none /sys/fs/cgroup/unified"),
+        _check_cgroup(root),
         _check_mount(root, "bpf", "/sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"),
         _check_file(
             root,
@@ -80,7 +85,7 @@ def require(root: Path = Path("/")) -> None:
 
 
 def _check_privilege(root: Path) -> Check:
-    remedy = "run as root, in a container with privileged: true"
+    remedy = f"run as root, in a container with {', '.join(CAPABILITIES)} added"
     if os.geteuid() != 0:
         return Check("root", False, f"the user id is {os.geteuid()}", remedy)
     status = (root / "proc/self/status").read_text()
@@ -107,6 +112,17 @@ def _check_mount(root: Path, kind: str, place: str | None, command: str) -> Chec
         return Check(name, True, f"mounted at {places[0]}")
     where = f" at {place}" if place else ""
     return Check(name, False, f"not mounted{where}", command)
+
+
+def _check_cgroup(root: Path) -> Check:
+    found = _check_mount(root, "cgroup2", None, "mount -t cgroup2 none /sys/fs/cgroup/unified")
+    place = found.detail.removeprefix("mounted at ")
+    # Every cgroup has this file but the root. Programs attached elsewhere would see few processes.
+    if found.is_ok and (root / place.lstrip("/") / "cgroup.events").exists():
+        detail = f"{place} is a part of the hierarchy, not its root"
+        remedy = "mount the node's /sys/fs/cgroup into the container, at the same place"
+        return Check(found.name, False, detail, remedy)
+    return found
 
 
 def _check_file(root: Path, name: str, path: str, remedy: str) -> Check:

@@ -80,6 +80,13 @@ class Api:
         with self._request("PATCH", path, CALL_SECONDS, body=data, headers=kind) as response:
             response.read()
 
+    def delete(self, path: str, body: Mapping[str, Any]) -> None:
+        """Delete an object, with DeleteOptions."""
+        data = json.dumps(body).encode()
+        kind = {"Content-Type": "application/json"}
+        with self._request("DELETE", path, CALL_SECONDS, body=data, headers=kind) as response:
+            response.read()
+
     @contextmanager
     def _request(
         self,

@@ -1,23 +1,35 @@
 #!/usr/bin/env bash
-# Build Kubernetes' API server from the Go module proxy, unless it is there: about seven minutes on
-# two cores. Prints where it is. The versions are those of apiserver/go.mod beside this file.
+# Build Kubernetes' programs and Helm from the Go module proxy, unless they are there: about eight
+# minutes on two cores. Prints the directory that they are in. Versions: kubernetes/go.mod.
 set -euo pipefail
-cd "$(dirname "$0")/apiserver"
+cd "$(dirname "$0")/kubernetes"
 cache=${SIDESTEP_CACHE:-$HOME/.cache/sidestep}
 version=$(awk '$1 == "k8s.io/kubernetes" {print $2}' go.mod)
-binary=$cache/bin/kube-apiserver-$version
+directory=$cache/bin/$version-$(cat go.mod main.go ../build.sh | sha256sum | cut -c -8)
+programs=(kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet)
 
-if [ ! -x "$binary" ]; then
+if [ ! -d "$directory" ]; then
 	command -v go >/dev/null || {
-		echo "build.sh: Go is missing: tests/cluster runs the real API server, built from source" >&2
+		echo "build.sh: Go is missing: tests/cluster runs the real Kubernetes, built from source" >&2
 		exit 2
 	}
-	echo "build.sh: building the API server $version, which takes minutes" >&2
-	mkdir -p "$cache/bin"
+	echo "build.sh: building Kubernetes $version, which takes minutes" >&2
+	made=$directory.new
+	rm -rf "$made"
+	mkdir -p "$made"
 	stamp=k8s.io/component-base/version
 	minor=${version#v1.}
-	CGO_ENABLED=0 nice go build -p "${BUILD_JOBS:-2}" -trimpath -buildvcs=false -o "$binary.new" -ldflags \
+	build=(env CGO_ENABLED=0 nice go build -p "${BUILD_JOBS:-2}" -trimpath -buildvcs=false)
+	"${build[@]}" -o "$made/kubernetes" -ldflags \
 		"-s -w -X $stamp.gitVersion=$version -X $stamp.gitMajor=1 -X $stamp.gitMinor=${minor%%.*}" .
-	mv "$binary.new" "$binary"
+	for program in "${programs[@]}"; do
+		ln "$made/kubernetes" "$made/$program"
+	done
+	# What charts are rendered for, where no cluster is asked.
+	stamp=helm.sh/helm/v3/pkg/chartutil
+	"${build[@]}" -o "$made/helm" -ldflags \
+		"-s -w -X $stamp.k8sVersionMajor=1 -X $stamp.k8sVersionMinor=${minor%%.*}" \
+		helm.sh/helm/v3/cmd/helm
+	mv "$made" "$directory"
 fi
-echo "$binary"
+echo "$directory"

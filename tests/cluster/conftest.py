@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,6 @@ from tests.support.api_server import BUILD, ApiServer, Store, write_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HERE = BUILD.parent
 
@@ -39,9 +39,16 @@ def store(directory: Path) -> Iterator[Store]:
 
 
 @pytest.fixture(scope="session")
-def binary() -> str:
-    """Return the API server's program; `make test-cluster` has built it."""
-    return subprocess.run([BUILD], check=True, capture_output=True, text=True).stdout.strip()
+def programs() -> Path:
+    """Return where Kubernetes' programs are; `make test-cluster` has built them."""
+    built = subprocess.run([BUILD], check=True, capture_output=True, text=True)
+    return Path(built.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def binary(programs: Path) -> str:
+    """Return the API server's program."""
+    return str(programs / "kube-apiserver")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,18 +13,24 @@ import yaml
 from agent.discovery.api import Api, StatusError
 from agent.discovery.kubernetes import KubernetesSource
 from agent.discovery.redirection import RedirectionWriter
+from agent.discovery.roots import RootsPublisher
+from agent.discovery.secret import SecretStore
 from agent.discovery.token_review import TokenReviewer
 from agent.discovery.translate import REDIRECTION
-from agent.errors import CallerUnknown
+from agent.errors import CallerUnknown, ConfigError
+from agent.identity.custody import open_authority
 from agent.model.caller import Caller
 from tests.support.api_server import ApiServer, path_of, wait_until
 from tests.support.cluster_objects import enrolled, following, namespace, pod
+from tests.support.modules import ROOT
 
 if TYPE_CHECKING:
     from kubernetes import client
 
 Body = dict[str, Any]
-ROLES = list(yaml.safe_load_all((Path(__file__).parent / "roles.yaml").read_text()))
+MANIFESTS = list(yaml.safe_load_all((ROOT / "deploy/manifests/sidestep.yaml").read_text()))
+# Who may do what, and what that is about; the pods themselves need a node.
+RIGHTS = ("Namespace", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
 SYSTEM = "sidestep-system"
 AUDIENCE = "istio-ca"
 
@@ -33,16 +38,6 @@ AUDIENCE = "istio-ca"
 def account(name: str, space: str = SYSTEM) -> Body:
     metadata = {"namespace": space, "name": name}
     return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata}
-
-
-def binding(name: str) -> Body:
-    return {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": name},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
-        "subjects": [{"kind": "ServiceAccount", "namespace": SYSTEM, "name": name}],
-    }
 
 
 def token_of(server: ApiServer, name: str, **spec: Any) -> str:
@@ -55,12 +50,10 @@ def token_of(server: ApiServer, name: str, **spec: Any) -> str:
 
 @pytest.fixture
 def installed(api_server: ApiServer) -> ApiServer:
-    """Return an API server that knows our accounts and their roles."""
-    api_server.apply(namespace(SYSTEM, None))
-    for role in ROLES:
-        api_server.apply(role)
-        api_server.apply(account(role["metadata"]["name"]))
-        api_server.apply(binding(role["metadata"]["name"]))
+    """Return an API server that knows our accounts and their rights, as an operator gives them."""
+    for body in MANIFESTS:
+        if body["kind"] in (*RIGHTS, "Secret", "ConfigMap"):
+            api_server.apply(body)
     return api_server
 
 
@@ -157,6 +150,84 @@ def test_account_that_may_not_list_a_kind_is_never_ready_and_says_why(
             assert seen.snapshots == []
 
     asyncio.run(run())
+
+
+# -- the key and the roots of the CA ------------------------------------------------------------
+
+
+@pytest.fixture
+def ca_configuration(installed: ApiServer) -> client.Configuration:
+    return installed.configuration(token_of(installed, "sidestep-ca"))
+
+
+def test_ca_keeps_its_key_and_publishes_its_roots(
+    installed: ApiServer, ca_configuration: client.Configuration
+) -> None:
+    from kubernetes import client
+
+    store = SecretStore(client.CoreV1Api(client.ApiClient(ca_configuration)), SYSTEM, "sidestep-ca")
+    authority = open_authority(store, "cluster.local")
+    assert open_authority(store, "cluster.local").bundle == authority.bundle
+    RootsPublisher(Api(ca_configuration), SYSTEM, "sidestep-ca-root").publish(authority.bundle)
+    found = installed.must("GET", f"/api/v1/namespaces/{SYSTEM}/configmaps/sidestep-ca-root")
+    assert found["data"] == {"root-cert.pem": authority.bundle}
+
+
+@pytest.mark.parametrize("account_name", ["sidestep-agent", "sidestep-ca"])
+def test_nobody_reads_or_writes_what_is_not_his(installed: ApiServer, account_name: str) -> None:
+    """Compare all that the API server says an account may do with what it is to do."""
+    token = token_of(installed, account_name)
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": SYSTEM},
+    }
+    status, answer = installed.ask(
+        "POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", review, token=token
+    )
+    assert status == 201
+    found = {
+        (verb, group, resource, name)
+        for rule in answer["status"]["resourceRules"]
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for name in rule.get("resourceNames") or [""]
+        # What every account may: ask who it is, and what it may.
+        if group not in ("authorization.k8s.io", "authentication.k8s.io") or "self" not in resource
+    }
+    followed = {
+        "": ("pods", "namespaces", "services"),
+        "discovery.k8s.io": ("endpointslices",),
+        "security.istio.io": ("authorizationpolicies", "peerauthentications"),
+        "networking.istio.io": ("serviceentries", "workloadentries"),
+    }
+    wanted = {
+        "sidestep-agent": {
+            (verb, group, resource, "")
+            for group, resources in followed.items()
+            for resource in resources
+            for verb in ("list", "watch")
+        }
+        | {
+            ("patch", "", "pods/status", ""),
+            ("create", "events.k8s.io", "events", ""),
+            ("patch", "events.k8s.io", "events", ""),
+        },
+        "sidestep-ca": {
+            *((verb, "", "pods", "") for verb in ("get", "list", "watch")),
+            ("create", "authentication.k8s.io", "tokenreviews", ""),
+            ("get", "", "secrets", "sidestep-ca"),
+            ("update", "", "secrets", "sidestep-ca"),
+            ("patch", "", "configmaps", "sidestep-ca-root"),
+        },
+    }
+    assert found == wanted[account_name]
+
+
+def test_place_of_the_roots_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be NAMESPACE/NAME"):
+        RootsPublisher.open("roots")
 
 
 # -- tokens of agents ---------------------------------------------------------------------------

@@ -128,11 +128,16 @@ class ApiServer:
         }
 
     def ask(
-        self, method: str, path: str, body: object = None, kind: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        kind: str = "application/json",
+        token: str = "admin",
     ) -> tuple[int, Any]:
-        """Send one request as the administrator, and return status and answer."""
+        """Send one request, as the administrator if no token is given; return status and answer."""
         assert self._pool is not None
-        headers = {"Authorization": "Bearer admin", "Content-Type": kind}
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": kind}
         data = None if body is None else json.dumps(body).encode()
         answer = self._pool.request(method, f"{self.host}{path}", headers=headers, body=data)
         try:
@@ -183,6 +188,10 @@ PLURALS = {
     "PeerAuthentication": "peerauthentications",
     "ServiceEntry": "serviceentries",
     "WorkloadEntry": "workloadentries",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "Secret": "secrets",
+    "ConfigMap": "configmaps",
 }
 
 

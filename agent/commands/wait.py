@@ -1,0 +1,32 @@
+"""`sidestep wait`: until a DaemonSet has done its work on every node, or has gone from all."""
+
+from __future__ import annotations
+
+import click
+
+from agent.errors import ConfigError
+
+
+@click.command()
+@click.option(
+    "--daemonset", required=True, metavar="NAMESPACE/NAME", help="Whose pods are waited for."
+)
+@click.option("--delete", "is_to_go", is_flag=True, help="Delete it, and wait until it has gone.")
+@click.option(
+    "--timeout", type=click.IntRange(1), default=240, show_default=True, metavar="SECONDS",
+    help="After which it is an error.",
+)  # fmt: skip
+def wait(daemonset: str, is_to_go: bool, timeout: int) -> None:
+    """Wait until the pods of a DaemonSet are ready on all of its nodes; exit code 1 if late."""
+    namespace, _, name = daemonset.partition("/")
+    if not namespace or not name or "/" in name:
+        raise ConfigError(f"--daemonset {daemonset}: must be NAMESPACE/NAME")
+    # Here, since only this needs the client's memory.
+    from agent.discovery import rollout
+
+    if is_to_go:
+        rollout.delete(namespace, name, timeout)
+        click.echo(f"{daemonset} has gone, and its pods have ended")
+        return
+    count = rollout.wait_until_ready(namespace, name, timeout)
+    click.echo(f"{daemonset} is ready on {count} nodes")
