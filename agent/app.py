@@ -278,6 +278,8 @@ class Agent:
 
     async def _depart(self) -> None:
         departure = await self._departure
+        if departure is Departure.STOPPED and await self._source.is_withdrawn():
+            departure = Departure.UNINSTALLED
         seconds = float(self._settings.drain_seconds)
         log.info("leaving", extra={"why": departure.name.lower()})
         if departure is Departure.UNINSTALLED:

@@ -173,6 +173,11 @@ def default_workers() -> int:
     help="How long connections may last after a new agent has taken over, or at an uninstall.",
 )  # fmt: skip
 @click.option(
+    "--daemonset", metavar="NAMESPACE/NAME",
+    help="The agents' own. Where it is deleted, an agent that ends takes its pods out of the mesh; "
+    "else they stay captured for the next one.",
+)  # fmt: skip
+@click.option(
     "--enrollment-selectors", metavar="YAML",
     help="Which pods take part, as in Istio's enablementSelectors; "
     "by default the label istio.io/dataplane-mode of the pod, then of its namespace.",
@@ -222,6 +227,7 @@ def agent(
     log_levels: str,
     access_log_lines: int,
     drain_seconds: int,
+    daemonset: str | None,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -273,7 +279,7 @@ def agent(
         frozenset(exclude_namespace),
         own_namespace,
     )
-    followed = _open_source(source, objects, root_namespace, rules)
+    followed = _open_source(source, objects, root_namespace, rules, _parse_daemonset(daemonset))
     never_stall()
     logs.set_up(settings.log_format, settings.log_levels)
 
@@ -284,7 +290,11 @@ def agent(
 
 
 def _open_source(
-    source: str | None, objects: Path | None, root_namespace: str, rules: EnrollmentRules
+    source: str | None,
+    objects: Path | None,
+    root_namespace: str,
+    rules: EnrollmentRules,
+    daemonset: tuple[str, str] | None,
 ) -> Source:
     if (source is None) == (objects is None):
         raise ConfigError("give where the objects come from: --source kubernetes or --objects")
@@ -293,4 +303,13 @@ def _open_source(
     # Here, since only an agent in a cluster has to carry the client's memory.
     from agent.discovery.kubernetes import KubernetesSource
 
-    return KubernetesSource.open(root_namespace, rules)
+    return KubernetesSource.open(root_namespace, rules, daemonset=daemonset)
+
+
+def _parse_daemonset(text: str | None) -> tuple[str, str] | None:
+    if text is None:
+        return None
+    namespace, _, name = text.partition("/")
+    if not namespace or not name or "/" in name:
+        raise ConfigError(f"--daemonset {text}: must be NAMESPACE/NAME")
+    return namespace, name

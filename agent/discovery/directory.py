@@ -193,6 +193,10 @@ class DirectorySource:
     def report(self, pod: LocalPod, reason: str, note: str) -> None:
         """Do nothing: a directory has no Events, and the log and `sidestep pods` say it."""
 
+    async def is_withdrawn(self) -> bool:
+        """Say no: whoever takes agents away here says so by `sidestep uninstall`."""
+        return False
+
     async def close(self) -> None:
         """Do nothing: what was published is written."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from agent.discovery.pod_events import PodEventWriter
 from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
 from agent.discovery.redirection import RedirectionWriter
 from agent.discovery.reporting import log_problems
+from agent.discovery.rollout import is_deleted
 from agent.discovery.translate import ObjectProblem, SourcedObject, Translator, describe
 from agent.errors import KubernetesError
 from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
@@ -57,6 +59,7 @@ RESOURCES = (
 PAUSE_SECONDS = 0.02
 PAUSE_MULTIPLE = 4.0
 LONGEST_PAUSE_SECONDS = 0.5
+log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 3.0
 ONE_POD_SECONDS = 5.0
 GARBAGE_OBJECTS = 100_000  # one page of a list
@@ -71,7 +74,10 @@ class KubernetesSource:
         root_namespace: str = DEFAULT_ROOT_NAMESPACE,
         rules: EnrollmentRules = DEFAULT_RULES,
         resources: Iterable[Resource] = RESOURCES,
+        daemonset: tuple[str, str] | None = None,
     ) -> None:
+        """Follow nothing yet; `daemonset` is the namespace and name of the agents' own."""
+        self._daemonset = daemonset
         self._resources = tuple(resources)
         self._translator = Translator(root_namespace, rules)
         self._problems: dict[str, ObjectProblem] = {}
@@ -91,6 +97,7 @@ class KubernetesSource:
         root_namespace: str = DEFAULT_ROOT_NAMESPACE,
         rules: EnrollmentRules = DEFAULT_RULES,
         resources: Iterable[Resource] = RESOURCES,
+        daemonset: tuple[str, str] | None = None,
     ) -> KubernetesSource:
         """Find the cluster that this process is in (KubernetesError).
 
@@ -98,7 +105,8 @@ class KubernetesSource:
         while lists are read took two thirds of the time of that.
         """
         gc.set_threshold(GARBAGE_OBJECTS)
-        return cls(Api(connect().configuration), root_namespace, rules, resources)
+        api = Api(connect().configuration)
+        return cls(api, root_namespace, rules, resources, daemonset)
 
     async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
         """Yield what the cluster says, now and after each change, until `stop`."""
@@ -166,6 +174,19 @@ class KubernetesSource:
         """Say on the pod why it is not captured, as an Event."""
         word = "".join(part.capitalize() for part in reason.split("_"))
         self._events.report(Occurrence(pod.namespace, pod.name, pod.uid, word, note))
+
+    async def is_withdrawn(self) -> bool:
+        """Say whether the agents' DaemonSet is deleted; no, if nobody answers soon."""
+        if self._daemonset is None:
+            return False
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                return await asyncio.to_thread(is_deleted, self._api, *self._daemonset)
+        except (KubernetesError, TimeoutError) as error:
+            log.warning(
+                "whether agents are to come again is not known", extra={"error": str(error)}
+            )
+            return False
 
     async def close(self) -> None:
         """Wait, but not for long, until all that was published is written."""

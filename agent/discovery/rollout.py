@@ -1,6 +1,6 @@
 """Whether a DaemonSet's pods are ready on all nodes, or gone from all, as its controller says.
 
-Called by `agent.commands.wait`. Asks once a second: the right to watch one object by its name would
+Called by `agent.commands.wait`, and `is_deleted` by an agent that ends. Asks once a second: the right to watch one object by its name would
 not be smaller, and this ends soon.
 """
 
@@ -60,6 +60,16 @@ def delete(namespace: str, name: str, seconds: float) -> None:
                 "look at its pods that do not end"
             )
         time.sleep(PAUSE_SECONDS)
+
+
+def is_deleted(api: Api, namespace: str, name: str) -> bool:
+    """Say whether it has gone, or goes now (KubernetesError if nobody knows)."""
+    try:
+        return "deletionTimestamp" in _read(api, namespace, name)["metadata"]
+    except StatusError as error:
+        if error.status == NOT_FOUND:
+            return True
+        raise
 
 
 def _path(namespace: str, name: str) -> str:

@@ -39,6 +39,10 @@ class Source(Protocol):
         """Say on a pod why it is not captured; as often as it happens, and nobody is flooded."""
         ...
 
+    async def is_withdrawn(self) -> bool:
+        """Say whether the agents are taken away for good: another one will not come."""
+        ...
+
     async def close(self) -> None:
         """Bring to an end what was published."""
         ...

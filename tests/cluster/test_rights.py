@@ -213,6 +213,7 @@ def test_nobody_reads_or_writes_what_is_not_his(installed: ApiServer, account_na
             ("patch", "", "pods/status", ""),
             ("create", "events.k8s.io", "events", ""),
             ("patch", "events.k8s.io", "events", ""),
+            ("get", "apps", "daemonsets", "sidestep-agent"),
         },
         "sidestep-ca": {
             *((verb, "", "pods", "") for verb in ("get", "list", "watch")),
