@@ -1,7 +1,7 @@
 """Whether a DaemonSet's pods are ready on all nodes, or gone from all, as its controller says.
 
-Called by `agent.commands.wait`, and `is_deleted` by an agent that ends. Asks once a second: the right to watch one object by its name would
-not be smaller, and this ends soon.
+Called by `agent.commands.wait`, and `is_deleted` by an agent that ends. Asks once a second: the
+right to watch one object by its name would not be smaller, and this ends soon.
 """
 
 from __future__ import annotations
