@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
+from agent.commands.examples import examples
 from agent.errors import ConfigError
 
 
-@click.command()
+@click.command(epilog=examples("sidestep wait --daemonset sidestep-system/sidestep-agent"))
 @click.option(
     "--daemonset", required=True, metavar="NAMESPACE/NAME", help="Whose pods are waited for."
 )
