@@ -32,8 +32,10 @@ def test_successor_is_introduced_and_a_dead_worker_holds_no_drain_up() -> None:
             assert second in fleet.pids
             assert first not in fleet.pids
             assert not drained.is_set()  # the other may still serve it
+            replaced.clear()
             os.kill(second, signal.SIGKILL)
             await drained.wait()
+            await replaced.wait()  # the second of a row comes a moment later
             await fleet.wait_in_force()
         assert len(fleet.pids) == 2
         fleet.stop()
