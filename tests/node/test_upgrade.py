@@ -170,6 +170,10 @@ def test_successor_without_certificates_waits_until_the_one_before_is_gone(lab: 
             lambda _entry: True,
         )
         assert lab.agent_pid(east) != agent
+        for state in lab.agent_states(east):  # now, and at each change
+            found = [pod["state"] for pod in state["pods"]]
+            if found == ["enrolled"] * sum(pod.node == east for pod in lab.cluster().pods):
+                break
         assert [row["mesh"] for row in lab.status()] == ["enrolled"] * 3
         ca = lab.start_ca()
         assert ca is not None

@@ -64,7 +64,10 @@ def _namespace() -> dict[str, str]:
     found = {}
     for command in COMMANDS:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[" ".join(command)] = done.stdout
+        # A link-local address gets its routes when nobody else claims it, a second after the link.
+        own = ("local fe80:", "anycast fe80:")
+        lines = [line for line in done.stdout.splitlines() if not line.startswith(own)]
+        found[" ".join(command)] = "\n".join(lines)
     names = subprocess.run(("ip", "-br", "link"), check=True, capture_output=True, text=True).stdout
     for line in names.splitlines():
         name = line.split()[0].split("@")[0]
