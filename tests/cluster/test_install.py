@@ -136,7 +136,8 @@ def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
         "networks": "cat /etc/cni/net.d/*",
         "bpf": "find /sys/fs/bpf",
         "links": "ip -o link | sed 's/^[0-9]*: //'; tc qdisc show",
-        "rules": "ip rule; ip -6 rule; ip route show table all | grep -v 10.247",
+        # Link-local addresses get their routes a moment after their links.
+        "rules": "ip rule; ip -6 rule; ip route show table all | grep -Ev '10.247|^(local|any).* fe80'",
         # Chains for each service come and go, and are kube-proxy's.
         "packet filter": "nft list tables; iptables-save",
     }
@@ -145,7 +146,8 @@ def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
         for name, command in commands.items()
     }
     for sandbox in sandboxes:
-        inside = f"ip -n {sandbox} rule; ip -n {sandbox} route show table all"
+        routes = f"ip -n {sandbox} route show table all | grep -Ev '^(local|any).* fe80'"
+        inside = f"ip -n {sandbox} rule; {routes}"
         state = "cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv4/fwmark_reflect"
         command = f"{inside}; ip netns exec {sandbox} {state}"
         found[sandbox] = node.run(["sh", "-c", command]).stdout
