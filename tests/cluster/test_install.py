@@ -137,7 +137,8 @@ def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
         "bpf": "find /sys/fs/bpf",
         "links": "ip -o link | sed 's/^[0-9]*: //'; tc qdisc show",
         # Link-local addresses get their routes a moment after their links.
-        "rules": "ip rule; ip -6 rule; ip route show table all | grep -Ev '10.247|^(local|any).* fe80'",
+        "rules": "ip rule; ip -6 rule;"
+        " ip route show table all | grep -Ev '10.247|^(local|any).* fe80'",
         # Chains for each service come and go, and are kube-proxy's.
         "packet filter": "nft list tables; iptables-save",
     }
