@@ -19,19 +19,23 @@ if TYPE_CHECKING:
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 EVENTS_PER_ROUND = 256
+FEW_TIMERS = 64
 BROKEN = select.EPOLLERR | select.EPOLLHUP
 
 
 class Timer:
     """A call in the future; `cancel` makes it not happen."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("_on_cancelled", "callback")
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(self, callback: Callable[[], None], on_cancelled: Callable[[], None]) -> None:
         self.callback: Callable[[], None] | None = callback
+        self._on_cancelled = on_cancelled
 
     def cancel(self) -> None:
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._on_cancelled()
 
 
 class Reactor:
@@ -41,6 +45,7 @@ class Reactor:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
+        self._cancelled = 0  # of those timers
         self._order = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._is_running = False
@@ -61,9 +66,19 @@ class Reactor:
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call once, after `seconds`."""
-        timer = Timer(callback)
+        timer = Timer(callback, self._on_cancelled)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer
+
+    def _on_cancelled(self) -> None:
+        # Most timers are cancelled long before they are due, one for each connection. They go when
+        # they are more than half of all, so that a cancellation costs the same however many there
+        # are. In place: `run` holds the list.
+        self._cancelled += 1
+        if self._cancelled > FEW_TIMERS and self._cancelled * 2 > len(self._timers):
+            self._timers[:] = [each for each in self._timers if each[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call once, in the next round."""
@@ -93,8 +108,11 @@ class Reactor:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
-            if timer.callback is not None:
-                timer.callback()
+            callback, timer.callback = timer.callback, None
+            if callback is None:
+                self._cancelled -= 1
+            else:
+                callback()
 
     def stop(self) -> None:
         """Make `run` return after this round."""

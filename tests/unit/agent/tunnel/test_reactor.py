@@ -126,3 +126,16 @@ def test_stop_ends_the_run_after_the_round() -> None:
     reactor.call_soon(lambda: seen.append("same round"))
     reactor.run()
     assert seen == ["same round"]
+
+
+def test_cancelled_timers_go_long_before_they_are_due() -> None:
+    reactor, seen = Reactor(), list[str]()
+    kept = [reactor.call_later(0.0, lambda: seen.append("kept")) for _ in range(10)]
+    for _ in range(10_000):
+        reactor.call_later(300.0, lambda: seen.append("cancelled")).cancel()
+        assert len(reactor._timers) <= 10 + 2 * 64
+    kept[0].cancel()
+    run_until(reactor, lambda: len(seen) >= 9)
+    assert seen == ["kept"] * 9
+    kept[1].cancel()  # after it has fired: nothing to forget
+    assert reactor._cancelled <= len(reactor._timers)
