@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,17 +27,16 @@ pytestmark = pytest.mark.root
 def full(opened: Map) -> Iterator[None]:
     """Fill a map of inbound flows with such of nobody."""
     made: list[Record] = []
-
-    def put() -> None:
-        made.append({"netns_cookie": 2**63 + len(made)})
-        opened.put(made[-1], {"value": 1})
-
     try:
-        # What tests before left there, in TIME_WAIT, has room of its own.
-        with contextlib.suppress(MapError):
-            while len(made) <= opened.facts.max_entries:
-                put()
-        assert len(made) <= opened.facts.max_entries
+        for number in range(opened.facts.max_entries + 1):
+            key: Record = {"netns_cookie": 2**63 + number}
+            try:
+                opened.put(key, {"value": 1})
+            except MapError:
+                break  # earlier than at the last, if connections of tests before are in it
+            made.append(key)
+        else:
+            pytest.fail("the map takes more than it has room for")
         yield
     finally:
         for key in made:
