@@ -87,6 +87,30 @@ static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct d
 	end->was_reset = !is_both && state != BPF_TCP_FIN_WAIT2;
 }
 
+/*
+ * Guard remembers a connection for segments that come after its end. From LAST_ACK there are none
+ * with payload: both FINs are acknowledged. An entry that goes now is one that the LRU need not
+ * search a victim for at the next connection.
+ */
+static __always_inline void forget_guarded(const struct inbound_flow *flow,
+					   const struct direct_flow *direct)
+{
+	struct pod_flow guarded = {};
+
+	guarded.netns_cookie = direct->source_netns_cookie;
+	guarded.local = flow->source;
+	guarded.remote = direct->destination;
+	guarded.local_port_be = flow->source_port_be;
+	guarded.remote_port_be = flow->destination_port_be;
+	ss_guard_flows.delete(&guarded);
+	guarded.netns_cookie = flow->netns_cookie;
+	guarded.local = direct->destination;
+	guarded.remote = flow->source;
+	guarded.local_port_be = flow->destination_port_be;
+	guarded.remote_port_be = flow->source_port_be;
+	ss_guard_flows.delete(&guarded);
+}
+
 static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)
 {
 	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
@@ -107,6 +131,8 @@ static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *
 				__sync_fetch_and_add(lost, 1);
 		}
 	}
+	if (value && ops->args[0] == BPF_TCP_LAST_ACK)
+		forget_guarded(&flow, value);
 	ss_direct_flows.delete(&flow);
 }
 
