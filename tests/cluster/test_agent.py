@@ -207,5 +207,5 @@ def test_agent_and_ca_live_on_the_api_server_alone(
         installed.apply(namespace(SPACE))
         says("enabled")
         assert processes.stop("agent") == 0
-        assert annotation(installed, pod_body) is None
+        assert annotation(installed, pod_body) == "enabled"  # captured, for the next agent
         assert processes.stop("ca") == 0

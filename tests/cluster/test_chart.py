@@ -68,7 +68,8 @@ def apply(server: ApiServer, directory: Path, text: str) -> subprocess.Completed
     config.write_text(json.dumps(server.kubeconfig()))
     kubectl = [str(Path(sys.executable).parent / "kubectl"), f"--kubeconfig={config}"]
     return subprocess.run(
-        [*kubectl, "apply", "--server-side", "--validate=strict", "-f", "-"],
+        # Roles of the cluster may be other tests' by now.
+        [*kubectl, "apply", "--server-side", "--force-conflicts", "--validate=strict", "-f", "-"],
         input=text, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
