@@ -111,14 +111,18 @@ def test_what_the_server_refuses_is_dropped_and_said_once(
     # The CA's account may write no Events.
     writer = PodEventWriter(Api(installed.configuration(token_of(installed, "sidestep-ca"))))
     writer.start()
+
+    def warnings() -> list[logging.LogRecord]:
+        return [each for each in caplog.records if each.levelno == logging.WARNING]
+
     try:
-        for _ in range(2):
-            writer.report(broken)
-            wait_until(lambda: writer._occurrences.due(0.0) is None)
+        writer.report(broken)
+        wait_until(warnings)
+        writer.report(broken)
+        wait_until(lambda: writer._occurrences.due(0.0) is None)
     finally:
         writer.close()
         writer.join(20.0)
-    warnings = [each for each in caplog.records if each.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "403" in vars(warnings[0])["detail"]
+    assert len(warnings()) == 1
+    assert "403" in vars(warnings()[0])["detail"]
     assert events_of(installed, broken.uid) == []
