@@ -66,3 +66,16 @@ def second_server(directory: Path, store: Store, binary: str) -> Iterator[ApiSer
     server = ApiServer(directory, store.url, binary)
     yield server
     server.kill()
+
+
+@pytest.fixture(autouse=True)
+def _pods_of_the_node_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Agents of other tests call their node the same, and would look for these pods."""
+    yield
+    if "api_server" not in request.fixturenames:
+        return
+    server: ApiServer = request.getfixturevalue("api_server")
+    here = "fieldSelector=spec.nodeName%3Dnode-1"
+    for pod in server.must("GET", f"/api/v1/pods?{here}")["items"]:
+        place = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods"
+        server.must("DELETE", f"{place}/{pod['metadata']['name']}", {"gracePeriodSeconds": 0})
