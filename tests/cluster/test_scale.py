@@ -40,6 +40,11 @@ WRITERS = 16
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.fixture(autouse=True)
+def _pods_of_the_node_end_with_their_test() -> None:
+    """Leave them: they are for all tests of this module, the last one."""
+
+
 def address(number: int) -> str:
     return f"10.{100 + number // 62_500}.{number // 250 % 250}.{number % 250 + 1}"
 
