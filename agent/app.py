@@ -5,7 +5,7 @@
 An agent that ends leaves its pods captured, with nobody listening: closed, until the next one takes
 over what is there, or takes away what is no longer wanted. Where the next one comes first, it gets
 the listeners themselves (`agent.handover`), and this one serves what is open until that has ended.
-Only `sidestep uninstall` takes the pods out.
+Only `sidestep uninstall`, or the deletion of the agents' DaemonSet, takes the pods out.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
 from agent.tunnel.outbound import CLUSTER_DOMAIN
+from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -513,7 +514,7 @@ class Agent:
                 "addresses": [str(address) for address in each.addresses],
                 "ports": [port.port for port in each.ports],
                 "endpoints": [
-                    f"{address}:{target}" if address.version == 4 else f"[{address}]:{target}"
+                    endpoint(str(address), target)
                     for port in each.ports
                     for address, target in each.endpoints_for(port.port)
                 ],

@@ -25,6 +25,7 @@ from agent.enroll import REPLY_SYSCTLS, exclusion_entries
 from agent.errors import KernelError, SidestepError
 from agent.model.capture import REPLY_MARK
 from agent.state.drift import Drift, compare
+from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -230,7 +231,7 @@ class Inspection:
         for listener in (*enrollment.outbound, *enrollment.inbound, *enrollment.hbone):
             inode, (host, port) = os.fstat(listener.fileno()).st_ino, listener.getsockname()[:2]
             if inode not in inside.listening:
-                name = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
+                name = endpoint(host, port)
                 yield Finding(named, "listener", name, "listening", None, again)
         for family in inside.families:
             label = FAMILIES[family]
@@ -339,9 +340,9 @@ class _Expected:
         for (address, port), endpoints in services.items():
             key = records.service_port_key(address, port)
             self._add("ss_services", key, {"value": len(endpoints)})
-            for index, (endpoint, target) in enumerate(endpoints):
+            for index, (host, target) in enumerate(endpoints):
                 key = records.service_port_key(address, port, index)
-                value: Record = {"address": records.pack_address(endpoint), "port_be": target}
+                value: Record = {"address": records.pack_address(host), "port_be": target}
                 self._add("ss_endpoints", key, value)
 
     def _key(self, name: str, key: Record) -> Packed:

@@ -227,29 +227,25 @@ def add_filter(ifindex: int, parent: int, program_fd: int, name: str) -> bool:
 
 def filter_program(ifindex: int, parent: int) -> int | None:
     """Return the id of the program that `add_filter` has attached; None if it is not there."""
-    gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
-    with _session(f"filters of interface {ifindex} cannot be listed", *gone) as ipr:
-        for found in ipr.get_filters(index=ifindex, parent=parent):
-            options = found.get_attr("TCA_OPTIONS")
-            # tcm_info holds the priority above the protocol, pkt_sched.h TC_H_MAJ
-            if found["info"] >> 16 == FILTER_PRIORITY and options is not None:
-                number = options.get_attr("TCA_BPF_ID")
-                if number is not None:
-                    return int(number)
-    return None
+    numbers = (found.get_nested("TCA_OPTIONS", "TCA_BPF_ID") for found in _filters(ifindex, parent))
+    number = next((each for each in numbers if each is not None), None)
+    return None if number is None else int(number)
 
 
 def has_filter(ifindex: int, parent: int, name: str) -> bool:
     """Say whether `add_filter` has been here with a program of that name."""
+    names = (found.get_nested("TCA_OPTIONS", "TCA_BPF_NAME") for found in _filters(ifindex, parent))
+    return name in names
+
+
+def _filters(ifindex: int, parent: int) -> list[Any]:
+    """List the filters with the priority of `add_filter`; none if the interface is gone."""
     gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
     filters: list[Any] = []
     with _session(f"filters of interface {ifindex} cannot be listed", *gone) as ipr:
         filters += ipr.get_filters(index=ifindex, parent=parent)
-    return any(
-        found["info"] >> 16 == FILTER_PRIORITY
-        and found.get_nested("TCA_OPTIONS", "TCA_BPF_NAME") == name
-        for found in filters
-    )
+    # tcm_info holds the priority above the protocol, pkt_sched.h TC_H_MAJ
+    return [found for found in filters if found["info"] >> 16 == FILTER_PRIORITY]
 
 
 def delete_filter(ifindex: int, parent: int) -> None:

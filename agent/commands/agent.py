@@ -22,6 +22,7 @@ from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
+from agent.model.place import parse_place
 from agent.model.pod import Exclusions
 from agent.secrecy import keep_memory_private
 from agent.settings import AuthoritySettings, Settings
@@ -279,7 +280,8 @@ def agent(
         frozenset(exclude_namespace),
         own_namespace,
     )
-    followed = _open_source(source, objects, root_namespace, rules, _parse_daemonset(daemonset))
+    own = None if daemonset is None else parse_place(daemonset, "--daemonset")
+    followed = _open_source(source, objects, root_namespace, rules, own)
     never_stall()
     logs.set_up(settings.log_format, settings.log_levels)
 
@@ -304,12 +306,3 @@ def _open_source(
     from agent.discovery.kubernetes import KubernetesSource
 
     return KubernetesSource.open(root_namespace, rules, daemonset=daemonset)
-
-
-def _parse_daemonset(text: str | None) -> tuple[str, str] | None:
-    if text is None:
-        return None
-    namespace, _, name = text.partition("/")
-    if not namespace or not name or "/" in name:
-        raise ConfigError(f"--daemonset {text}: must be NAMESPACE/NAME")
-    return namespace, name

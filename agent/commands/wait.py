@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from agent.commands.examples import examples
-from agent.errors import ConfigError
+from agent.model.place import parse_place
 
 
 @click.command(epilog=examples("sidestep wait --daemonset sidestep-system/sidestep-agent"))
@@ -19,9 +19,7 @@ from agent.errors import ConfigError
 )  # fmt: skip
 def wait(daemonset: str, is_to_go: bool, timeout: int) -> None:
     """Wait until the pods of a DaemonSet are ready on all of its nodes; exit code 1 if late."""
-    namespace, _, name = daemonset.partition("/")
-    if not namespace or not name or "/" in name:
-        raise ConfigError(f"--daemonset {daemonset}: must be NAMESPACE/NAME")
+    namespace, name = parse_place(daemonset, "--daemonset")
     # Here, since only this needs the client's memory.
     from agent.discovery import rollout
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from agent.discovery.api import Api
 from agent.discovery.cluster import connect
-from agent.errors import ConfigError
+from agent.model.place import parse_place
 
 ENTRY = "root-cert.pem"
 
@@ -24,9 +24,7 @@ class RootsPublisher:
     @classmethod
     def open(cls, place: str) -> RootsPublisher:
         """Name the ConfigMap as NAMESPACE/NAME (ConfigError)."""
-        namespace, _, name = place.partition("/")
-        if not namespace or not name or "/" in name:
-            raise ConfigError(f"--publish-roots {place}: must be NAMESPACE/NAME")
+        namespace, name = parse_place(place, "--publish-roots")
         return cls(Api(connect().configuration), namespace, name)
 
     def publish(self, roots: str) -> None:

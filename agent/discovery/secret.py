@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from kubernetes import client
 
 from agent.discovery.cluster import connect
-from agent.errors import ConfigError, KubernetesError
+from agent.errors import KubernetesError
+from agent.model.place import parse_place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -34,9 +35,7 @@ class SecretStore:
     @classmethod
     def open(cls, place: str) -> SecretStore:
         """Name the Secret as NAMESPACE/NAME (ConfigError)."""
-        namespace, _, name = place.partition("/")
-        if not namespace or not name or "/" in name:
-            raise ConfigError(f"--secret {place}: must be NAMESPACE/NAME")
+        namespace, name = parse_place(place, "--secret")
         return cls(client.CoreV1Api(connect()), namespace, name)
 
     def _find(self) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,23 +14,18 @@ from tests.cluster.test_rights import account, annotation, installed, token_of
 from tests.support.api_server import ApiServer, path_of
 from tests.support.cluster_objects import Body, enrolled, following, namespace, pod
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 __all__ = ["installed"]
 SPACE = "attackers"
 
 
 @pytest.fixture
-def attacker(installed: ApiServer) -> Iterator[Body]:
+def attacker(installed: ApiServer) -> Body:
     """Return a pod outside the mesh with an account of its own that nobody gave a right."""
     installed.apply(namespace(SPACE, None))
     installed.apply(account("attacker", SPACE))
     body = pod(f"{SPACE}/attacker", "10.9.0.1", serviceAccountName="attacker")
     uid = installed.apply(body)["metadata"]["uid"]
-    yield body | {"reference": {"apiVersion": "v1", "kind": "Pod", "name": "attacker", "uid": uid}}
-    installed.delete(body)
-    installed.apply(namespace(SPACE, None))
+    return body | {"reference": {"apiVersion": "v1", "kind": "Pod", "name": "attacker", "uid": uid}}
 
 
 def test_pod_can_not_set_the_labels_that_decide(installed: ApiServer, attacker: Body) -> None:

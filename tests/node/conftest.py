@@ -18,6 +18,7 @@ import pytest
 
 from agent.enroll import Enrollment, enroll, unenroll
 from agent.identity.local import LocalAuthority
+from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
 from agent.model.pod import LocalPod
@@ -102,6 +103,18 @@ def listener_message(enrollment: Enrollment) -> tuple[messages.AddPod, list[int]
     ports = tuple(port for port, _ in listeners)
     fds = [enrollment.netns_fd, *(listener.fileno() for _, listener in listeners)]
     return messages.AddPod(enrollment.pod, enrollment.netns_cookie, ports), fds
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Return a lab whose pods are in the mesh; a module that wants another has its own."""
+    built = Lab(f"t{os.getpid()}")
+    try:
+        built.up(DEFAULT_CLUSTER, print)
+        built.label_namespace("shop", "ambient")
+        yield built
+    finally:
+        built.down()
 
 
 @pytest.fixture

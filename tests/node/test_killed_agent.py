@@ -14,26 +14,13 @@ from agent.datapath import listing
 from agent.discovery.translate import EXCLUDE_OUTBOUND_PORTS
 from agent.enroll import REPLY_SYSCTLS
 from agent.lab import machine
-from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from tests.support.labs import wait_for_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from agent.lab.cluster import LabNode, LabPod
+    from agent.lab.lab import Lab
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    built = Lab(f"t{os.getpid()}")
-    try:
-        built.up(DEFAULT_CLUSTER, print)
-        built.label_namespace("shop", "ambient")
-        yield built
-    finally:
-        built.down()
 
 
 def kill_agent(lab: Lab, node: LabNode) -> None:

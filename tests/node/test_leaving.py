@@ -11,25 +11,13 @@ import pytest
 
 from agent import netlink, netns
 from agent.enroll import REPLY_SYSCTLS
-from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from agent.lab.lab import Lab
 
 pytestmark = pytest.mark.root
 PORT = 9000
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    built = Lab(f"t{os.getpid()}")
-    try:
-        built.up(DEFAULT_CLUSTER, print)
-        built.label_namespace("shop", "ambient")
-        yield built
-    finally:
-        built.down()
 
 
 def mode_of(lab: Lab, name: str, mode: str) -> None:

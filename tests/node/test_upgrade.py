@@ -15,30 +15,18 @@ from agent.datapath import listing
 from agent.errors import LabError
 from agent.handover import SOCKET_NAME, Predecessor
 from agent.lab import machine
-from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
 from tests.support.load import Load
 from tests.support.modules import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from agent.lab.cluster import LabNode
+    from agent.lab.lab import Lab
 
 pytestmark = pytest.mark.root
 PORT = 9000
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    built = Lab(f"t{os.getpid()}")
-    try:
-        built.up(DEFAULT_CLUSTER, print)
-        built.label_namespace("shop", "ambient")
-        yield built
-    finally:
-        built.down()
 
 
 @pytest.fixture
