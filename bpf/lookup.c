@@ -8,16 +8,21 @@
 #include "count.h"
 
 /* A connection that the agent dialed, or one of the direct path: both were judged before. */
-static __always_inline bool is_known_flow(u64 netns_cookie, const struct address *remote,
-					  struct bpf_sk_lookup *ctx)
+static __always_inline bool is_known_flow(u64 netns_cookie, const struct address *local,
+					  const struct address *remote, struct bpf_sk_lookup *ctx)
 {
+	struct connection connection = connection_between(local, bpf_htons(ctx->local_port), remote,
+							  ctx->remote_port);
+	struct direct_flow *direct = ss_direct_flows.lookup(&connection);
 	struct inbound_flow flow = {};
 
+	if (direct && direct->destination_netns_cookie == netns_cookie)
+		return true;
 	flow.netns_cookie = netns_cookie;
 	flow.source = *remote;
 	flow.source_port_be = ctx->remote_port;
 	flow.destination_port_be = bpf_htons(ctx->local_port);
-	return ss_agent_flows.lookup(&flow) || ss_direct_flows.lookup(&flow);
+	return ss_agent_flows.lookup(&flow);
 }
 
 int ss_lookup(struct bpf_sk_lookup *ctx)
@@ -50,7 +55,7 @@ int ss_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	if (is_excluded_port(netns_cookie, bpf_htons(ctx->local_port), DIRECTION_INBOUND))
 		return SK_PASS;
-	if (is_known_flow(netns_cookie, &remote, ctx))
+	if (is_known_flow(netns_cookie, &local, &remote, ctx))
 		return SK_PASS;
 
 	listener = (struct bpf_sock *)ss_listeners.lookup(&netns_cookie);

@@ -91,9 +91,8 @@ class FlowEnds:
 
     def __init__(self, pins: Pins) -> None:
         self._layout = pins.maps["ss_flow_end"].value
-        self._flow_layout = pins.maps["ss_direct_flows"].key
-        self._direct_layout = pins.maps["ss_direct_flows"].value
-        self._totals = _totals_layout(self._layout, self._flow_layout, self._direct_layout)
+        self._flow_layout = pins.maps["ss_direct_flows"].value
+        self._totals = _totals_layout(self._layout, self._flow_layout)
         self._map_fd = libbpf.open_pin(pins.directory / "maps" / "ss_flow_ends")
         self._ring = RingBuffer(self._map_fd, self._layout.size)
         self.fd = self._map_fd
@@ -105,7 +104,7 @@ class FlowEnds:
     def totals(self, batch: Batch) -> dict[tuple[int, int], Totals]:
         """Sum many ends up, cheaply, by the netns cookies of both pods, the client's first."""
         sums: dict[tuple[int, int], Totals] = {}
-        for destination, source, sent, received, was_reset in self._totals.iter_unpack(
+        for source, destination, sent, received, was_reset in self._totals.iter_unpack(
             batch.records
         ):
             found = sums.get((source, destination))
@@ -120,10 +119,7 @@ class FlowEnds:
     def parse(self, sample: bytes) -> FlowEnd:
         """Return what one sample of a batch says."""
         end = self._layout.decode(sample)
-        flow = _flow(
-            self._flow_layout.decode(_bytes(end, "flow")),
-            self._direct_layout.decode(_bytes(end, "direct")),
-        )
+        flow = _flow(self._flow_layout.decode(_bytes(end, "flow")))
         return FlowEnd(
             flow,
             seconds=(_number(end, "ended_ns") - flow.began_ns) / 1e9,
@@ -149,12 +145,7 @@ class Flows:
         """Let nothing of a connection pass lookup or guard any more."""
         source, destination = map(records.pack_address, (flow.source, flow.destination))
         self._direct.delete(
-            {
-                "netns_cookie": flow.destination_cookie,
-                "source": source,
-                "source_port_be": flow.source_port,
-                "destination_port_be": flow.destination_port,
-            }
+            records.connection_key((source, flow.source_port), (destination, flow.destination_port))
         )
         client = (flow.source_cookie, source, flow.source_port)
         server = (flow.destination_cookie, destination, flow.destination_port)
@@ -170,15 +161,15 @@ class Flows:
             )
 
 
-def _totals_layout(end: Layout, flow: Layout, direct: Layout) -> struct.Struct:
+def _totals_layout(end: Layout, flow: Layout) -> struct.Struct:
     """Return how to read what `totals` sums up out of a flow end, at the speed of the kernel's."""
 
     def offset(layout: Layout, name: str) -> int:
         return next(field.offset for field in layout.fields if field.name == name)
 
     wanted = (
-        (offset(end, "flow") + offset(flow, "netns_cookie"), "Q"),
-        (offset(end, "direct") + offset(direct, "source_netns_cookie"), "Q"),
+        (offset(end, "flow") + offset(flow, "source_netns_cookie"), "Q"),
+        (offset(end, "flow") + offset(flow, "destination_netns_cookie"), "Q"),
         (offset(end, "bytes_sent"), "Q"),
         (offset(end, "bytes_received"), "Q"),
         (offset(end, "was_reset"), "I"),
@@ -192,18 +183,18 @@ def _totals_layout(end: Layout, flow: Layout, direct: Layout) -> struct.Struct:
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:
     """Yield the open connections on the direct path."""
-    for key, value in pins.maps["ss_direct_flows"].items():
-        yield _flow(key, value)
+    for _key, value in pins.maps["ss_direct_flows"].items():
+        yield _flow(value)
 
 
-def _flow(key: Record, value: Record) -> DirectFlow:
+def _flow(value: Record) -> DirectFlow:
     return DirectFlow(
         source_cookie=_number(value, "source_netns_cookie"),
-        source=records.unpack_address(key["source"]),
-        source_port=_number(key, "source_port_be"),
-        destination_cookie=_number(key, "netns_cookie"),
+        source=records.unpack_address(value["source"]),
+        source_port=_number(value, "source_port_be"),
+        destination_cookie=_number(value, "destination_netns_cookie"),
         destination=records.unpack_address(value["destination"]),
-        destination_port=_number(key, "destination_port_be"),
+        destination_port=_number(value, "destination_port_be"),
         socket_cookie=_number(value, "socket_cookie"),
         began_ns=_number(value, "began_ns"),
     )

@@ -205,14 +205,14 @@ def _verdict(key: Record, value: Record, names: PodNames) -> Row:
     }
 
 
-def _direct_flow(key: Record, value: Record, names: PodNames) -> Row:
+def _direct_flow(_key: Record, value: Record, names: PodNames) -> Row:
     return {
         "source_pod": names.get(_number(value["source_netns_cookie"])),
-        "source": _address(key["source"]),
-        "source_port": key["source_port_be"],
-        "destination_pod": names.get(_number(key["netns_cookie"])),
+        "source": _address(value["source"]),
+        "source_port": value["source_port_be"],
+        "destination_pod": names.get(_number(value["destination_netns_cookie"])),
         "destination": _address(value["destination"]),
-        "destination_port": key["destination_port_be"],
+        "destination_port": value["destination_port_be"],
     }
 
 

@@ -66,6 +66,17 @@ def source_key(netns_cookie: int, address: Address, port: int) -> dict[str, Valu
     return {"netns_cookie": netns_cookie, "address": pack_address(address), "port_be": port}
 
 
+def connection_key(one: tuple[bytes, int], other: tuple[bytes, int]) -> dict[str, Value]:
+    """Return a key of ss_direct_flows from both ends, packed address and port, in any order."""
+    first, second = sorted((one, other), key=lambda end: (end[1], end[0]))
+    return {
+        "first": first[0],
+        "second": second[0],
+        "first_port_be": first[1],
+        "second_port_be": second[1],
+    }
+
+
 def verdict_key(
     source_cookie: int, destination_cookie: int, port: int, *, is_v6: bool
 ) -> dict[str, Value]:

@@ -4,6 +4,7 @@
 #define SIDESTEP_FLOW_H
 
 #include "address.h"
+#include "direct.h"
 #include "maps.h"
 
 static __always_inline struct address sockops_local(struct bpf_sock_ops *ops)
@@ -17,6 +18,14 @@ static __always_inline struct address sockops_local(struct bpf_sock_ops *ops)
 	address.words_be[2] = CONTEXT_WORD(ops->local_ip6[2]);
 	address.words_be[3] = CONTEXT_WORD(ops->local_ip6[3]);
 	return address;
+}
+
+static __always_inline __be16 sockops_remote_port_be(struct bpf_sock_ops *ops)
+{
+	u32 port_be = ops->remote_port;
+
+	/* in network order, in the upper half: shift in host order */
+	return bpf_htons((u16)bpf_ntohl(port_be));
 }
 
 static __always_inline struct source sockops_source(struct bpf_sock_ops *ops)
@@ -33,14 +42,21 @@ static __always_inline struct source sockops_source(struct bpf_sock_ops *ops)
 static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops, u64 netns_cookie)
 {
 	struct inbound_flow flow = {};
-	u32 remote_port_be = ops->remote_port;
 
 	flow.netns_cookie = netns_cookie;
 	flow.source = sockops_local(ops);
 	flow.source_port_be = bpf_htons(ops->local_port);
-	/* remote_port is in network order, in the upper half: shift in host order */
-	flow.destination_port_be = bpf_htons((u16)bpf_ntohl(remote_port_be));
+	flow.destination_port_be = sockops_remote_port_be(ops);
 	return flow;
+}
+
+static __always_inline struct connection sockops_connection(struct bpf_sock_ops *ops,
+							    const struct direct *direct)
+{
+	struct address local = sockops_local(ops);
+
+	return connection_between(&local, bpf_htons(ops->local_port), &direct->destination,
+				  sockops_remote_port_be(ops));
 }
 
 /*
@@ -51,19 +67,26 @@ static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops
  */
 static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
 {
-	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
-	struct direct_flow value = {};
-	u64 *generation;
+	struct connection connection = sockops_connection(ops, direct);
+	struct direct_flow flow = {};
+	struct local local = {.address = sockops_local(ops)};
+	u64 *owner = ss_local.lookup(&local), *generation;
 	u32 zero = 0;
 
-	value.source_netns_cookie = bpf_get_netns_cookie(ops);
-	value.socket_cookie = bpf_get_socket_cookie(ops);
-	value.destination = direct->destination;
-	value.began_ns = bpf_ktime_get_ns();
-	ss_direct_flows.update(&flow, &value);
+	flow.source_netns_cookie = bpf_get_netns_cookie(ops);
+	if (!owner || *owner != flow.source_netns_cookie)
+		return; /* the address of another: its connections are not to be overwritten */
+	flow.destination_netns_cookie = direct->destination_netns_cookie;
+	flow.socket_cookie = bpf_get_socket_cookie(ops);
+	flow.began_ns = bpf_ktime_get_ns();
+	flow.source = local.address;
+	flow.destination = direct->destination;
+	flow.source_port_be = bpf_htons(ops->local_port);
+	flow.destination_port_be = sockops_remote_port_be(ops);
+	ss_direct_flows.update(&connection, &flow);
 	generation = ss_generation.lookup(&zero);
 	if (!generation || *generation != direct->generation)
-		ss_direct_flows.delete(&flow);
+		ss_direct_flows.delete(&connection);
 }
 
 /*
@@ -88,41 +111,42 @@ static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct d
 }
 
 /*
- * Guard remembers a connection for segments that come after its end. From LAST_ACK there are none
- * with payload: both FINs are acknowledged. An entry that goes now is one that the LRU need not
- * search a victim for at the next connection.
+ * Guard lets pass what it remembers, once the flow is gone. From LAST_ACK nothing with payload comes
+ * any more, since both FINs are acknowledged, and most connections end there on one of both sides:
+ * so these cost nothing here.
  */
-static __always_inline void forget_guarded(const struct inbound_flow *flow,
-					   const struct direct_flow *direct)
+static __always_inline void remember_guarded(const struct direct_flow *flow)
 {
 	struct pod_flow guarded = {};
+	u32 one = 1;
 
-	guarded.netns_cookie = direct->source_netns_cookie;
+	guarded.netns_cookie = flow->source_netns_cookie;
 	guarded.local = flow->source;
-	guarded.remote = direct->destination;
+	guarded.remote = flow->destination;
 	guarded.local_port_be = flow->source_port_be;
 	guarded.remote_port_be = flow->destination_port_be;
-	ss_guard_flows.delete(&guarded);
-	guarded.netns_cookie = flow->netns_cookie;
-	guarded.local = direct->destination;
+	ss_guard_flows.update(&guarded, &one);
+	guarded.netns_cookie = flow->destination_netns_cookie;
+	guarded.local = flow->destination;
 	guarded.remote = flow->source;
 	guarded.local_port_be = flow->destination_port_be;
 	guarded.remote_port_be = flow->source_port_be;
-	ss_guard_flows.delete(&guarded);
+	ss_guard_flows.update(&guarded, &one);
 }
 
 static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)
 {
-	struct inbound_flow flow = sockops_flow(ops, direct->destination_netns_cookie);
-	struct direct_flow *value = ss_direct_flows.lookup(&flow);
+	struct connection connection = sockops_connection(ops, direct);
+	struct direct_flow *flow = ss_direct_flows.lookup(&connection);
 	struct flow_end *end;
 	u32 zero = 0;
 	u64 *lost;
 
+	if (!flow || flow->socket_cookie != bpf_get_socket_cookie(ops))
+		return;
 	end = ss_flow_end.lookup(&zero);
-	if (value && end && ops->args[0] != BPF_TCP_SYN_SENT) {
-		end->flow = flow;
-		end->direct = *value;
+	if (end && ops->args[0] != BPF_TCP_SYN_SENT) {
+		end->flow = *flow;
 		end->ended_ns = bpf_ktime_get_ns();
 		count_bytes(ops, direct, end);
 		if (ss_flow_ends.ringbuf_output(end, sizeof(*end), 0)) {
@@ -131,9 +155,9 @@ static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *
 				__sync_fetch_and_add(lost, 1);
 		}
 	}
-	if (value && ops->args[0] == BPF_TCP_LAST_ACK)
-		forget_guarded(&flow, value);
-	ss_direct_flows.delete(&flow);
+	if (ops->args[0] != BPF_TCP_LAST_ACK)
+		remember_guarded(flow);
+	ss_direct_flows.delete(&connection);
 }
 
 static __always_inline void note_agent_flow(struct bpf_sock_ops *ops, u64 netns_cookie, u32 kind,

@@ -108,36 +108,50 @@ static __always_inline void parse_ipv6(struct __sk_buff *skb, struct segment *se
 	segment->tcp_offset = offset;
 }
 
-/* An open connection of the pod that the agent dialed or accepted, or one of the direct path. */
-static __always_inline bool is_open_flow(const struct pod_flow *flow)
+static __always_inline bool is_direct_flow(const struct pod_flow *flow)
+{
+	struct connection connection = connection_between(&flow->local, flow->local_port_be,
+							  &flow->remote, flow->remote_port_be);
+	struct direct_flow *direct = ss_direct_flows.lookup(&connection);
+
+	return direct && (direct->source_netns_cookie == flow->netns_cookie ||
+			  direct->destination_netns_cookie == flow->netns_cookie);
+}
+
+/* Of the agent, which speaks for the pod from within it, or of the kubelet. */
+static __always_inline bool is_agent_flow(const struct pod_flow *flow)
 {
 	struct inbound_flow known = {};
-	struct local remote = {.address = flow->remote};
-	u64 *remote_netns_cookie;
 	u32 *kind;
 
-	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
-		return true; /* a pod cannot bind it: bind.c */
 	known.netns_cookie = flow->netns_cookie;
 	known.source = flow->local;
 	known.source_port_be = flow->local_port_be;
 	known.destination_port_be = flow->remote_port_be;
 	if (ss_agent_flows.lookup(&known))
 		return true; /* dialed by the agent in the pod */
-	remote_netns_cookie = ss_local.lookup(&remote);
-	if (remote_netns_cookie) {
-		known.netns_cookie = *remote_netns_cookie;
-		if (ss_direct_flows.lookup(&known))
-			return true; /* the pod is the client of the direct path */
-	}
-	known.netns_cookie = flow->netns_cookie;
 	known.source = flow->remote;
 	known.source_port_be = flow->remote_port_be;
 	known.destination_port_be = flow->local_port_be;
-	if (ss_direct_flows.lookup(&known))
-		return true;
 	kind = ss_agent_flows.lookup(&known);
 	return kind && *kind == AGENT_FLOW_PROBE;
+}
+
+/* An open connection of the pod that was judged, or one whose last segments may still come. */
+static __always_inline bool is_known_connection(const struct pod_flow *flow, bool is_syn)
+{
+	u32 one = 1;
+
+	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
+		return true; /* a pod cannot bind it: bind.c */
+	if (is_direct_flow(flow))
+		return true;
+	if (!is_syn)
+		return ss_guard_flows.lookup(flow) || is_agent_flow(flow);
+	if (!is_agent_flow(flow))
+		return false;
+	ss_guard_flows.update(flow, &one);
+	return true;
 }
 
 /*
@@ -183,7 +197,6 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	struct tcp_head tcp;
 	struct pod *pod;
 	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, has_payload;
-	u32 one = 1, known;
 
 	if (skb->protocol == ETHERTYPE_IPV4_BE)
 		parse_ipv4(skb, segment);
@@ -212,14 +225,7 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	flow->remote_port_be = is_outbound ? tcp.destination_be : tcp.source_be;
 
 	is_syn = (tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
-	if (is_syn) {
-		known = is_open_flow(flow);
-		if (known)
-			ss_guard_flows.update(flow, &one);
-	} else {
-		known = ss_guard_flows.lookup(flow) || is_open_flow(flow);
-	}
-	if (known)
+	if (is_known_connection(flow, is_syn))
 		return OUTCOME_PASSED;
 	/* Lookup takes a connection from the pod to itself for granted. */
 	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))

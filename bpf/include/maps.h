@@ -78,10 +78,12 @@ BPF_TABLE_PINNED("lru_hash", struct verdict_key, u64, ss_verdicts, MAX_FLOWS,
 BPF_TABLE_PINNED("sk_storage", int, struct direct, ss_direct, 0, SS_PINS "/ss_direct",
 		 BPF_F_NO_PREALLOC);
 
-/* connection on the direct path, as its destination sees it. Written by sockops before the SYN
- * leaves and deleted by it at the close; read by lookup, which lets exactly these in, and by the
- * agent, which closes those that no longer pass. A plain hash: a full map means capture. */
-BPF_TABLE_PINNED("hash", struct inbound_flow, struct direct_flow, ss_direct_flows, MAX_FLOWS,
+/* connection on the direct path -> who speaks in it. Written by sockops before the SYN leaves and
+ * deleted by it at the close; read by lookup, which lets exactly these in, by guard and by the
+ * agent, which closes those that no longer pass. The key is of addresses alone, so that guard finds
+ * it in one look from either end: a reader compares the netns cookies of the value. A plain hash: a
+ * full map means capture. */
+BPF_TABLE_PINNED("hash", struct connection, struct direct_flow, ss_direct_flows, MAX_FLOWS,
 		 SS_PINS "/ss_direct_flows");
 
 /* network that a pod reaches without capture: its own addresses, excluded networks.
@@ -106,9 +108,10 @@ BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
  * read by guard; lives until unenroll. Node-wide, as the interfaces of a node are. */
 BPF_TABLE_PINNED("hash", u32, u64, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
 
-/* TCP connection that was known when its SYN passed the guard -> 1. Written and read by guard, so
- * that the last segments of a connection whose socket is gone still pass. LRU: without the entry
- * guard asks the maps of open connections. */
+/* TCP connection that is open, or was: of the agent, written by guard at the SYN; of the direct path,
+ * written by sockops at an end that may have segments behind it. Read by guard, so that the last
+ * segments of a connection whose socket is gone still pass. LRU: without the entry guard asks the
+ * maps of open connections. */
 BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
 		 SS_PINS "/ss_guard_flows");
 

@@ -65,6 +65,17 @@ struct inbound_flow {
 	u32 pad;
 };
 
+/*
+ * One TCP connection, the same from whichever end it is looked at: first the end with the lower
+ * port, or with the lower address where the ports are equal.
+ */
+struct connection {
+	struct address first;
+	struct address second;
+	__be16 first_port_be;
+	__be16 second_port_be;
+};
+
 /* Key of ss_local. */
 struct local {
 	struct address address;
@@ -92,12 +103,17 @@ struct direct {
 	u32 pad;
 };
 
-/* The rest of a connection on the direct path, beside its struct inbound_flow. */
+/* A connection on the direct path: `source` is the client. */
 struct direct_flow {
 	u64 source_netns_cookie;
+	u64 destination_netns_cookie;
 	u64 socket_cookie; /* of the client */
+	u64 began_ns;	   /* CLOCK_MONOTONIC */
+	struct address source;
 	struct address destination;
-	u64 began_ns; /* CLOCK_MONOTONIC */
+	__be16 source_port_be;
+	__be16 destination_port_be;
+	u32 pad;
 };
 
 /* Value of ss_agent_flows. */
@@ -108,8 +124,7 @@ enum agent_flow {
 
 /* A connection on the direct path has ended. */
 struct flow_end {
-	struct inbound_flow flow;
-	struct direct_flow direct;
+	struct direct_flow flow;
 	u64 ended_ns;
 	u64 bytes_sent; /* by the client */
 	u64 bytes_received;

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 PORT = 9000
+BORROWED4 = "10.77.0.99"
 RING_BYTES = 256 * 4096  # ss_flow_ends
 RING_ROUND_CONNECTIONS = 9500
 SILENCE = ["ip", "route", "replace", "blackhole", f"{PEER4}/32"]
@@ -339,9 +340,57 @@ def test_pod_that_holds_back_its_reset_is_closed_at_the_server(
     assert shop.close_all() == 1
     with pytest.raises(ConnectionAbortedError):
         served.recv(1)
-    remembered = [key for key, _value in neighbors.pins.maps["ss_guard_flows"].items()]
-    assert [key for key in remembered if key["local_port_be"] == PORT] == []
+    assert guarded(neighbors, client) == set()
     neighbors.ends.read()
+
+
+def guarded(neighbors: Neighbors, client: socket.socket) -> set[object]:
+    """Return at which ends, by netns cookie, guard lets pass what comes after the end."""
+    ports = {client.getsockname()[1], PORT}
+    keys = [key for key, _value in neighbors.pins.maps["ss_guard_flows"].items()]
+    return {
+        key["netns_cookie"]
+        for key in keys
+        if {key["local_port_be"], key["remote_port_be"]} == ports
+    }
+
+
+@pytest.mark.parametrize("host", [PEER4, PEER6])
+def test_guard_remembers_nothing_after_an_end_in_order(neighbors: Neighbors, host: str) -> None:
+    neighbors.allow()
+    client, served = neighbors.join(host)
+    served.close()
+    assert client.recv(1) == b""
+    client.shutdown(socket.SHUT_WR)
+    neighbors.next_end()
+    assert guarded(neighbors, client) == set()
+
+
+@pytest.mark.parametrize("host", [PEER4, PEER6])
+def test_guard_remembers_what_was_reset(neighbors: Neighbors, host: str) -> None:
+    """The peer's data may still be under way."""
+    neighbors.allow()
+    client, served = neighbors.join(host)
+    served.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    served.close()
+    flow = neighbors.next_end().flow
+    ends = {neighbors.client.netns_cookie, neighbors.server.netns_cookie}
+    assert guarded(neighbors, client) == ends
+    direct.Flows(neighbors.pins).forget(flow)
+    assert guarded(neighbors, client) == set()
+
+
+def test_borrowed_address_makes_no_flow(neighbors: Neighbors) -> None:
+    """Or a pod could put its own in the place of a neighbor's, and end it."""
+    neighbors.allow()
+    pod = neighbors.network.pod
+    add = ["ip", "address", "add", f"{BORROWED4}/32", "dev", "lo"]
+    netns.run_in(pod.fd, partial(subprocess.run, add, check=True))
+    client = pod.open_socket()
+    client.bind((BORROWED4, 0))
+    client.setblocking(False)
+    client.connect_ex((PEER4, PORT))
+    assert list(direct.live_flows(neighbors.pins)) == []
 
 
 def test_ends_are_complete_when_the_ring_has_come_round(neighbors: Neighbors) -> None:

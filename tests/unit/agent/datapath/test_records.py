@@ -85,6 +85,23 @@ def test_verdict_is_about_two_namespaces_a_port_and_a_family() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("lower", "higher"),
+    [
+        ((V6.packed, 80), (MAPPED, 8080)),  # by port, whatever the addresses
+        ((MAPPED, 256), (MAPPED, 511)),  # as numbers: 511 begins with a lower byte in some orders
+        ((MAPPED, 80), (V6.packed, 80)),  # by address, where the ports are equal
+    ],
+)
+def test_connection_has_one_key_from_both_ends(
+    lower: tuple[bytes, int], higher: tuple[bytes, int]
+) -> None:
+    key = records.connection_key(lower, higher)
+    assert key == records.connection_key(higher, lower)
+    assert (key["first"], key["first_port_be"]) == lower
+    assert (key["second"], key["second_port_be"]) == higher
+
+
 VIP4, VIP6 = ip_address("10.96.0.1"), ip_address("fd96::1")
 WEB = (ServicePort("web", 80), ServicePort("dns", 53))
 
