@@ -342,8 +342,9 @@ def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -
 def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     cookie = enrollment.netns_cookie
     undo.callback(_drop_counters, pins, cookie)
+    record = records.guarded_record(enrollment.pod, cookie)
     for ifindex in guard.node_links(enrollment.netns_fd):
-        _put(pins, undo, "ss_guards", {"value": ifindex}, {"value": cookie})
+        _put(pins, undo, "ss_guards", {"value": ifindex}, record)
         guard.attach(pins, cookie, ifindex, undo)
     enrollment.is_guarded = True
 

@@ -48,7 +48,7 @@ COOKIE_PLACES = {
     "ss_bypass": ("key", "netns_cookie"),
     "ss_ports": ("key", "netns_cookie"),
     "ss_listeners": ("key", "value"),
-    "ss_guards": ("value", "value"),
+    "ss_guards": ("value", "netns_cookie"),
 }
 FAMILIES: dict[int, str] = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 
@@ -329,7 +329,7 @@ class _Expected:
         for address in pod.addresses:
             self._add("ss_local", {"address": records.pack_address(address)}, own)
         for ifindex in guard.node_links(enrollment.netns_fd):
-            self._add("ss_guards", {"value": ifindex}, own)
+            self._add("ss_guards", {"value": ifindex}, records.guarded_record(pod, cookie))
         for listener in enrollment.inbound:
             raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
             self._add("ss_listeners", own, {"value": int.from_bytes(raw, "little")})

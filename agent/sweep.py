@@ -57,7 +57,7 @@ def sweep(pins: Pins, wanted_uids: Collection[str], pod_cgroups: Path) -> list[s
     for cookie in stale:
         links.detach_lookup(pins, cookie)
     for key, value in list(pins.maps["ss_guards"].items()):
-        owner, ifindex = value["value"], key["value"]
+        owner, ifindex = value["netns_cookie"], key["value"]
         if owner in stale:
             assert isinstance(owner, int)
             assert isinstance(ifindex, int)

@@ -14,12 +14,12 @@ static __always_inline int guard(struct __sk_buff *skb, u16 direction)
 	struct pod_flow flow = {};
 	enum outcome outcome;
 	u32 ifindex = skb->ifindex;
-	u64 *netns_cookie = ss_guards.lookup(&ifindex);
+	struct guarded *guarded = ss_guards.lookup(&ifindex);
 
-	if (!netns_cookie)
+	if (!guarded)
 		return TC_ACT_UNSPEC; /* open: the pod is not enrolled */
-	flow.netns_cookie = *netns_cookie;
-	outcome = guard_outcome(skb, direction, &flow, &segment);
+	flow.netns_cookie = guarded->netns_cookie;
+	outcome = guard_outcome(skb, direction, guarded, &flow, &segment);
 	guard_count(skb, direction, flow.netns_cookie, outcome);
 	return outcome == OUTCOME_PASSED ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }

@@ -11,8 +11,8 @@
 static __always_inline bool is_known_flow(u64 netns_cookie, const struct address *local,
 					  const struct address *remote, struct bpf_sk_lookup *ctx)
 {
-	struct connection connection = connection_between(local, bpf_htons(ctx->local_port), remote,
-							  ctx->remote_port);
+	struct connection connection =
+		connection_between(local, bpf_htons(ctx->local_port), remote, ctx->remote_port);
 	struct direct_flow *direct = ss_direct_flows.lookup(&connection);
 	struct inbound_flow flow = {};
 

@@ -16,9 +16,11 @@ int ss_sockops(struct bpf_sock_ops *ops)
 
 	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && !is_end))
 		return 1;
+	if (is_end && ops->args[1] != BPF_TCP_CLOSE && ops->args[1] != BPF_TCP_FIN_WAIT2)
+		return 1;
 	direct = ss_direct.sk_storage_get(sk, 0, 0);
-	if (is_end && ops->args[1] != BPF_TCP_CLOSE) {
-		if (direct && ops->args[1] == BPF_TCP_FIN_WAIT2)
+	if (is_end && ops->args[1] == BPF_TCP_FIN_WAIT2) {
+		if (direct)
 			direct->received_at_fin_wait2 = ops->bytes_received;
 		return 1;
 	}

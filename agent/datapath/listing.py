@@ -233,7 +233,7 @@ def _bypass(key: Record, _value: Record, names: PodNames) -> Row:
 
 
 def _guard(key: Record, value: Record, names: PodNames) -> Row:
-    return _owner(value["value"], names) | {"interface": key["value"]}
+    return _owner(value["netns_cookie"], names) | {"interface": key["value"]}
 
 
 def _guard_flow(key: Record, _value: Record, names: PodNames) -> Row:

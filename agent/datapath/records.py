@@ -31,10 +31,18 @@ def unpack_address(packed: Value) -> Address:
 
 def pod_record(pod: LocalPod, *, is_strict: bool = False) -> dict[str, Value]:
     """Return the value of ss_pods; of several addresses of a family the first counts."""
-    record: dict[str, Value] = {"is_strict": int(is_strict)}
-    for address in reversed(pod.addresses):
-        record[f"address{address.version}"] = pack_address(address)
-    return record
+    return {"is_strict": int(is_strict)} | _first_addresses(pod)
+
+
+def guarded_record(pod: LocalPod, netns_cookie: int) -> dict[str, Value]:
+    """Return the value of ss_guards."""
+    return {"netns_cookie": netns_cookie} | _first_addresses(pod)
+
+
+def _first_addresses(pod: LocalPod) -> dict[str, Value]:
+    return {
+        f"address{address.version}": pack_address(address) for address in reversed(pod.addresses)
+    }
 
 
 def pod_name_record(pod: LocalPod) -> dict[str, Value]:

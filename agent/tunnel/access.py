@@ -131,8 +131,8 @@ class Access:
         """Say that bytes flow from now on."""
         self.carried = carried
         self._count_opened()
-        if LOG.levels.wants(ACCESS, "debug"):
-            self._ledger.log("debug", "connection opened", self._fields())
+        if self._ledger.may_log("debug"):
+            log("connection opened", level="debug", scope=ACCESS, **self._fields())
 
     def complete(
         self, result: str, sent: int = 0, received: int = 0, flag: Flag = Flag.CONNECT
@@ -158,6 +158,9 @@ class Access:
             COUNTS.put("istio_tcp_connections_failed", labels)
         if verdict is not None and is_denied:
             COUNTS.add("connections_denied", policy=verdict.decided_by or "")
+        level = "error" if is_failed else "info"
+        if not self._ledger.may_log(level):
+            return
         is_outbound = self.direction == "outbound"
         would_be = verdict.would_be if verdict else None
         fields = self._fields() | {
@@ -171,7 +174,7 @@ class Access:
             "dry_run": str(would_be) if would_be else None,
             "error": result if is_failed else None,
         }
-        self._ledger.log("error" if is_failed else "info", "connection complete", fields)
+        log("connection complete", level=level, scope=ACCESS, **fields)
 
     def count_now(self) -> None:
         """Count the bytes that went since the last time."""
@@ -330,17 +333,22 @@ class Ledger:
             "pod": f"{pod.namespace}/{pod.name}",
             "error": error,
         }
-        self.log("warning", "connection failed", fields)
+        if self.may_log("warning"):
+            log("connection failed", level="warning", scope=ACCESS, **fields)
 
-    def log(self, level: str, message: str, fields: dict[str, object], scope: str = ACCESS) -> None:
-        """Write a line about a connection or a tunnel, unless too many came in this second."""
+    def may_log(self, level: str, scope: str = ACCESS) -> bool:
+        """Say whether a line about a connection or a tunnel is to be written now.
+
+        No if nobody wants it, or if too many came in this second: then it is counted.
+        """
         if not LOG.levels.wants(scope, level):
-            return
+            return False
         if self._limiter.may_pass(time.monotonic()):
-            log(message, level=level, scope=scope, **fields)
-        elif not self._is_report_due:
+            return True
+        if not self._is_report_due:
             self._is_report_due = True
             self._reactor.call_later(REPORT_SECONDS, self._report)
+        return False
 
     def _report(self) -> None:
         self._is_report_due = False

@@ -25,7 +25,7 @@ from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import SCOPE, TOO_MANY, endpoint
+from agent.tunnel.served import SCOPE, TOO_MANY, endpoint, log
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -179,15 +179,17 @@ class Inbound:
         if session.handshake_failure:
             failure = session.handshake_failure
             COUNTS.add("handshakes_failed", direction="inbound", reason=failure)
-        fields: dict[str, object] = {
-            "pod": f"{served.pod.namespace}/{served.pod.name}",
-            "peer": str(source),
-            "peer_identity": str(session.peer) if session.peer else None,
-            "code": session.refusal or None,
-            "reason": reason,
-        }
         level = "warning" if session.refusal else "info"
-        self._ledger.log(level, "tunnel closed", fields, SCOPE)
+        if self._ledger.may_log(level, SCOPE):
+            log(
+                "tunnel closed",
+                level=level,
+                pod=f"{served.pod.namespace}/{served.pod.name}",
+                peer=str(source),
+                peer_identity=str(session.peer) if session.peer else None,
+                code=session.refusal or None,
+                reason=reason,
+            )
 
     def _on_request(
         self, served: ServedPod, session: Session, event: ConnectRequested, source: Address

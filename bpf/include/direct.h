@@ -26,9 +26,9 @@ static __always_inline struct connection connection_between(const struct address
 							    __be16 other_port_be)
 {
 	struct connection connection;
-	bool is_in_order = one_port_be == other_port_be ?
-				   address_is_lower(one, other) :
-				   bpf_ntohs(one_port_be) < bpf_ntohs(other_port_be);
+	bool is_in_order = one_port_be == other_port_be
+				   ? address_is_lower(one, other)
+				   : bpf_ntohs(one_port_be) < bpf_ntohs(other_port_be);
 
 	connection.first = is_in_order ? *one : *other;
 	connection.second = is_in_order ? *other : *one;

@@ -111,9 +111,9 @@ static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct d
 }
 
 /*
- * Guard lets pass what it remembers, once the flow is gone. From LAST_ACK nothing with payload comes
- * any more, since both FINs are acknowledged, and most connections end there on one of both sides:
- * so these cost nothing here.
+ * Guard lets pass what it remembers, once the flow is gone. From LAST_ACK nothing with payload
+ * comes any more, since both FINs are acknowledged, and most connections end there on one of both
+ * sides: so these cost nothing here.
  */
 static __always_inline void remember_guarded(const struct direct_flow *flow)
 {

@@ -192,6 +192,7 @@ static __always_inline bool is_own_address(u64 netns_cookie, const struct addres
 }
 
 static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 direction,
+						  const struct guarded *guarded,
 						  struct pod_flow *flow, struct segment *segment)
 {
 	struct tcp_head tcp;
@@ -204,19 +205,14 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		parse_ipv6(skb, segment);
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;
-	pod = ss_pods.lookup(&flow->netns_cookie);
-	/* Its first address is at hand, which saves a look into the map for nearly every packet. */
-	if (is_outbound &&
-	    !(pod && (address_is_equal(&pod->address4, &segment->source) ||
-		      address_is_equal(&pod->address6, &segment->source))) &&
+	if (is_outbound && !address_is_equal(&guarded->address4, &segment->source) &&
+	    !address_is_equal(&guarded->address6, &segment->source) &&
 	    !is_own_address(flow->netns_cookie, &segment->source))
 		return OUTCOME_SPOOFED;
-
-	/* open: a pod that is guarded and not in ss_pods is leaving the mesh */
-	if (!pod)
-		return OUTCOME_PASSED;
-	if (segment->is_fragment)
-		return pod->is_strict ? OUTCOME_FRAGMENT : OUTCOME_PASSED;
+	if (segment->is_fragment) {
+		pod = ss_pods.lookup(&flow->netns_cookie);
+		return pod && pod->is_strict ? OUTCOME_FRAGMENT : OUTCOME_PASSED;
+	}
 	if (bpf_skb_load_bytes(skb, segment->tcp_offset, &tcp, sizeof(tcp)))
 		return OUTCOME_FRAGMENT; /* cut short: no TCP of this world sends it */
 	flow->local = is_outbound ? segment->source : segment->destination;
@@ -227,6 +223,10 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	is_syn = (tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
 	if (is_known_connection(flow, is_syn))
 		return OUTCOME_PASSED;
+	pod = ss_pods.lookup(&flow->netns_cookie);
+	if (!pod)
+		return OUTCOME_PASSED; /* open: guarded and not captured, so it is leaving the mesh
+					*/
 	/* Lookup takes a connection from the pod to itself for granted. */
 	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
 		return OUTCOME_SPOOFED;

@@ -104,14 +104,14 @@ BPF_TABLE_PINNED("sockhash", u64, u64, ss_listeners, MAX_PODS, SS_PINS "/ss_list
  * the agent; the size is in pages. bcc can not pin a ring buffer by itself: the loader does. */
 BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
 
-/* interface of the node that leads to an enrolled pod -> the pod's netns cookie. Written by enroll,
- * read by guard; lives until unenroll. Node-wide, as the interfaces of a node are. */
-BPF_TABLE_PINNED("hash", u32, u64, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
+/* interface of the node that leads to an enrolled pod -> the pod. Written by enroll, read by guard;
+ * lives until unenroll. Node-wide, as the interfaces of a node are. */
+BPF_TABLE_PINNED("hash", u32, struct guarded, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
 
-/* TCP connection that is open, or was: of the agent, written by guard at the SYN; of the direct path,
- * written by sockops at an end that may have segments behind it. Read by guard, so that the last
- * segments of a connection whose socket is gone still pass. LRU: without the entry guard asks the
- * maps of open connections. */
+/* TCP connection that is open, or was: of the agent, written by guard at the SYN; of the direct
+ * path, written by sockops at an end that may have segments behind it. Read by guard, so that the
+ * last segments of a connection whose socket is gone still pass. LRU: without the entry guard asks
+ * the maps of open connections. */
 BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
 		 SS_PINS "/ss_guard_flows");
 

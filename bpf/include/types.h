@@ -22,6 +22,13 @@ struct pod {
 	u32 pad;
 };
 
+/* A pod as guard knows it: all that nearly every packet needs, in one look. */
+struct guarded {
+	u64 netns_cookie;
+	struct address address4; /* its first addresses, as in struct pod */
+	struct address address6;
+};
+
 struct pod_name {
 	char uid[64];
 	char namespace[64]; /* RFC 1123 label: at most 63 */
