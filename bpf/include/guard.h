@@ -12,6 +12,8 @@
 #define ETHERNET_BYTES	  14
 #define ETHERTYPE_IPV4_BE bpf_htons(0x0800)
 #define ETHERTYPE_IPV6_BE bpf_htons(0x86dd)
+#define ETHERTYPE_VLAN_BE bpf_htons(0x8100)
+#define ETHERTYPE_QINQ_BE bpf_htons(0x88a8)
 #define IPV4_FRAGMENT_BE  bpf_htons(0x3fff) /* more fragments, or an offset */
 #define MAX_EXTENSIONS	  4
 #define TCP_FLAG_SYN	  0x02
@@ -189,6 +191,8 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		parse_ipv4(skb, segment);
 	else if (skb->protocol == ETHERTYPE_IPV6_BE)
 		parse_ipv6(skb, segment);
+	else if (skb->protocol == ETHERTYPE_VLAN_BE || skb->protocol == ETHERTYPE_QINQ_BE)
+		return OUTCOME_FRAGMENT; /* one tag is off by now, and the kernel follows more */
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;
 	pod = ss_pods.lookup(&flow->netns_cookie);

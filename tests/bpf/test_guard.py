@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
@@ -224,6 +224,60 @@ def hidden_packet(source: str, destination: str, count: int) -> bytes:
     body = b"".join(bytes([after, 0]) + padding for after in following) + segment + b"a secret"
     head = struct.pack(">IHBB", 6 << 28, len(body), socket.IPPROTO_DSTOPTS, 64)
     return head + ip_address(source).packed + ip_address(destination).packed + body
+
+
+# 802.1Q and 802.1ad. The node takes off as many tags of VLAN 0 as there are.
+TAGS = {"one": [0x8100], "two": [0x8100, 0x8100], "mixed": [0x88A8, 0x8100], "three": [0x8100] * 3}
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_tags_do_not_hide_what_leaves_the_pod(
+    node: Node, tap: socket.socket, tags: list[int], is_strict: bool
+) -> None:
+    made = node.enroll(is_strict=is_strict)
+    source = PODS["a" if is_strict else "b"][0]
+    target = netns.run_in(node.node.fd, partial(_mac, "pod-a"))
+    frame = tagged(tags, target, source, NODE4)
+    send_frame(node.pods["a"], "eth0", frame)
+    assert not hears(tap)
+    ((direction, _outcome),) = node.counted(made)
+    assert direction == "outbound"
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+def test_tags_do_not_hide_what_goes_to_the_pod(node: Node, tags: list[int]) -> None:
+    made = node.enroll()
+    tap = node.pods["a"].open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    target = netns.run_in(node.pods["a"].fd, partial(_mac, "eth0"))
+    frame = tagged(tags, target, NODE4, PODS["a"][0])
+    send_frame(node.node, "pod-a", frame)
+    assert not hears(tap)
+    ((direction, _outcome),) = node.counted(made)
+    assert direction == "inbound"
+
+
+def _mac(link: str) -> bytes:
+    text = subprocess.run(
+        ["ip", "-o", "link", "show", link], check=True, capture_output=True, text=True
+    ).stdout
+    return bytes.fromhex(text.split("link/ether ")[1].split()[0].replace(":", ""))
+
+
+def tagged(tags: list[int], target: bytes, source: str, destination: str) -> bytes:
+    """Return a frame with plaintext TCP behind tags of VLAN 0."""
+    packet = bytearray(tcp_packet(source, destination, ACK | PUSH, b"a secret"))
+    total = sum(struct.unpack(">10H", packet[:20]))
+    packet[10:12] = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
+    types = b"".join(struct.pack(">HH", kind, 0) for kind in tags) + b"\x08\x00"
+    return target + bytes.fromhex("020000000001") + types + bytes(packet)
+
+
+def send_frame(sender: Namespace, link: str, frame: bytes) -> None:
+    raw = sender.open_socket(socket.AF_PACKET, socket.SOCK_RAW)
+    netns.run_in(sender.fd, lambda: raw.bind((link, 0)))
+    with suppress(OSError):  # a sender on the node's side hears of the drop
+        raw.send(frame)
 
 
 @pytest.mark.parametrize("is_strict", [True, False])
