@@ -20,6 +20,9 @@
 #define TCP_FLAG_ACK	  0x10
 #define TC_ACT_UNSPEC	  (-1)
 #define TC_ACT_SHOT	  2
+/* Beside an interface's number, where a connection's packets to the pod come from. */
+#define LINK_ANY    0
+#define LINK_UNSEEN 0xffffffff
 
 struct ipv4_head {
 	u8 version_length;
@@ -110,8 +113,14 @@ static __always_inline void parse_ipv6(struct __sk_buff *skb, struct segment *se
 	segment->tcp_offset = offset;
 }
 
-/* An open connection of the pod that the agent dialed or accepted, or one of the direct path. */
-static __always_inline bool is_open_flow(const struct pod_flow *flow)
+enum open_flow {
+	OPEN_FLOW_NONE,
+	OPEN_FLOW_AGENT, /* the agent dialed or accepted it, or it is a probe */
+	OPEN_FLOW_DIRECT,
+};
+
+/* What the maps of open connections know of one of the pod. */
+static __always_inline enum open_flow find_open_flow(const struct pod_flow *flow)
 {
 	struct inbound_flow known = {};
 	struct local remote = {.address = flow->remote};
@@ -119,27 +128,72 @@ static __always_inline bool is_open_flow(const struct pod_flow *flow)
 	u32 *kind;
 
 	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
-		return true; /* a pod cannot bind it: bind.c */
+		return OPEN_FLOW_AGENT; /* a pod cannot bind it: bind.c */
 	known.netns_cookie = flow->netns_cookie;
 	known.source = flow->local;
 	known.source_port_be = flow->local_port_be;
 	known.destination_port_be = flow->remote_port_be;
 	if (ss_agent_flows.lookup(&known))
-		return true; /* dialed by the agent in the pod */
+		return OPEN_FLOW_AGENT; /* dialed by the agent in the pod */
 	remote_netns_cookie = ss_local.lookup(&remote);
 	if (remote_netns_cookie) {
 		known.netns_cookie = *remote_netns_cookie;
 		if (ss_direct_flows.lookup(&known))
-			return true; /* the pod is the client of the direct path */
+			return OPEN_FLOW_DIRECT; /* the pod is its client */
 	}
 	known.netns_cookie = flow->netns_cookie;
 	known.source = flow->remote;
 	known.source_port_be = flow->remote_port_be;
 	known.destination_port_be = flow->local_port_be;
 	if (ss_direct_flows.lookup(&known))
-		return true;
+		return OPEN_FLOW_DIRECT;
 	kind = ss_agent_flows.lookup(&known);
-	return kind && *kind == AGENT_FLOW_PROBE;
+	return kind && *kind == AGENT_FLOW_PROBE ? OPEN_FLOW_AGENT : OPEN_FLOW_NONE;
+}
+
+/*
+ * Whether a packet to the pod came by the link of the pod that has its source address. Where links
+ * share a bridge, others on it can answer for that address (ARP, neighbor discovery).
+ */
+static __always_inline bool is_from_owner(struct __sk_buff *skb, const struct pod_flow *flow)
+{
+	struct local remote = {.address = flow->remote};
+	u32 link = skb->ingress_ifindex;
+	u64 *owner = ss_local.lookup(&remote), *sender = ss_guards.lookup(&link);
+
+	return owner && sender && *owner == *sender;
+}
+
+/*
+ * Judge a packet of a connection that is known; false if it is of none. What the pod gets on the
+ * direct path has to come by the other pod's link; which one that is, is looked up once for each
+ * connection.
+ */
+static __always_inline bool judge_known(struct __sk_buff *skb, const struct pod_flow *flow,
+					bool is_outbound, bool is_syn, enum outcome *outcome)
+{
+	u32 *known = is_syn ? 0 : ss_guard_flows.lookup(flow);
+	u32 link = LINK_ANY;
+	enum open_flow kind;
+
+	*outcome = OUTCOME_PASSED;
+	if (known && (is_outbound || *known == LINK_ANY || *known == skb->ingress_ifindex))
+		return true;
+	kind = find_open_flow(flow);
+	if (kind == OPEN_FLOW_NONE)
+		return false;
+	if (kind == OPEN_FLOW_DIRECT) {
+		if (!is_outbound && !is_from_owner(skb, flow)) {
+			*outcome = OUTCOME_SPOOFED;
+			return true;
+		}
+		link = is_outbound ? LINK_UNSEEN : skb->ingress_ifindex;
+	}
+	if (known)
+		*known = link;
+	else if (is_syn)
+		ss_guard_flows.update(flow, &link);
+	return true;
 }
 
 /*
@@ -185,7 +239,7 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	struct tcp_head tcp;
 	struct pod *pod;
 	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, has_payload;
-	u32 one = 1, known;
+	enum outcome outcome;
 
 	if (skb->protocol == ETHERTYPE_IPV4_BE)
 		parse_ipv4(skb, segment);
@@ -216,15 +270,8 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	flow->remote_port_be = is_outbound ? tcp.destination_be : tcp.source_be;
 
 	is_syn = (tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
-	if (is_syn) {
-		known = is_open_flow(flow);
-		if (known)
-			ss_guard_flows.update(flow, &one);
-	} else {
-		known = ss_guard_flows.lookup(flow) || is_open_flow(flow);
-	}
-	if (known)
-		return OUTCOME_PASSED;
+	if (judge_known(skb, flow, is_outbound, is_syn, &outcome))
+		return outcome;
 	/* Lookup takes a connection from the pod to itself for granted. */
 	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
 		return OUTCOME_SPOOFED;

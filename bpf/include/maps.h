@@ -106,9 +106,10 @@ BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
  * read by guard; lives until unenroll. Node-wide, as the interfaces of a node are. */
 BPF_TABLE_PINNED("hash", u32, u64, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
 
-/* TCP connection that was known when its SYN passed the guard -> 1. Written and read by guard, so
- * that the last segments of a connection whose socket is gone still pass. LRU: without the entry
- * guard asks the maps of open connections. */
+/* TCP connection that was known when its SYN passed the guard -> the interface by which its packets
+ * to the pod come, if that matters. Written and read by guard, so that the last segments of a
+ * connection whose socket is gone still pass. LRU: without the entry guard asks the maps of open
+ * connections. */
 BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
 		 SS_PINS "/ss_guard_flows");
 
