@@ -179,7 +179,7 @@ static __always_inline bool judge_known(struct __sk_buff *skb, const struct pod_
 	*outcome = OUTCOME_PASSED;
 	if (known && (is_outbound || *known == LINK_ANY || *known == skb->ingress_ifindex))
 		return true;
-	kind = find_open_flow(flow);
+	kind = known ? OPEN_FLOW_DIRECT : find_open_flow(flow);
 	if (kind == OPEN_FLOW_NONE)
 		return false;
 	if (kind == OPEN_FLOW_DIRECT) {
