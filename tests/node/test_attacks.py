@@ -29,6 +29,7 @@ from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, REPLY_M
 from agent.model.identity import SpiffeId
 from agent.tunnel.sockets import LINGER_RESET
 from tests.node.test_identity import wait_revoked, write_revoked
+from tests.support.labs import entries, wait_for_entry
 from tests.support.packets import ACK, PUSH, SYN, tcp_packet
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ FLOOD = 3000  # SYNs: three times the queue of a listener
 PODS = {  # name: node, namespace
     "client": ("east", "shop"),
     "intruder": ("east", "shop"),
+    "saboteur": ("east", "shop"),
     "vault": ("east", "shop"),
     "far-vault": ("west", "shop"),
     "stranger": ("east", "outside"),
@@ -408,6 +410,22 @@ def test_namespace_that_took_the_link_is_a_stranger(
         netns.run_in(there, partial(subprocess.run, back, check=True))
         machine.connect_pod(ground.lab.node_netns(pod.node), pod, here)
         os.close(there)
+
+
+def test_pod_that_closes_the_listeners_in_it_harms_itself(
+    ground: Ground, vaults: dict[str, Vault]
+) -> None:
+    """SOCK_DESTROY, which CAP_NET_ADMIN allows: a worker must not turn in circles over it."""
+    pod = ground.lab.find_pod("saboteur")
+    assert ground.command("saboteur", "ss", "-K", "-l", "-t") == 0
+    wait_for_entry(ground.lab, pod.node, "accept failed", lambda row: row["pod"] == pod.name)
+    vault = vaults["vault"]
+    for _ in range(20):
+        assert ask(ground.open_socket("client"), (vault.address, PORT)) == SECRET
+    vault.heard.clear()
+    assert ask(ground.open_socket("saboteur"), (vault.address, PORT)) == b""
+    told = entries(ground.lab, pod.node, "accept failed")
+    assert len(told) < 20  # some listeners, some workers
 
 
 def test_flood_of_connections_leaves_others_alone(ground: Ground, vaults: dict[str, Vault]) -> None:
