@@ -236,8 +236,9 @@ class Explainer:
         )
 
     def _is_open(self, destination: _End, port: int) -> bool:
-        own = (self._common, *([destination.pod.exclusions] if destination.pod else []))
-        return any(port in each.inbound_ports for each in own)
+        pod = destination.pod
+        own = (self._common, *([pod.exclusions] if pod else []))
+        return bool(pod and pod.bypasses_inbound) or any(port in each.inbound_ports for each in own)
 
     # -- advice -------------------------------------------------------------------------------
 

@@ -118,20 +118,23 @@ static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct d
 static __always_inline void remember_guarded(const struct direct_flow *flow)
 {
 	struct pod_flow guarded = {};
-	u32 one = 1;
+	u32 link = flow->destination_link;
 
+	if (!flow->source_link || !link)
+		return; /* one end has not said a word, so it has none that are late */
 	guarded.netns_cookie = flow->source_netns_cookie;
 	guarded.local = flow->source;
 	guarded.remote = flow->destination;
 	guarded.local_port_be = flow->source_port_be;
 	guarded.remote_port_be = flow->destination_port_be;
-	ss_guard_flows.update(&guarded, &one);
+	ss_guard_flows.update(&guarded, &link);
+	link = flow->source_link;
 	guarded.netns_cookie = flow->destination_netns_cookie;
 	guarded.local = flow->destination;
 	guarded.remote = flow->source;
 	guarded.local_port_be = flow->destination_port_be;
 	guarded.remote_port_be = flow->source_port_be;
-	ss_guard_flows.update(&guarded, &one);
+	ss_guard_flows.update(&guarded, &link);
 }
 
 static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)

@@ -12,6 +12,8 @@
 #define ETHERNET_BYTES	  14
 #define ETHERTYPE_IPV4_BE bpf_htons(0x0800)
 #define ETHERTYPE_IPV6_BE bpf_htons(0x86dd)
+#define ETHERTYPE_VLAN_BE bpf_htons(0x8100)
+#define ETHERTYPE_QINQ_BE bpf_htons(0x88a8)
 #define IPV4_FRAGMENT_BE  bpf_htons(0x3fff) /* more fragments, or an offset */
 #define MAX_EXTENSIONS	  4
 #define TCP_FLAG_SYN	  0x02
@@ -108,14 +110,34 @@ static __always_inline void parse_ipv6(struct __sk_buff *skb, struct segment *se
 	segment->tcp_offset = offset;
 }
 
-static __always_inline bool is_direct_flow(const struct pod_flow *flow)
+/*
+ * Judge a packet of the direct path; false if it is none. Where links share a bridge, others on it
+ * can answer for a pod's address (ARP, neighbor discovery). So what a pod gets has to come by the
+ * link by which guard has seen the other end send.
+ */
+static __always_inline bool judge_direct(struct __sk_buff *skb, const struct pod_flow *flow,
+					 bool is_outbound, enum outcome *outcome)
 {
 	struct connection connection = connection_between(&flow->local, flow->local_port_be,
 							  &flow->remote, flow->remote_port_be);
 	struct direct_flow *direct = ss_direct_flows.lookup(&connection);
+	bool is_client, is_server;
 
-	return direct && (direct->source_netns_cookie == flow->netns_cookie ||
-			  direct->destination_netns_cookie == flow->netns_cookie);
+	if (!direct)
+		return false;
+	is_client = direct->source_netns_cookie == flow->netns_cookie;
+	is_server = direct->destination_netns_cookie == flow->netns_cookie;
+	if (!is_client && !is_server)
+		return false;
+	*outcome = OUTCOME_PASSED;
+	if (is_outbound && is_client)
+		direct->source_link = skb->ifindex;
+	else if (is_outbound)
+		direct->destination_link = skb->ifindex;
+	else if (skb->ingress_ifindex !=
+		 (is_client ? direct->destination_link : direct->source_link))
+		*outcome = OUTCOME_SPOOFED;
+	return true;
 }
 
 /* Of the agent, which speaks for the pod from within it, or of the kubelet. */
@@ -137,20 +159,27 @@ static __always_inline bool is_agent_flow(const struct pod_flow *flow)
 	return kind && *kind == AGENT_FLOW_PROBE;
 }
 
-/* An open connection of the pod that was judged, or one whose last segments may still come. */
-static __always_inline bool is_known_connection(const struct pod_flow *flow, bool is_syn)
+/* Judge a packet of a connection that is open, or was a moment ago; false if it is of none. */
+static __always_inline bool judge_known(struct __sk_buff *skb, const struct pod_flow *flow,
+					bool is_outbound, bool is_syn, enum outcome *outcome)
 {
-	u32 one = 1;
+	u32 link = LINK_ANY, *known;
 
+	*outcome = OUTCOME_PASSED;
 	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
 		return true; /* a pod cannot bind it: bind.c */
-	if (is_direct_flow(flow))
+	if (judge_direct(skb, flow, is_outbound, outcome))
 		return true;
-	if (!is_syn)
-		return ss_guard_flows.lookup(flow) || is_agent_flow(flow);
+	known = is_syn ? 0 : ss_guard_flows.lookup(flow);
+	if (known) {
+		if (!is_outbound && *known != LINK_ANY && *known != skb->ingress_ifindex)
+			*outcome = OUTCOME_SPOOFED;
+		return true;
+	}
 	if (!is_agent_flow(flow))
 		return false;
-	ss_guard_flows.update(flow, &one);
+	if (is_syn)
+		ss_guard_flows.update(flow, &link);
 	return true;
 }
 
@@ -198,11 +227,14 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	struct tcp_head tcp;
 	struct pod *pod;
 	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, has_payload;
+	enum outcome outcome;
 
 	if (skb->protocol == ETHERTYPE_IPV4_BE)
 		parse_ipv4(skb, segment);
 	else if (skb->protocol == ETHERTYPE_IPV6_BE)
 		parse_ipv6(skb, segment);
+	else if (skb->protocol == ETHERTYPE_VLAN_BE || skb->protocol == ETHERTYPE_QINQ_BE)
+		return OUTCOME_FRAGMENT; /* one tag is off by now, and the kernel follows more */
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;
 	if (is_outbound && !address_is_equal(&guarded->address4, &segment->source) &&
@@ -221,8 +253,8 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	flow->remote_port_be = is_outbound ? tcp.destination_be : tcp.source_be;
 
 	is_syn = (tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
-	if (is_known_connection(flow, is_syn))
-		return OUTCOME_PASSED;
+	if (judge_known(skb, flow, is_outbound, is_syn, &outcome))
+		return outcome;
 	pod = ss_pods.lookup(&flow->netns_cookie);
 	if (!pod)
 		return OUTCOME_PASSED; /* open: guarded and not captured, so it is leaving the mesh

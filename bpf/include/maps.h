@@ -14,6 +14,8 @@
 #define MAX_SERVICES 16384
 #define MAX_FLOWS    65536
 
+#define LINK_ANY 0 /* no interface has this number */
+
 /* netns cookie -> the pod's own addresses; presence means enrolled.
  * Written by enroll, read by connect, bind and sockops; lives until unenroll. */
 BPF_TABLE_PINNED("hash", u64, struct pod, ss_pods, MAX_PODS, SS_PINS "/ss_pods");
@@ -108,10 +110,11 @@ BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
  * lives until unenroll. Node-wide, as the interfaces of a node are. */
 BPF_TABLE_PINNED("hash", u32, struct guarded, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
 
-/* TCP connection that is open, or was: of the agent, written by guard at the SYN; of the direct
- * path, written by sockops at an end that may have segments behind it. Read by guard, so that the
- * last segments of a connection whose socket is gone still pass. LRU: without the entry guard asks
- * the maps of open connections. */
+/* TCP connection that is open, or was -> the interface by which its packets to the pod come, or
+ * LINK_ANY. Of the agent, written by guard at the SYN; of the direct path, written by sockops at an
+ * end that may have segments behind it. Read by guard, so that the last segments of a connection
+ * whose socket is gone still pass. LRU: without the entry guard asks the maps of open connections.
+ */
 BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
 		 SS_PINS "/ss_guard_flows");
 

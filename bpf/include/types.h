@@ -120,6 +120,8 @@ struct direct_flow {
 	struct address destination;
 	__be16 source_port_be;
 	__be16 destination_port_be;
+	u32 source_link; /* interface of the node by which that end sends, once guard has seen it */
+	u32 destination_link;
 	u32 pad;
 };
 

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
@@ -28,7 +28,8 @@ from agent.kubelet import Probers
 from agent.lab.machine import allow_forwarding
 from agent.model.capture import HBONE_PORT
 from agent.model.pod import Exclusions, LocalPod
-from agent.tunnel.sockets import borrow_source
+from agent.tunnel.sockets import LINGER_RESET, borrow_source
+from tests.support.api_server import wait_until
 from tests.support.namespaces import Namespace
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ PORT = 9000
 SILENCE_SECONDS = 0.3  # far longer than a packet takes here
 NODE4, NODE6 = "10.78.0.1", "fd78::1"
 PODS = {"a": ("10.78.0.2", "fd78::2"), "b": ("10.78.0.3", "fd78::3")}
+BRIDGED_STRANGER = "10.78.0.4"
 SYN, ACK, PUSH = 0x02, 0x10, 0x08
 
 
@@ -70,6 +72,11 @@ class Node:
         enroll.set_strict(self.pins, made, is_strict=is_strict, but=frozenset())
         return made
 
+    def allow(self, source: Enrollment, destination: Enrollment) -> None:
+        """Give the verdict that lets one pod connect to the other on the direct path."""
+        verdicts = direct.Verdicts(self.pins.maps["ss_verdicts"], self.pins.maps["ss_generation"])
+        verdicts.allow(source.netns_cookie, destination.netns_cookie, PORT, verdicts.generation)
+
     def counted(self, made: Enrollment) -> dict[tuple[str, str], int]:
         """Return packets by direction and outcome, without those that passed."""
         names = {0: "outbound", 1: "inbound"}
@@ -91,21 +98,21 @@ def node(
 ) -> Iterator[Node]:
     monkeypatch.setattr(features, "has_tcx", lambda: request.param)
     with ExitStack() as stack:
-
-        def namespace() -> Namespace:
-            fd = netns.create()
-            stack.callback(os.close, fd)
-            netns.run_in(fd, lambda: netlink.set_up("lo"))
-            return Namespace(fd, stack.enter_context(ExitStack()))
-
-        here = namespace()
+        here = _namespace(stack)
         netns.run_in(here.fd, allow_forwarding)
         pods = {}
         for name, addresses in PODS.items():
-            pods[name] = namespace()
+            pods[name] = _namespace(stack)
             netns.run_in(here.fd, partial(_link_node, name, pods[name].fd, addresses))
             netns.run_in(pods[name].fd, partial(_link_pod, addresses))
         yield Node(loaded, here, pods, stack)
+
+
+def _namespace(stack: ExitStack) -> Namespace:
+    fd = netns.create()
+    stack.callback(os.close, fd)
+    netns.run_in(fd, lambda: netlink.set_up("lo"))
+    return Namespace(fd, stack.enter_context(ExitStack()))
 
 
 def _link_node(name: str, pod_fd: int, addresses: tuple[str, str]) -> None:
@@ -141,10 +148,15 @@ def hears(receiver: socket.socket) -> bool:
 
 
 def tcp_packet(
-    source: str, destination: str, flags: int, payload: bytes = b"", fragment: int = 0
+    source: str,
+    destination: str,
+    flags: int,
+    payload: bytes = b"",
+    fragment: int = 0,
+    ports: tuple[int, int] = (40000, PORT),
 ) -> bytes:
     """Return an IPv4 packet as a raw socket sends it (the kernel fills the IP checksum)."""
-    segment = struct.pack(">HHIIBBHHH", 40000, PORT, 1, 1, 5 << 4, flags, 1024, 0, 0) + payload
+    segment = struct.pack(">HHIIBBHHH", *ports, 1, 1, 5 << 4, flags, 1024, 0, 0) + payload
     head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 1, fragment, 64, 6, 0)
     return head + socket.inet_aton(source) + socket.inet_aton(destination) + segment
 
@@ -224,6 +236,65 @@ def hidden_packet(source: str, destination: str, count: int) -> bytes:
     body = b"".join(bytes([after, 0]) + padding for after in following) + segment + b"a secret"
     head = struct.pack(">IHBB", 6 << 28, len(body), socket.IPPROTO_DSTOPTS, 64)
     return head + ip_address(source).packed + ip_address(destination).packed + body
+
+
+# 802.1Q and 802.1ad. The node takes off as many tags of VLAN 0 as there are.
+TAGS = {"one": [0x8100], "two": [0x8100, 0x8100], "mixed": [0x88A8, 0x8100], "three": [0x8100] * 3}
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_tags_do_not_hide_what_leaves_the_pod(
+    node: Node, tap: socket.socket, tags: list[int], is_strict: bool
+) -> None:
+    made = node.enroll(is_strict=is_strict)
+    source = PODS["a" if is_strict else "b"][0]
+    target = netns.run_in(node.node.fd, partial(_mac, "pod-a"))
+    frame = tagged(tags, target, source, NODE4)
+    send_frame(node.pods["a"], "eth0", frame)
+    assert not hears(tap)
+    ((direction, _outcome),) = node.counted(made)
+    assert direction == "outbound"
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+def test_tags_do_not_hide_what_goes_to_the_pod(node: Node, tags: list[int]) -> None:
+    made = node.enroll()
+    tap = node.pods["a"].open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    target = netns.run_in(node.pods["a"].fd, partial(_mac, "eth0"))
+    frame = tagged(tags, target, NODE4, PODS["a"][0])
+    send_frame(node.node, "pod-a", frame)
+    assert not hears(tap)
+    ((direction, _outcome),) = node.counted(made)
+    assert direction == "inbound"
+
+
+def _mac(link: str) -> bytes:
+    text = subprocess.run(
+        ["ip", "-o", "link", "show", link], check=True, capture_output=True, text=True
+    ).stdout
+    return bytes.fromhex(text.split("link/ether ")[1].split()[0].replace(":", ""))
+
+
+def tagged(tags: list[int], target: bytes, source: str, destination: str) -> bytes:
+    """Return a frame with plaintext TCP behind tags of VLAN 0."""
+    packet = with_checksum(tcp_packet(source, destination, ACK | PUSH, b"a secret"))
+    types = b"".join(struct.pack(">HH", kind, 0) for kind in tags) + b"\x08\x00"
+    return target + bytes.fromhex("020000000001") + types + packet
+
+
+def with_checksum(packet: bytes) -> bytes:
+    """Fill the IP checksum, which the kernel does not do for a frame."""
+    total = sum(struct.unpack(">10H", packet[:20]))
+    number = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
+    return packet[:10] + number + packet[12:]
+
+
+def send_frame(sender: Namespace, link: str, frame: bytes) -> None:
+    raw = sender.open_socket(socket.AF_PACKET, socket.SOCK_RAW)
+    netns.run_in(sender.fd, lambda: raw.bind((link, 0)))
+    with suppress(OSError):  # a sender on the node's side hears of the drop
+        raw.send(frame)
 
 
 @pytest.mark.parametrize("is_strict", [True, False])
@@ -336,8 +407,7 @@ def test_plaintext_client_of_a_strict_pod_reaches_the_agent(node: Node) -> None:
 
 def test_direct_path_of_strict_pods_passes(node: Node) -> None:
     first, second = node.enroll("a"), node.enroll("b")
-    verdicts = direct.Verdicts(node.pins.maps["ss_verdicts"], node.pins.maps["ss_generation"])
-    verdicts.allow(first.netns_cookie, second.netns_cookie, PORT, verdicts.generation)
+    node.allow(first, second)
     client, server = join(node.pods["a"], node.pods["b"], PODS["b"][0])
     client.sendall(b"question")
     assert server.recv(100) == b"question"
@@ -350,11 +420,110 @@ def test_direct_path_of_strict_pods_passes(node: Node) -> None:
     assert node.counted(first) == node.counted(second) == {}
 
 
+def late(node: Node, client: socket.socket) -> dict[object, object]:
+    """Return where guard lets segments pass after the end: netns cookie -> interface they come by."""
+    ports = {client.getsockname()[1], PORT}
+    return {
+        key["netns_cookie"]: value["value"]
+        for key, value in node.pins.maps["ss_guard_flows"].items()
+        if {key["local_port_be"], key["remote_port_be"]} == ports
+    }
+
+
+def test_nothing_is_late_after_an_end_in_order(node: Node) -> None:
+    node.allow(node.enroll("a"), node.enroll("b"))
+    client, server = join(node.pods["a"], node.pods["b"], PODS["b"][0])
+    server.close()
+    assert client.recv(1) == b""
+    client.shutdown(socket.SHUT_WR)
+    wait_until(lambda: not list(direct.live_flows(node.pins)))
+    assert late(node, client) == {}
+
+
+def test_segments_may_be_late_after_a_reset(node: Node) -> None:
+    """What the other end sent before it heard of it."""
+    first, second = node.enroll("a"), node.enroll("b")
+    node.allow(first, second)
+    client, server = join(node.pods["a"], node.pods["b"], PODS["b"][0])
+    (flow,) = direct.live_flows(node.pins)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    server.close()
+    wait_until(lambda: not list(direct.live_flows(node.pins)))
+    links = {
+        name: netns.run_in(node.node.fd, partial(socket.if_nametoindex, f"pod-{name}"))
+        for name in PODS
+    }
+    assert late(node, client) == {
+        first.netns_cookie: links["b"],
+        second.netns_cookie: links["a"],
+    }
+    direct.Flows(node.pins).forget(flow)
+    assert late(node, client) == {}
+
+
+@pytest.fixture(params=[True, False], ids=["tcx", "clsact"])
+def bridged(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, loaded: Pins
+) -> Iterator[Node]:
+    """Yield a node whose pods share a bridge: a and b, and c, which stays outside the mesh."""
+    monkeypatch.setattr(features, "has_tcx", lambda: request.param)
+    with ExitStack() as stack:
+        here = _namespace(stack)
+        _run(here, "ip link add cni0 type bridge")
+        _run(here, "ip link set cni0 up")
+        pods = {}
+        for name, address in (*((name, PODS[name][0]) for name in PODS), ("c", BRIDGED_STRANGER)):
+            pods[name] = _namespace(stack)
+            netns.run_in(here.fd, partial(netlink.add_veth, f"pod-{name}", "eth0", pods[name].fd))
+            _run(here, f"ip link set pod-{name} master cni0 up")
+            _run(pods[name], "ip link set eth0 up")
+            _run(pods[name], f"ip address add {address}/24 dev eth0")
+        yield Node(loaded, here, pods, stack)
+
+
+def _run(where: Namespace, command: str) -> None:
+    netns.run_in(where.fd, partial(subprocess.run, command.split(), check=True))
+
+
+def _lead_astray(node: Node) -> None:
+    """Do to pod a what a forged ARP answer of pod c does: b's address is at c."""
+    there = netns.run_in(node.pods["c"].fd, partial(_mac, "eth0")).hex(":")
+    _run(node.pods["a"], f"ip neigh replace {PODS['b'][0]} lladdr {there} dev eth0 nud permanent")
+
+
+def test_neighbor_on_the_bridge_does_not_answer_a_direct_connection(bridged: Node) -> None:
+    """Pod c has b's address as well: a's connections neither end nor pass there."""
+    first, second = bridged.enroll("a"), bridged.enroll("b")
+    pods, target = bridged.pods, PODS["b"][0]
+    bridged.allow(first, second)
+    client, server = join(pods["a"], pods["b"], target)
+    client.sendall(b"question")
+    assert server.recv(100) == b"question"
+    _run(pods["c"], f"ip address add {target}/32 dev eth0")
+    false = pods["c"].listen(target, PORT)
+    _lead_astray(bridged)
+    asked = pods["a"].open_socket()
+    asked.setblocking(False)
+    asked.connect_ex((target, PORT))
+    assert not hears(false)
+    assert bridged.counted(first) == {("inbound", "spoofed"): 1}  # the answer of c
+    syn = tcp_packet(PODS["a"][0], target, SYN, ports=(asked.getsockname()[1], PORT))
+    frame = netns.run_in(pods["b"].fd, partial(_mac, "eth0")) + bytes.fromhex("020000000001")
+    send_frame(pods["c"], "eth0", frame + b"\x08\x00" + with_checksum(syn))
+    assert bridged.counted(second) == {("inbound", "spoofed"): 1}  # passed on by c
+    words = tcp_packet(
+        target, PODS["a"][0], ACK | PUSH, b"evil", ports=(PORT, client.getsockname()[1])
+    )
+    frame = netns.run_in(pods["a"].fd, partial(_mac, "eth0")) + bytes.fromhex("020000000001")
+    before = bridged.counted(first)["inbound", "spoofed"]
+    send_frame(pods["c"], "eth0", frame + b"\x08\x00" + with_checksum(words))
+    assert bridged.counted(first)["inbound", "spoofed"] == before + 1  # into what was open before
+
+
 def test_replayed_flow_is_not_let_in(node: Node) -> None:
     """SYN and data with the addresses of a direct flow that ended."""
     first, second = node.enroll("a"), node.enroll("b")
-    verdicts = direct.Verdicts(node.pins.maps["ss_verdicts"], node.pins.maps["ss_generation"])
-    verdicts.allow(first.netns_cookie, second.netns_cookie, PORT, verdicts.generation)
+    node.allow(first, second)
     listener = node.pods["b"].listen(PODS["b"][0], PORT)
     client = node.pods["a"].open_socket()
     client.bind((PODS["a"][0], 40000))

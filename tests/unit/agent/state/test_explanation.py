@@ -21,7 +21,7 @@ from tests.support.policies import authentication, authorization, from_account
 if TYPE_CHECKING:
     from agent.model.policy import AnyPolicy
 
-ADDRESSES = {"client": 1, "near": 2, "far": 3, "bare": 4, "open": 5}
+ADDRESSES = {"client": 1, "near": 2, "far": 3, "bare": 4, "open": 5, "bypass": 6}
 NODES = {"client": "east", "near": "east"}
 
 
@@ -38,7 +38,10 @@ def local(name: str) -> LocalPod:
     if name == "client":
         exclusions = Exclusions(outbound_ports=frozenset({7}))
     found = workload(name)
-    return LocalPod(name, "default", name, name, found.addresses, exclusions)
+    return LocalPod(
+        name, "default", name, name, found.addresses, exclusions,
+        bypasses_inbound=name == "bypass",
+    )  # fmt: skip
 
 
 SERVICES = (
@@ -56,7 +59,10 @@ SERVICES = (
 SNAPSHOT = Snapshot(
     tuple(map(workload, ADDRESSES)),
     SERVICES,
-    {"east": (local("client"), local("near")), "west": (local("far"), local("open"))},
+    {
+        "east": (local("client"), local("near")),
+        "west": (local("far"), local("open"), local("bypass")),
+    },
 )
 STRICT = authentication("strict", "STRICT")
 NOT_CLIENT = authorization("not-client", "DENY", from_account("client"))
@@ -95,6 +101,9 @@ def explain(
         ("client", "far", 15008, (), "denied", None),
         ("client", "far", 7, (STRICT,), "denied", "PeerAuthentication default/strict"),
         ("bare", "open", 9, (STRICT,), "passthrough", None),
+        ("bare", "bypass", 80, (STRICT,), "passthrough", None),
+        ("client", "bypass", 80, (NOT_CLIENT,), "denied",
+         "AuthorizationPolicy default/not-client rules[0]"),
         ("client", "open", 9, (NOT_CLIENT,), "denied",
          "AuthorizationPolicy default/not-client rules[0]"),
         ("client", "web", 80, (), "tunnel", None),
