@@ -183,8 +183,7 @@ def _totals_layout(end: Layout, flow: Layout) -> struct.Struct:
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:
     """Yield the open connections on the direct path."""
-    for _key, value in pins.maps["ss_direct_flows"].items():
-        yield _flow(value)
+    yield from (_flow(value) for _key, value in pins.maps["ss_direct_flows"].items())
 
 
 def _flow(value: Record) -> DirectFlow:

@@ -421,7 +421,7 @@ def test_direct_path_of_strict_pods_passes(node: Node) -> None:
 
 
 def late(node: Node, client: socket.socket) -> dict[object, object]:
-    """Return where guard lets segments pass after the end: netns cookie -> interface they come by."""
+    """Return the interface by which late segments may come to each end, by netns cookie."""
     ports = {client.getsockname()[1], PORT}
     return {
         key["netns_cookie"]: value["value"]
