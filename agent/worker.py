@@ -11,6 +11,7 @@ Imports neither kubernetes nor grpc nor bcc nor cryptography.
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import resource
@@ -306,6 +307,9 @@ class Worker:
                 return
             except OSError as error:
                 log("accept failed", level="error", pod=served.pod.name, reason=str(error))
+                if error.errno == errno.EINVAL:
+                    # The pod has closed it (SOCK_DESTROY): it would be ready for ever.
+                    self._reactor.forget(listener.fileno())
                 return
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
