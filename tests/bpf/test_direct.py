@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import subprocess
 import time
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from agent.direct import DirectPath
 from agent.model.pod import LocalPod
 from agent.tunnel.sockets import LINGER_RESET
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network
+from tests.support.packets import ACK, PUSH, SYN, tcp_packet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +40,7 @@ RING_BYTES = 256 * 4096  # ss_flow_ends
 RING_ROUND_CONNECTIONS = 9500
 SILENCE = ["ip", "route", "replace", "blackhole", f"{PEER4}/32"]
 TCP_FASTOPEN_CONNECT = 30  # linux/tcp.h
+ETHERTYPE_IPV4 = 0x0800
 FASTOPEN_SYSCTL = Path("/proc/sys/net/ipv4/tcp_fastopen")
 FASTOPEN_NO_COOKIE = "5"  # clients, and data in the SYN without a cookie
 
@@ -342,6 +345,40 @@ def test_pod_that_holds_back_its_reset_is_closed_at_the_server(
     remembered = [key for key, _value in neighbors.pins.maps["ss_guard_flows"].items()]
     assert [key for key in remembered if key["local_port_be"] == PORT] == []
     neighbors.ends.read()
+
+
+def test_handshake_that_is_held_back_is_not_finished_after_the_change(
+    neighbors: Neighbors, shop: Shop
+) -> None:
+    """The client has its SYN answered, waits for the policy to change, and acknowledges by hand."""
+    neighbors.allow()
+    network = neighbors.network
+    listener = network.peer.listen(PEER4, PORT)
+    seen = network.pod.open_socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE_IPV4))
+    astray = ["ip", "neigh", "replace", POD4, "lladdr", "02:00:00:00:00:09", "dev", "pod0"]
+    netns.run_in(network.peer.fd, partial(subprocess.run, astray, check=True))
+    client = network.pod.open_socket()
+    client.setblocking(False)
+    client.connect_ex((PEER4, PORT))
+    ports = (client.getsockname()[1], PORT)
+    theirs, ours = next(answered(seen))
+    neighbors.verdicts.renew()
+    assert shop.close_all() == 1
+    raw = network.pod.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    for flags, data in ((ACK, b""), (ACK | PUSH, b"late")):
+        packet = tcp_packet(POD4, PEER4, flags, ports, data, (ours, theirs + 1))
+        raw.sendto(packet, (PEER4, 0))
+    assert not select.select([listener], [], [], 0.3)[0]
+    neighbors.ends.read()
+
+
+def answered(seen: socket.socket) -> Iterator[tuple[int, int]]:
+    """Yield sequence and acknowledgment of each SYN-ACK of the server."""
+    while True:
+        segment = seen.recv(2000)[34:]
+        port, sequence, acknowledgment, flags = struct.unpack_from(">H2xII1xB", segment)
+        if (port, flags) == (PORT, SYN | ACK):
+            yield sequence, acknowledgment
 
 
 def test_ends_are_complete_when_the_ring_has_come_round(neighbors: Neighbors) -> None:

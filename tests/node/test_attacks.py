@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import struct
 import subprocess
 import threading
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,15 +23,17 @@ import yaml
 from agent import netns
 from agent.datapath import listing
 from agent.identity.local import LocalAuthority
+from agent.lab import machine
 from agent.lab.lab import Lab
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, REPLY_MARK
 from agent.model.identity import SpiffeId
 from agent.tunnel.sockets import LINGER_RESET
 from tests.node.test_identity import wait_revoked, write_revoked
+from tests.support.labs import entries, wait_for_entry
+from tests.support.packets import ACK, PUSH, SYN, tcp_packet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -40,11 +41,11 @@ PORT, SECRET = 8080, b"the secret"
 DNS_PORT = 15053
 LISTENERS = [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT]
 IP_TRANSPARENT, IPPROTO_MPTCP = 19, 262  # linux/in.h
-SYN, ACK, PUSH = 0x02, 0x10, 0x08
 FLOOD = 3000  # SYNs: three times the queue of a listener
 PODS = {  # name: node, namespace
     "client": ("east", "shop"),
     "intruder": ("east", "shop"),
+    "saboteur": ("east", "shop"),
     "vault": ("east", "shop"),
     "far-vault": ("west", "shop"),
     "stranger": ("east", "outside"),
@@ -164,23 +165,6 @@ class Ground:
 
 
 RAW = partial(socket.socket, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
-
-
-def tcp_packet(
-    source: str, target: str, flags: int, ports: tuple[int, int], data: bytes = b""
-) -> bytes:
-    def checksum(text: bytes) -> int:
-        total: int = sum(struct.unpack(f">{len(text) // 2}H", text))
-        total = (total & 0xFFFF) + (total >> 16)
-        return ~(total + (total >> 16)) & 0xFFFF
-
-    addresses = ip_address(source).packed + ip_address(target).packed
-    segment = struct.pack(">HHIIBBHHH", *ports, 1, 1, 5 << 4, flags, 1024, 0, 0) + data
-    padded = segment + bytes(len(segment) % 2)
-    number = checksum(addresses + struct.pack(">HH", 6, len(segment)) + padded)
-    segment = segment[:16] + struct.pack(">H", number) + segment[18:]
-    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 1, 0, 64, 6, 0)
-    return head + addresses + segment
 
 
 def ask(made: socket.socket, target: tuple[str, int]) -> bytes:
@@ -399,6 +383,49 @@ def test_interface_of_its_own_does_not_pass_the_guard(
         assert ask(made, (vaults["vault"].address, PORT)) == b""
     finally:
         ground.command("intruder", "ip", "link", "del", "mine")
+
+
+@pytest.mark.parametrize("port", [0, HBONE_PORT])
+def test_namespace_that_took_the_link_is_a_stranger(
+    ground: Ground, vaults: dict[str, Vault], port: int
+) -> None:
+    """A namespace that the pod makes, which no hook knows, with eth0 in it.
+
+    There even 15008 can be bound, whose segments pass the guard as the tunnel's answers.
+    """
+    pod = ground.lab.find_pod("intruder")
+    here, there = ground.lab.pod_netns(pod), netns.create()
+    inner = Path(f"/proc/{os.getpid()}/fd/{there}")
+    try:
+        assert ground.command("intruder", "ip", "link", "set", "eth0", "netns", str(inner)) == 0
+        machine.connect_pod(ground.lab.node_netns(pod.node), pod, inner)
+        before = ground.dropped("intruder", "plaintext")
+        with netns.run_in(there, socket.socket) as made:
+            made.settimeout(2)
+            made.bind((ground.address("intruder"), port))
+            assert ask(made, (vaults["vault"].address, PORT)) == b""
+        assert (ground.dropped("intruder", "plaintext") == before) == (port == HBONE_PORT)
+    finally:
+        back = ["ip", "link", "set", "eth0", "netns", str(here)]
+        netns.run_in(there, partial(subprocess.run, back, check=True))
+        machine.connect_pod(ground.lab.node_netns(pod.node), pod, here)
+        os.close(there)
+
+
+def test_pod_that_closes_the_listeners_in_it_harms_itself(
+    ground: Ground, vaults: dict[str, Vault]
+) -> None:
+    """SOCK_DESTROY, which CAP_NET_ADMIN allows: a worker must not turn in circles over it."""
+    pod = ground.lab.find_pod("saboteur")
+    assert ground.command("saboteur", "ss", "-K", "-l", "-t") == 0
+    wait_for_entry(ground.lab, pod.node, "accept failed", lambda row: row["pod"] == pod.name)
+    vault = vaults["vault"]
+    for _ in range(20):
+        assert ask(ground.open_socket("client"), (vault.address, PORT)) == SECRET
+    vault.heard.clear()
+    assert ask(ground.open_socket("saboteur"), (vault.address, PORT)) == b""
+    told = entries(ground.lab, pod.node, "accept failed")
+    assert len(told) < 20  # some listeners, some workers
 
 
 def test_flood_of_connections_leaves_others_alone(ground: Ground, vaults: dict[str, Vault]) -> None:
