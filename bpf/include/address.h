@@ -9,6 +9,33 @@
 #ifndef AF_INET
 #define AF_INET	 2
 #define AF_INET6 10
+static __always_inline bool address_is_lower(const struct address *a, const struct address *b)
+{
+	for (int i = 0; i < 4; i++) {
+		if (a->words_be[i] != b->words_be[i])
+			return bpf_ntohl(a->words_be[i]) < bpf_ntohl(b->words_be[i]);
+	}
+	return false;
+}
+
+/* The key of a connection between two ends, in whichever order they are given. */
+static __always_inline struct connection connection_between(const struct address *one,
+							    __be16 one_port_be,
+							    const struct address *other,
+							    __be16 other_port_be)
+{
+	struct connection connection;
+	bool is_in_order = one_port_be == other_port_be
+				   ? address_is_lower(one, other)
+				   : bpf_ntohs(one_port_be) < bpf_ntohs(other_port_be);
+
+	connection.first = is_in_order ? *one : *other;
+	connection.second = is_in_order ? *other : *one;
+	connection.first_port_be = is_in_order ? one_port_be : other_port_be;
+	connection.second_port_be = is_in_order ? other_port_be : one_port_be;
+	return connection;
+}
+
 #endif
 
 /*
@@ -70,6 +97,33 @@ static __always_inline bool address_is_local_scope(const struct address *address
 	    !address->words_be[3])
 		return true;
 	return (address->words_be[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
+static __always_inline bool address_is_lower(const struct address *a, const struct address *b)
+{
+	for (int i = 0; i < 4; i++) {
+		if (a->words_be[i] != b->words_be[i])
+			return bpf_ntohl(a->words_be[i]) < bpf_ntohl(b->words_be[i]);
+	}
+	return false;
+}
+
+/* The key of a connection between two ends, in whichever order they are given. */
+static __always_inline struct connection connection_between(const struct address *one,
+							    __be16 one_port_be,
+							    const struct address *other,
+							    __be16 other_port_be)
+{
+	struct connection connection;
+	bool is_in_order = one_port_be == other_port_be
+				   ? address_is_lower(one, other)
+				   : bpf_ntohs(one_port_be) < bpf_ntohs(other_port_be);
+
+	connection.first = is_in_order ? *one : *other;
+	connection.second = is_in_order ? *other : *one;
+	connection.first_port_be = is_in_order ? one_port_be : other_port_be;
+	connection.second_port_be = is_in_order ? other_port_be : one_port_be;
+	return connection;
 }
 
 #endif

@@ -86,8 +86,40 @@ static void test_what_never_leaves_the_pod_is_told(void)
 	}
 }
 
+static void test_a_connection_has_one_key_from_both_ends(void)
+{
+	const struct {
+		struct address first;
+		u16 first_port;
+		struct address second;
+		u16 second_port;
+	} examples[] = {
+		{v4(10, 0, 0, 9), 80, v4(10, 0, 0, 1), 8080}, /* by port, whatever the addresses */
+		{v4(10, 0, 0, 1), 256, v4(10, 0, 0, 1), 511}, /* as numbers */
+		{v4(10, 0, 0, 1), 255, v4(10, 0, 0, 1), 256}, /* 0x00ff, 0x0100 */
+		{v4(10, 0, 0, 255), 80, v4(10, 0, 1, 0), 80}, /* by address, as numbers too */
+		{v6(0xfd00, 0, 2), 80, v6(0xfd00, 1, 1), 80},
+		{v4(10, 0, 0, 1), 80, v6(0xfd00, 0, 1), 80},
+	};
+
+	for (size_t i = 0; i < sizeof(examples) / sizeof(examples[0]); i++) {
+		__be16 first_port = bpf_htons(examples[i].first_port);
+		__be16 second_port = bpf_htons(examples[i].second_port);
+		struct address first = examples[i].first, second = examples[i].second;
+		struct connection wanted = {first, second, first_port, second_port};
+		struct connection one =
+			connection_between(&first, first_port, &second, second_port);
+		struct connection other =
+			connection_between(&second, second_port, &first, first_port);
+
+		CHECK(!memcmp(&one, &wanted, sizeof(wanted)));
+		CHECK(!memcmp(&other, &wanted, sizeof(wanted)));
+	}
+}
+
 int main(void)
 {
+	test_a_connection_has_one_key_from_both_ends();
 	test_v4_is_kept_in_its_mapped_form();
 	test_every_bit_counts_when_compared();
 	test_what_never_leaves_the_pod_is_told();
