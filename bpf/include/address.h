@@ -9,33 +9,6 @@
 #ifndef AF_INET
 #define AF_INET	 2
 #define AF_INET6 10
-static __always_inline bool address_is_lower(const struct address *a, const struct address *b)
-{
-	for (int i = 0; i < 4; i++) {
-		if (a->words_be[i] != b->words_be[i])
-			return bpf_ntohl(a->words_be[i]) < bpf_ntohl(b->words_be[i]);
-	}
-	return false;
-}
-
-/* The key of a connection between two ends, in whichever order they are given. */
-static __always_inline struct connection connection_between(const struct address *one,
-							    __be16 one_port_be,
-							    const struct address *other,
-							    __be16 other_port_be)
-{
-	struct connection connection;
-	bool is_in_order = one_port_be == other_port_be
-				   ? address_is_lower(one, other)
-				   : bpf_ntohs(one_port_be) < bpf_ntohs(other_port_be);
-
-	connection.first = is_in_order ? *one : *other;
-	connection.second = is_in_order ? *other : *one;
-	connection.first_port_be = is_in_order ? one_port_be : other_port_be;
-	connection.second_port_be = is_in_order ? other_port_be : one_port_be;
-	return connection;
-}
-
 #endif
 
 /*

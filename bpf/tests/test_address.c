@@ -119,9 +119,9 @@ static void test_a_connection_has_one_key_from_both_ends(void)
 
 int main(void)
 {
-	test_a_connection_has_one_key_from_both_ends();
 	test_v4_is_kept_in_its_mapped_form();
 	test_every_bit_counts_when_compared();
 	test_what_never_leaves_the_pod_is_told();
+	test_a_connection_has_one_key_from_both_ends();
 	return conclude();
 }
