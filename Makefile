@@ -5,7 +5,7 @@
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c cni/*.c \
-	cni/*.h tests/unit/cni/*.c tests/cluster/node/*.c)
+	cni/*.h tests/unit/cni/*.c tests/cluster/node/*.c tests/support/*.c)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile

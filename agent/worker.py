@@ -42,6 +42,7 @@ from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
 from agent.tunnel.inbound import Inbound
+from agent.tunnel.limiter import Limiter
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
+# A listener is ready as long as somebody waits in its queue: without a pause, a worker that cannot
+# accept would do nothing but try.
+ACCEPT_PAUSE_SECONDS = 0.2
 CONNECTIONS_AT_ONCE = 100  # in one answer, which has to fit into one datagram
 QUEUE_LENGTH = 2048  # more than a listener keeps
 COUNT_SECONDS = 1.0  # between two messages with counts
@@ -118,6 +122,7 @@ class Worker:
         self._trust: Trust | None = None
         self._inbound: Inbound | None = None
         self._sampler: Sampler | None = None
+        self._accept_errors = Limiter(1)
 
     def run(self) -> None:
         """Serve until the control process goes away."""
@@ -290,23 +295,37 @@ class Worker:
 
     def _watch_listener(self, served: ServedPod, listener: socket.socket, serve: Serve) -> None:
         def on_ready(_ready: int) -> None:
-            self._accept(served, listener, serve, ACCEPTS_PER_TURN)
+            if not self._accept(served, listener, serve, ACCEPTS_PER_TURN):
+                self._reactor.forget(listener.fileno())
+                self._reactor.call_later(ACCEPT_PAUSE_SECONDS, watch)
 
-        # Workers share the listener: one of them is enough for one connection.
-        self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
+        def watch() -> None:
+            if listener.fileno() >= 0:  # else it was closed meanwhile
+                # Workers share the listener: one of them is enough for one connection.
+                self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
+
+        watch()
 
     def _accept(
         self, served: ServedPod, listener: socket.socket, serve: Serve, limit: int = QUEUE_LENGTH
-    ) -> None:
-        """Serve what is in a listener's queue, and no more than `limit` at once."""
+    ) -> bool:
+        """Serve what is in a listener's queue, and no more than `limit` at once.
+
+        Returns:
+            False if the kernel gives no connection though there is one: no descriptor is left, or
+            no memory.
+        """
         for _ in range(limit):
             try:
                 accepted, peer = listener.accept()
             except BlockingIOError:
-                return
+                break
+            except ConnectionAbortedError:
+                continue  # it went while it waited
             except OSError as error:
-                log("accept failed", level="error", pod=served.pod.name, reason=str(error))
-                return
+                if self._accept_errors.may_pass(time.monotonic()):
+                    log("accept failed", level="error", pod=served.pod.name, reason=str(error))
+                return False
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
@@ -322,6 +341,7 @@ class Worker:
                     pod=f"{served.pod.namespace}/{served.pod.name}",
                     error=str(error),
                 )
+        return True
 
     def _drain_pod(self, uid: str) -> None:
         served = self._served.get(uid)
