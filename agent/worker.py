@@ -72,6 +72,8 @@ DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 4 << 20
+OOM_SCORE = Path("/proc/self/oom_score_adj")  # proc(5); a thousandth of the memory that is limited
+OOM_HANDICAP, OOM_MOST = 200, 1000
 
 
 class Neighbors:
@@ -404,6 +406,8 @@ def main() -> None:
     """Run a worker on the message socket whose descriptor is the only argument."""
     keep_memory_private()
     never_stall()
+    # Where memory ends, a worker and its connections do, and not the agent with all workers.
+    OOM_SCORE.write_text(str(min(int(OOM_SCORE.read_text()) + OOM_HANDICAP, OOM_MOST)))
     channel = socket.socket(fileno=int(sys.argv[1]))
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # two descriptors for each connection

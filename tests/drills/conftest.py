@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# The run directory is a file system of its own, which a drill can fill.
+DISK = ("-t", "tmpfs", "-o", "size=192m,nr_inodes=4k,mode=700", "tmpfs")
+
+
 @pytest.fixture(scope="package")
 def ground() -> Iterator[Ground]:
     lab = Lab(f"t{os.getpid()}")
+    lab.run.mkdir(parents=True)
+    subprocess.run(["mount", *DISK, str(lab.run)], check=True)
     try:
         lab.up(DEFAULT_CLUSTER, print)
         lab.label_namespace("shop", "ambient")
@@ -28,3 +35,5 @@ def ground() -> Iterator[Ground]:
             report.write(Path(REPORT), found.rows)
     finally:
         lab.down()
+        subprocess.run(["umount", str(lab.run)], check=True)
+        lab.down()  # the place of the disk, too

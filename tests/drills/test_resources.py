@@ -1,0 +1,167 @@
+"""What an agent needs of its node runs out: disk, descriptors, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import resource
+import select
+import shutil
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.lab import machine
+from tests.drills.ground import LONG, Ground, pause, run_drill
+from tests.drills.memory import limited
+from tests.support.descriptors import FILES, none_left
+from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(150)]
+ECHO_PORT, STALL_PORT = 9003, 9004
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def full(directory: Path) -> Iterator[None]:
+    """Leave neither a byte nor an inode on the file system of a directory."""
+    fills = directory / "fills"
+    fills.mkdir()
+    try:
+        with (fills / "bytes").open("wb", buffering=0) as file:
+            until_full(lambda: file.write(bytes(1 << 20)))
+            until_full(lambda: file.write(b"x"))
+        names = itertools.count()
+        until_full(lambda: (fills / str(next(names))).touch())
+        yield
+    finally:
+        shutil.rmtree(fills)
+
+
+def until_full(write: Callable[[], object]) -> None:
+    while True:
+        try:
+            write()
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
+            return
+
+
+def test_full_disk_costs_lines_of_the_log_and_they_are_counted(ground: Ground) -> None:
+    def fill(ground: Ground) -> None:
+        with full(ground.lab.run):
+            pause(30 if LONG else 1)
+
+    run_drill(ground, "disk full", fill, survives=True)
+    for node in ground.nodes:
+        assert wait_for_entry(ground.lab, node, "log lines lost", lambda line: line["count"] > 1)
+
+
+def test_agent_starts_on_a_full_disk(ground: Ground) -> None:
+    def fill_and_restart(ground: Ground) -> None:
+        east = ground.nodes[0]
+        with full(ground.lab.run):
+            for pid in (pids := ground.lab.agent_processes(east)):
+                os.kill(pid, signal.SIGKILL)
+            assert all(machine.wait_for_exit(pid, 5) for pid in pids)
+            ground.lab.restart_agent(east)
+
+    run_drill(
+        ground, "agent killed with -9 and started, disk full", fill_and_restart, survives=False
+    )
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / TICKS
+
+
+def test_agent_without_descriptors_waits_at_rest(ground: Ground) -> None:
+    shares = []
+
+    def exhaust(ground: Ground) -> None:
+        pids = ground.lab.agent_processes(ground.nodes[0])
+        seconds = 30.0 if LONG else 2.0
+        with none_left(pids):
+            pause(0.5)  # what is ready still is dealt with
+            before = cpu_seconds(pids)
+            pause(seconds)
+            shares.append((cpu_seconds(pids) - before) / seconds)
+
+    run_drill(ground, "no descriptor left in all processes of an agent", exhaust, survives=True)
+    assert shares[0] < 0.3
+    failed = entries(ground.lab, ground.nodes[0], "accept failed")
+    assert 0 < len(failed) < 100
+
+
+def test_more_connections_than_descriptors_are_refused_and_the_others_go_on(
+    ground: Ground,
+) -> None:
+    east = ground.nodes[0]
+    before = resource.getrlimit(FILES)
+    resource.setrlimit(FILES, (256, 256))
+    try:
+        ground.lab.restart_agent(east)
+    finally:
+        resource.setrlimit(FILES, before)
+
+    def flood(ground: Ground) -> None:
+        with ExitStack() as stack:
+            client, server = (
+                PodEnd(ground.lab, "client", stack),
+                PodEnd(ground.lab, "server", stack),
+            )
+            server.echo(ECHO_PORT)
+            held = [client.connect(server.address, ECHO_PORT) for _ in range(600)]
+            served = [is_alive(connection) for connection in held]
+            assert 100 < sum(served) < 600
+            pause(30 if LONG else 1)
+            assert all(
+                is_alive(connection) for connection, was in zip(held, served, strict=True) if was
+            )
+
+    run_drill(ground, "more connections than an agent may have descriptors", flood, survives=True)
+    ground.lab.restart_agent(east)
+
+
+def test_memory_that_runs_out_costs_one_worker(ground: Ground) -> None:
+    west = ground.nodes[1]
+
+    def stall(ground: Ground) -> None:
+        with ExitStack() as stack:
+            client, server = (
+                PodEnd(ground.lab, "client", stack),
+                PodEnd(ground.lab, "server", stack),
+            )
+            stack.enter_context(limited(ground.lab, west, 48 << 20))
+            pids = ground.lab.agent_processes(west)
+            fds = {os.pidfd_open(pid): pid for pid in pids}
+            for fd in fds:
+                stack.callback(os.close, fd)
+            accepted: list[socket.socket] = []
+            server.serve(STALL_PORT, accepted.append)  # and never read
+            began = time.monotonic()
+            gone: list[int] = []
+            while not gone and time.monotonic() < began + 20:
+                connection = client.connect(server.address, STALL_PORT)
+                connection.setblocking(False)
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    while True:
+                        connection.send(bytes(1 << 20))
+                gone = select.select(list(fds), [], [], 0.05)[0]
+            agent = ground.lab.agent_pid(west)
+            assert len(gone) == 1
+            assert agent in pids
+            assert fds[gone[0]] != agent
+
+    run_drill(ground, "memory limit of an agent hit: one worker killed", stall, survives=False)
