@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent import descriptors
 from agent.datapath.direct import Verdicts
 from agent.datapath.exemption import exempt
 from agent.datapath.maps import Map
@@ -409,9 +410,7 @@ def main() -> None:
     # Where memory ends, a worker and its connections do, and not the agent with all workers.
     OOM_SCORE.write_text(str(min(int(OOM_SCORE.read_text()) + OOM_HANDICAP, OOM_MOST)))
     channel = socket.socket(fileno=int(sys.argv[1]))
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError):  # two descriptors for each connection
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    descriptors.allow_all()
     # glibc gives large blocks back to the kernel at once, and takes a page fault for every page of
     # the next one. Ciphertext of a bulk flow is such a block, many times a millisecond.
     libc = ctypes.CDLL(None)
