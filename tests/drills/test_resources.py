@@ -6,10 +6,11 @@ import contextlib
 import errno
 import itertools
 import os
-import resource
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from agent.lab import machine
 from tests.drills.ground import LONG, Ground, pause, run_drill
 from tests.drills.memory import limited
-from tests.support.descriptors import FILES, none_left
+from tests.support.descriptors import none_left
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(150)]
 ECHO_PORT, STALL_PORT = 9003, 9004
+DESCRIPTORS = 160
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -108,12 +110,10 @@ def test_more_connections_than_descriptors_are_refused_and_the_others_go_on(
     ground: Ground,
 ) -> None:
     east = ground.nodes[0]
-    before = resource.getrlimit(FILES)
-    resource.setrlimit(FILES, (256, 256))
-    try:
-        ground.lab.restart_agent(east)
-    finally:
-        resource.setrlimit(FILES, before)
+    ground.lab.stop_agent(east)
+    # In a process of its own: a hard limit can be raised again by few.
+    completing = [sys.executable, "-m", "agent.cli", "lab", "up", "--name", ground.lab.name]
+    subprocess.run(["prlimit", f"--nofile={DESCRIPTORS}", *completing], check=True)
 
     def flood(ground: Ground) -> None:
         with ExitStack() as stack:
@@ -122,9 +122,9 @@ def test_more_connections_than_descriptors_are_refused_and_the_others_go_on(
                 PodEnd(ground.lab, "server", stack),
             )
             server.echo(ECHO_PORT)
-            held = [client.connect(server.address, ECHO_PORT) for _ in range(600)]
+            held = [client.connect(server.address, ECHO_PORT) for _ in range(300)]
             served = [is_alive(connection) for connection in held]
-            assert 100 < sum(served) < 600
+            assert 20 < sum(served) < 2 * DESCRIPTORS
             pause(30 if LONG else 1)
             assert all(
                 is_alive(connection) for connection, was in zip(held, served, strict=True) if was
