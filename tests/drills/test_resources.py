@@ -179,7 +179,7 @@ def stall_until_one_ends(client: PodEnd, server: PodEnd, pids: list[int], stack:
             connection.setblocking(False)
             while True:
                 connection.send(bytes(1 << 20))
-        if gone := select.select(list(by_fd), [], [], 0.05)[0]:
+        if gone := select.select(list(by_fd), [], [], 0.01)[0]:
             return by_fd[gone[0]]
     raise AssertionError(f"{len(accepted)} connections that nobody reads are no load")
 
