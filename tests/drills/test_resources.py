@@ -10,7 +10,6 @@ import re
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -133,13 +132,16 @@ def test_agent_without_descriptors_waits_at_rest(ground: Ground) -> None:
 
 
 def test_more_connections_than_descriptors_are_refused_and_the_others_go_on(
-    ground: Ground,
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     east = ground.nodes[0]
-    ground.lab.stop_agent(east)
-    # In a process of its own: a hard limit can be raised again by few.
-    completing = [sys.executable, "-m", "agent.cli", "lab", "up", "--name", ground.lab.name]
-    subprocess.run(["prlimit", f"--nofile={DESCRIPTORS}", *completing], check=True)
+    # As an interpreter, since few may raise a hard limit again that they have lowered.
+    launcher = tmp_path / "python"
+    launcher.write_text(f'#!/bin/sh\nexec prlimit --nofile={DESCRIPTORS} {sys.executable} "$@"\n')
+    launcher.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(launcher))
+        ground.lab.restart_agent(east)
 
     def flood(ground: Ground) -> None:
         with ExitStack() as stack:
