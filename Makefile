@@ -5,7 +5,7 @@
 
 BIN := .venv/bin
 C_FILES := $(wildcard bpf/*.c bpf/include/*.h bpf/tests/*.c bpf/tests/*.h agent/bench/*.c cni/*.c \
-	cni/*.h tests/unit/cni/*.c tests/cluster/node/*.c)
+	cni/*.h tests/unit/cni/*.c tests/cluster/node/*.c tests/support/*.c)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -54,8 +54,8 @@ test-cluster: setup ## the tests against a real Kubernetes, which is built the f
 	@tests/cluster/image.sh
 	REQUIRE_ROOT=1 $(BIN)/pytest -m cluster tests/cluster
 
-drills: setup ## break one thing after the other, and write docs/reliability.md (root; minutes)
-	REQUIRE_ROOT=1 DRILLS_REPORT=docs/reliability.md $(BIN)/pytest tests/drills
+drills: setup ## break things, and write docs/reliability.md (root; minutes; DRILLS="-k NAME" for some)
+	REQUIRE_ROOT=1 DRILLS_REPORT=docs/reliability.md $(BIN)/pytest tests/drills $(DRILLS)
 
 manifests: setup ## render the chart as deploy/manifests
 	scripts/render_manifests.sh "$$(tests/cluster/build.sh)/helm" deploy/manifests

@@ -129,6 +129,12 @@ class AuthorityRefused(IdentityError):
     reason = "authority_refused"
 
 
+class ClocksDiffer(IdentityError):
+    """What the CA signed is not valid by this node's clock: one of the two clocks is wrong."""
+
+    reason = "clocks_differ"
+
+
 class CallerUnknown(IdentityError):
     """The CA does not know who asks: the token is missing, wrong, or not an agent's."""
 

@@ -136,8 +136,11 @@ class Fleet:
     def _add(self) -> None:
         worker = WorkerProcess(self._on_exit, self._on_needed, self._on_drained, self._on_counts)
         self._workers.append(worker)
-        for message, fds in self._introduction():
-            worker.send(message, fds)
+        try:
+            for message, fds in self._introduction():
+                worker.send(message, fds)
+        except OSError:
+            worker.process.kill()  # it knows the half; the next one comes when this one is gone
 
     def _on_drained(self, worker: WorkerProcess, uid: str) -> None:
         left, on_drained = self._draining.get(uid, (None, None))
@@ -180,6 +183,14 @@ class Fleet:
             return
         now = asyncio.get_running_loop().time()
         self._waiting = [timer for timer in self._waiting if timer.when() > now]
+        try:
+            self._add()
+        except OSError as error:
+            self._early_deaths += 1
+            seconds = wait_before(self._early_deaths)
+            fields = {"error": str(error), "wait_seconds": seconds}
+            log.error("worker cannot be started, and is later", extra=fields)
+            self._waiting.append(asyncio.get_running_loop().call_later(seconds, self._replace))
+            return
         self.replaced += 1
-        self._add()
         self._on_replaced()

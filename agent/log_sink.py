@@ -1,19 +1,23 @@
-"""Standard error that stalls nobody: what its reader does not take in time is lost, and counted.
+"""Standard error that stalls nobody: what finds no room in time is lost, and counted.
 
 A container runtime or a terminal that stops reading fills the pipe, and the next line of the log
 would hold up every connection of a worker. The descriptor is opened anew, since O_NONBLOCK on ours
 would be everybody's who shares it.
+
+A disk that is full takes lines as little, until there is room again.
 
 Called first thing by the processes that log.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import sys
 
+NO_ROOM = (errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 FLAGS = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -27,11 +31,13 @@ class LogSink(io.TextIOBase):
         self._lost = 0
 
     def write(self, text: str) -> int:
-        """Write now or never (OSError, but not for a reader that is slow)."""
+        """Write now or never (OSError, but not for a reader that is slow, or a full disk)."""
         data = self._rest + self._notice() + text.encode(errors="backslashreplace")
         try:
             sent = os.write(self._fd, data)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
             self._lost += text.count("\n")
             return len(text)
         if sent < len(data):

@@ -11,7 +11,6 @@ Imports neither kubernetes nor grpc nor bcc nor cryptography.
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 import os
 import resource
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent import descriptors
 from agent.datapath.direct import Verdicts
 from agent.datapath.exemption import exempt
 from agent.datapath.maps import Map
@@ -43,6 +43,7 @@ from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
 from agent.tunnel.inbound import Inbound
+from agent.tunnel.limiter import Limiter
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
 ACCEPTS_PER_TURN = 64
+# A listener is ready as long as somebody waits in its queue: without a pause, a worker that cannot
+# accept would do nothing but try.
+ACCEPT_PAUSE_SECONDS = 0.2
 CONNECTIONS_AT_ONCE = 100  # in one answer, which has to fit into one datagram
 QUEUE_LENGTH = 2048  # more than a listener keeps
 COUNT_SECONDS = 1.0  # between two messages with counts
@@ -69,6 +73,8 @@ DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 4 << 20
+OOM_SCORE = Path("/proc/self/oom_score_adj")  # proc(5); a thousandth of the memory that is limited
+OOM_HANDICAP, OOM_MOST = 200, 1000
 
 
 class Neighbors:
@@ -119,6 +125,7 @@ class Worker:
         self._trust: Trust | None = None
         self._inbound: Inbound | None = None
         self._sampler: Sampler | None = None
+        self._accept_errors = Limiter(1)
 
     def run(self) -> None:
         """Serve until the control process goes away."""
@@ -291,26 +298,37 @@ class Worker:
 
     def _watch_listener(self, served: ServedPod, listener: socket.socket, serve: Serve) -> None:
         def on_ready(_ready: int) -> None:
-            self._accept(served, listener, serve, ACCEPTS_PER_TURN)
+            if not self._accept(served, listener, serve, ACCEPTS_PER_TURN):
+                self._reactor.forget(listener.fileno())
+                self._reactor.call_later(ACCEPT_PAUSE_SECONDS, watch)
 
-        # Workers share the listener: one of them is enough for one connection.
-        self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
+        def watch() -> None:
+            if listener.fileno() >= 0:  # else it was closed meanwhile
+                # Workers share the listener: one of them is enough for one connection.
+                self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
+
+        watch()
 
     def _accept(
         self, served: ServedPod, listener: socket.socket, serve: Serve, limit: int = QUEUE_LENGTH
-    ) -> None:
-        """Serve what is in a listener's queue, and no more than `limit` at once."""
+    ) -> bool:
+        """Serve what is in a listener's queue, and no more than `limit` at once.
+
+        Returns:
+            False if the kernel gives no connection though there is one: no descriptor is left, or
+            no memory.
+        """
         for _ in range(limit):
             try:
                 accepted, peer = listener.accept()
             except BlockingIOError:
-                return
+                break
+            except ConnectionAbortedError:
+                continue  # it went while it waited
             except OSError as error:
-                log("accept failed", level="error", pod=served.pod.name, reason=str(error))
-                if error.errno == errno.EINVAL:
-                    # The pod has closed it (SOCK_DESTROY): it would be ready for ever.
-                    self._reactor.forget(listener.fileno())
-                return
+                if self._accept_errors.may_pass(time.monotonic()):
+                    log("accept failed", level="error", pod=served.pod.name, reason=str(error))
+                return False
             accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
@@ -326,6 +344,7 @@ class Worker:
                     pod=f"{served.pod.namespace}/{served.pod.name}",
                     error=str(error),
                 )
+        return True
 
     def _drain_pod(self, uid: str) -> None:
         served = self._served.get(uid)
@@ -388,10 +407,10 @@ def main() -> None:
     """Run a worker on the message socket whose descriptor is the only argument."""
     keep_memory_private()
     never_stall()
+    # Where memory ends, a worker and its connections do, and not the agent with all workers.
+    OOM_SCORE.write_text(str(min(int(OOM_SCORE.read_text()) + OOM_HANDICAP, OOM_MOST)))
     channel = socket.socket(fileno=int(sys.argv[1]))
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError):  # two descriptors for each connection
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    descriptors.allow_all()
     # glibc gives large blocks back to the kernel at once, and takes a page fault for every page of
     # the next one. Ciphertext of a bulk flow is such a block, many times a millisecond.
     libc = ctypes.CDLL(None)

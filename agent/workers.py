@@ -36,7 +36,7 @@ class WorkerProcess:
         on_drained: Callable[[WorkerProcess, str], None],
         on_counts: Callable[[Counted], None],
     ) -> None:
-        """Start it.
+        """Start it (OSError if the kernel has no descriptor, process or memory to give).
 
         `on_needed(identity)` when a connection waits for a certificate, `on_drained(worker, uid)`
         when a pod that was to be drained is served no more, `on_counts(counts)` now and then.
@@ -48,10 +48,14 @@ class WorkerProcess:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(SEND_SECONDS)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "agent.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "agent.worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                )
+            except OSError:
+                self._channel.close()
+                raise
         self._answers: dict[int, asyncio.Future[messages.Answer | None]] = {}
         self._number = 0
         self.began = asyncio.get_running_loop().time()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent import logs
+from agent import descriptors, logs
 from agent.app import Agent
 from agent.commands.examples import examples
 from agent.datapath import features, links, pins
@@ -283,6 +283,7 @@ def agent(
     own = None if daemonset is None else parse_place(daemonset, "--daemonset")
     followed = _open_source(source, objects, root_namespace, rules, own)
     never_stall()
+    descriptors.allow_all()
     logs.set_up(settings.log_format, settings.log_levels)
 
     async def run() -> None:

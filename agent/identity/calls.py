@@ -69,7 +69,7 @@ class Calls:
         """Return (name of the gRPC status, details), or ("", answer).
 
         Raises:
-            AuthorityUnavailable: the process ended before it answered.
+            AuthorityUnavailable: the process ended before it answered, or cannot be started.
         """
         caller, stdin = await self._start()
         self._number += 1
@@ -90,9 +90,15 @@ class Calls:
                 self._idle.cancel()
                 self._idle = None
             if self._caller is None or self._caller.is_gone:
-                _transport, self._caller = await asyncio.get_running_loop().subprocess_exec(
-                    _Caller, sys.executable, "-m", "agent.identity.caller", stderr=None
-                )
+                command = (sys.executable, "-m", "agent.identity.caller")
+                try:
+                    _transport, self._caller = await asyncio.get_running_loop().subprocess_exec(
+                        _Caller, *command, stderr=None
+                    )
+                except OSError as error:
+                    raise AuthorityUnavailable(
+                        f"the process that asks the CA cannot be started: {error}"
+                    ) from error
             caller = self._caller
         stdin = caller.transport.get_pipe_transport(0)
         assert isinstance(stdin, asyncio.WriteTransport)

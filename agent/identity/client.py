@@ -2,16 +2,18 @@
 
 The key is made here and stays in memory. The token and the roots are read from their files for
 every call, since both are replaced while the agent runs. What comes back is checked before it is
-used: our key, the identity that was asked for, and a chain that ends at a trusted root.
+used: our key, the identity that was asked for, a chain that ends at a trusted root, and a validity
+that has begun and not ended.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 
-from agent.errors import AuthorityRefused, AuthorityUnavailable, NoAuthority
+from agent.errors import AuthorityRefused, AuthorityUnavailable, ClocksDiffer, NoAuthority
 from agent.identity import keys, wire
 from agent.identity.authority import is_chain, load_certificates
 from agent.identity.caller import Target
@@ -47,6 +49,7 @@ class AuthorityClient:
         Raises:
             AuthorityUnavailable: the CA did not answer, or a file that is needed is not there.
             AuthorityRefused: it refused, or what it signed is not what was asked for.
+            ClocksDiffer: what it signed is not valid now.
         """
         key = keys.generate()
         request = wire.Request(
@@ -77,13 +80,19 @@ class AuthorityClient:
             raise AuthorityRefused("the CA signed another key than ours")
         if not is_chain(chain, roots):
             raise AuthorityRefused("the CA's chain does not lead to one of the roots that it sent")
+        begin, end = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
+        if not begin.timestamp() <= time.time() < end.timestamp():
+            raise ClocksDiffer(
+                f"the CA signed for {begin.isoformat()} to {end.isoformat()}, which is not now: "
+                "compare the clock of this node with the CA's"
+            )
         return Certificate(
             identity,
             "".join(texts[:-1]).encode(),
             keys.build_pem(key),
             texts[-1].encode(),
-            chain[0].not_valid_before_utc.timestamp(),
-            chain[0].not_valid_after_utc.timestamp(),
+            begin.timestamp(),
+            end.timestamp(),
         )
 
     async def close(self) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from agent.model.identity import SpiffeId
 
 log = logging.getLogger(__name__)
-LONGEST_NAP_SECONDS = 60.0  # the clock may be set meanwhile
+LONGEST_NAP_SECONDS = 5.0  # the clock may be set meanwhile
 
 
 @dataclass

@@ -9,6 +9,8 @@ Rules:
     shows that the CA is back, and ends the waiting of those whom it had not answered; while an old
     certificate is valid, no wait is longer than half of what it has left
     a certificate stays in use while it is valid, whatever happens to its renewal
+    a clock that was set back makes everything due that was decided before: what was issued then may
+    not be valid yet, and a wait would be as much longer
 
 Called by `keeper`: `take` what is due, tell how it went, and come back at `next_due`.
 """
@@ -28,6 +30,8 @@ MOST_IN_FLIGHT = 8
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 150.0
 BACKOFF_JITTER = 0.2
+# A clock may be set back by so much without notice: certificates begin two minutes in the past.
+BACK_SECONDS = 60.0
 RENEWAL_JITTER = 0.1
 
 
@@ -41,10 +45,11 @@ class Urgency(enum.IntEnum):
 
 @dataclass(slots=True)
 class Entry:
-    """What is known of one identity. `due` is when it is asked for next."""
+    """What is known of one identity. `due` is when it is asked for next, as of `decided`."""
 
     urgency: Urgency
     due: float
+    decided: float
     expires: float | None = None
     failures: int = 0
     reason: str = ""
@@ -56,6 +61,10 @@ class Entry:
         if self.expires is not None and self.expires > now:
             return "Available"
         return f"Unavailable: {self.reason}" if self.reason else "Initializing"
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is to be asked for."""
+        return self.due <= now or now < self.decided - BACK_SECONDS
 
 
 class Rotation:
@@ -75,7 +84,7 @@ class Rotation:
         """Ask for an identity, or make it more urgent; what is there and valid is enough."""
         entry = self._entries.get(identity)
         if entry is None:
-            self._entries[identity] = Entry(urgency, now)
+            self._entries[identity] = Entry(urgency, now, now)
         elif entry.expires is None or entry.expires <= now:
             entry.urgency = min(entry.urgency, urgency)
 
@@ -88,7 +97,7 @@ class Rotation:
         due = [
             (entry.urgency, entry.due, order, identity)
             for order, (identity, entry) in enumerate(self._entries.items())
-            if entry.due <= now and identity not in self._in_flight
+            if entry.is_due(now) and identity not in self._in_flight
         ]
         free = MOST_IN_FLIGHT - len(self._in_flight)
         taken = [identity for *_rank, identity in sorted(due, key=lambda item: item[:3])[:free]]
@@ -119,7 +128,7 @@ class Rotation:
         entry.urgency = Urgency.RENEWAL
         entry.failures, entry.reason, entry.detail, entry.failed_at = 0, "", "", None
         half = max(0.0, expires - now) / 2
-        entry.due = now + half * self._jittered(RENEWAL_JITTER)
+        entry.due, entry.decided = now + half * self._jittered(RENEWAL_JITTER), now
         return True
 
     def on_failed(self, identity: SpiffeId, reason: str, detail: str, now: float) -> None:
@@ -135,7 +144,7 @@ class Rotation:
             backoff = min(backoff, max((entry.expires - now) / 2, FIRST_BACKOFF_SECONDS))
         entry.failures += 1
         entry.reason, entry.detail, entry.failed_at = reason, detail, now
-        entry.due = now + min(backoff, LONGEST_BACKOFF_SECONDS)
+        entry.due, entry.decided = now + min(backoff, LONGEST_BACKOFF_SECONDS), now
 
     def _jittered(self, share: float) -> float:
         return 1 + share * (2 * self._random() - 1)

@@ -165,7 +165,7 @@ class ServerCredentials:
         self._hosts = hosts
         self._addresses = addresses
         self._signed_by: Authority | None = None
-        self._renew_at = 0.0
+        self._signed_at = self._renew_at = 0.0
 
     def build(self) -> grpc.ServerCredentials:
         """Return what a gRPC port is to be given; it asks `fetch` at each handshake."""
@@ -179,12 +179,14 @@ class ServerCredentials:
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """Return a new certificate if one is due, else None."""
         authority = self._service.authority
-        if authority is self._signed_by and time.time() < self._renew_at:
+        now = time.time()
+        # Before it was signed: the clock was set back, and it may not be valid yet.
+        if authority is self._signed_by and self._signed_at <= now < self._renew_at:
             return None
         key = keys.generate()
         chain = authority.sign_server(key, self._hosts, self._addresses, SERVER_LIFETIME)
         self._signed_by = authority
-        self._renew_at = time.time() + SERVER_LIFETIME.total_seconds() / 2
+        self._signed_at, self._renew_at = now, now + SERVER_LIFETIME.total_seconds() / 2
         return grpc.ssl_server_certificate_configuration([(keys.build_pem(key), chain)])
 
 

@@ -1,7 +1,8 @@
 """A worker's own certificates, as TLS contexts.
 
 A connection that needs a certificate which is not there yet waits for it, and the control process
-is told so, once. A certificate that has ended is as good as none.
+is told so, once. A certificate that has ended is as good as none, and so is one that has not begun:
+the clock was set back.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Contexts:
         self._reactor = reactor
         self._on_wanted = on_wanted
         self._certificates: dict[str, PutCertificate] = {}
-        self._expires: dict[str, float] = {}
+        self._valid: dict[str, tuple[float, float]] = {}  # from, until
         self._contexts: dict[tuple[str, bool], ssl.SSLContext] = {}
         self._waiting: dict[str, list[Callable[[str], None]]] = {}
 
@@ -43,7 +44,7 @@ class Contexts:
         identity = certificate.identity
         self._certificates[identity] = certificate
         leaf = der.read_certificate(der.decode_pem(certificate.chain)[0])
-        self._expires[identity] = leaf.not_after
+        self._valid[identity] = leaf.not_before, leaf.not_after
         self._drop(identity)
         for proceed in self._waiting.pop(identity, ()):
             proceed("")
@@ -51,7 +52,7 @@ class Contexts:
     def remove(self, identity: str) -> None:
         """Forget an identity; tunnels that are open go on."""
         self._certificates.pop(identity, None)
-        self._expires.pop(identity, None)
+        self._valid.pop(identity, None)
         self._drop(identity)
 
     def _drop(self, identity: str) -> None:
@@ -70,7 +71,8 @@ class Contexts:
         self._get(identity, True, on_context)
 
     def _get(self, identity: str, is_server: bool, on_context: OnContext) -> None:
-        if self._expires.get(identity, 0.0) > time.time():
+        begin, end = self._valid.get(identity, (0.0, 0.0))
+        if begin <= time.time() < end:
             self._give(identity, is_server, on_context)
             return
         is_first = identity not in self._waiting
@@ -89,9 +91,9 @@ class Contexts:
                 if not waiting:
                     del self._waiting[identity]
             had = (
-                "the certificate of {} has ended"
-                if identity in self._expires
-                else ("there is no certificate for {} yet")
+                "the certificate of {} has ended, or has not begun"
+                if identity in self._valid
+                else "there is no certificate for {} yet"
             )
             proceed(f"{had.format(identity)}: see `sidestep certs`")
 

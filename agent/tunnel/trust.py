@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Of the time that a peer's certificate had left when the tunnel was made.
 DRAIN_AFTER = 0.9
+LONGEST_NAP_SECONDS = 5.0  # certificates end by the wall clock, which may be set meanwhile
 
 
 class Tunnel(Protocol):
@@ -112,7 +113,8 @@ class Trust:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = due
-        self._timer = self._reactor.call_later(max(0.0, due - time.time()), self._on_timer)
+        seconds = min(max(0.0, due - time.time()), LONGEST_NAP_SECONDS)
+        self._timer = self._reactor.call_later(seconds, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from agent.fleet import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, Fleet, Told, wait_before
 from agent.tunnel import messages
+from tests.support.descriptors import none_left
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def test_successor_is_introduced_and_a_dead_worker_holds_no_drain_up() -> None:
@@ -63,6 +69,65 @@ def test_worker_that_dies_at_its_start_is_replaced_later_and_later() -> None:
         _first, second, third, fourth_at = introduced
         assert third - second >= wait_before(1)
         assert fourth_at - third >= wait_before(2)
+
+    asyncio.run(check())
+
+
+class Said(logging.Handler):
+    """Knows when a message is logged."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self._message = message
+        self.is_said = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() == self._message:
+            self.is_said.set()
+
+
+def test_worker_that_cannot_be_started_is_when_there_is_room() -> None:
+    async def check() -> None:
+        replaced = asyncio.Event()
+        fleet = Fleet(list, lambda _identity: None, lambda _counts: None, replaced.set)
+        said = Said("worker cannot be started, and is later")
+        logging.getLogger("agent.fleet").addHandler(said)
+        async with asyncio.timeout(20):
+            fleet.start(1)
+            await fleet.wait_in_force()
+            with none_left([os.getpid()]):
+                os.kill(fleet.pids[0], signal.SIGKILL)
+                await said.is_said.wait()
+                assert fleet.pids == []
+            await replaced.wait()
+            await fleet.wait_in_force()
+        logging.getLogger("agent.fleet").removeHandler(said)
+        assert len(fleet.pids) == 1
+        fleet.stop()
+
+    asyncio.run(check())
+
+
+def test_worker_that_could_be_told_the_half_only_is_replaced() -> None:
+    async def check() -> None:
+        replaced = asyncio.Event()
+        has_failed = False
+
+        def introduction() -> Iterator[Told]:
+            nonlocal has_failed
+            yield messages.RemoveWorkload("none"), []
+            if not has_failed:
+                has_failed = True
+                raise OSError("no descriptor is left")
+
+        fleet = Fleet(introduction, lambda _identity: None, lambda _counts: None, replaced.set)
+        fleet.start(1)
+        (half,) = fleet.pids
+        async with asyncio.timeout(20):
+            await replaced.wait()
+            await fleet.wait_in_force()
+        assert half not in fleet.pids
+        fleet.stop()
 
     asyncio.run(check())
 

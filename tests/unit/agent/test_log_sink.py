@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from agent.log_sink import LogSink
 
 F_SETPIPE_SZ = 1031  # fcntl.h
@@ -64,4 +66,27 @@ def test_process_whose_log_nobody_reads_goes_on() -> None:
     )
     assert done.stdout == b"done\n"
     os.close(reader)
+    os.close(writer)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_lost_and_counted() -> None:
+    reader, writer = os.pipe()
+    log = os.open("/dev/full", os.O_WRONLY)
+    sink = LogSink(log)
+    for _ in range(3):
+        sink.write(LINE)
+    os.dup2(writer, log)  # there is room again
+    sink.write(LINE)
+    messages = [json.loads(line) for line in os.read(reader, 1 << 20).splitlines()]
+    assert messages[0] == {"message": "log lines lost", "count": 3}
+    assert len(messages) == 2
+    for fd in (reader, writer, log):
+        os.close(fd)
+
+
+def test_error_that_is_not_for_want_of_room_is_the_callers() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        LogSink(writer).write(LINE)
     os.close(writer)

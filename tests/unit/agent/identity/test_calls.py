@@ -15,6 +15,7 @@ from agent.identity.caller import Target
 from agent.identity.calls import Calls
 from agent.identity.local import LocalAuthority
 from agent.model.identity import SpiffeId
+from tests.support.descriptors import none_left
 
 ROOTS = b"-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n"
 
@@ -81,3 +82,15 @@ async def _fails(calls: Calls, target: Target) -> bool:
     with pytest.raises(AuthorityUnavailable, match="ended"):
         await calls.call(target, "t", b"")
     return True
+
+
+def test_process_that_cannot_be_started_is_an_authority_that_is_not_there() -> None:
+    async def run() -> None:
+        calls = Calls()
+        target = Target("127.0.0.1:9", "", ROOTS)
+        with none_left([os.getpid()]), pytest.raises(AuthorityUnavailable, match="cannot be start"):
+            await calls.call(target, "t", b"")
+        assert (await calls.call(target, "t", b""))[0] == "UNAVAILABLE"
+        await calls.close()
+
+    asyncio.run(run())

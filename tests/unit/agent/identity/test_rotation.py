@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.identity.rotation import (
+    BACK_SECONDS,
     LONGEST_BACKOFF_SECONDS,
     MOST_IN_FLIGHT,
     Rotation,
@@ -163,6 +164,20 @@ def test_an_ended_certificate_makes_a_connection_urgent_again() -> None:
     assert rotation.entries[A].urgency is Urgency.RENEWAL
     rotation.want(A, Urgency.WAITING, 11)
     assert rotation.entries[A].urgency is Urgency.WAITING
+
+
+def test_a_clock_that_was_set_back_makes_all_due_that_was_decided_before() -> None:
+    rotation = Rotation(middle)
+    for name in (A, B):
+        rotation.want(name, Urgency.PREFETCH, 2 * DAY)
+    rotation.take(2 * DAY)
+    rotation.on_issued(A, 3 * DAY, 2 * DAY)
+    rotation.on_failed(B, "authority_refused", "no such pod", 2 * DAY)
+    assert rotation.take(2 * DAY - BACK_SECONDS) == []  # what is so small is no jump
+    assert rotation.take(DAY) == [B, A]
+    rotation.on_issued(A, 2 * DAY, DAY)
+    rotation.on_failed(B, "authority_refused", "no such pod", DAY)
+    assert rotation.take(DAY) == []
 
 
 OPERATIONS = st.lists(

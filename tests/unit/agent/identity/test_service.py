@@ -16,13 +16,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from agent.errors import AuthorityRefused, AuthorityUnavailable
+from agent.errors import AuthorityRefused, AuthorityUnavailable, ClocksDiffer
 from agent.identity import files, keys, wire
 from agent.identity.client import AuthorityClient
 from agent.identity.rotation import MOST_IN_FLIGHT
 from agent.model.identity import SpiffeId
 from tests.support.ca_process import HOST, NODE_TOKENS, CaProcess
 from tests.support.certificates import PEM
+from tests.support.clock import Clock, build_shim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -363,3 +364,23 @@ def cpu_seconds(pid: int) -> float:
 
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_what_a_ca_with_another_clock_signs_is_not_used_until_its_clock_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(build_shim(tmp_path), tmp_path / "offset")
+    clock.set_ahead(-23 * 3600)  # its own certificate, which is for a day, is still valid here
+    ca = CaProcess(tmp_path)
+    ca.add_pod("east", "shop", "client")
+    with monkeypatch.context() as patch:
+        for name, value in clock.environment.items():
+            patch.setenv(name, value)
+        ca.start()
+    try:
+        with pytest.raises(ClocksDiffer, match="compare the clock"):
+            asyncio.run(ask(client_for(ca), CLIENT))
+        clock.set_ahead(0)
+        assert asyncio.run(ask(client_for(ca), CLIENT)).expires > time.time()
+    finally:
+        ca.kill()
