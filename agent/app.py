@@ -83,6 +83,8 @@ class Agent:
 
     def __init__(self, settings: Settings, source: Source) -> None:
         self._settings = settings
+        self._is_in_office = False  # the node's agent: none before us, none after us
+        self._show_office()  # the file that an agent before us left would speak for us
         self._source = source
         self._predecessor = Predecessor.find(settings.run_directory / SOCKET_NAME)
         self._pins = pins.load(settings.pin_root)
@@ -99,7 +101,6 @@ class Agent:
         self._snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
         self._departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
         self._is_ready = False
-        self._is_in_office = False  # the node's agent: none before us, none after us
         self._levels = settings.log_levels
         self._places: set[Place] = set()
         self._passing = asyncio.Lock()  # one pass over the pods at a time
@@ -166,7 +167,6 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        self._show_office()  # a file that an agent before us left would speak for us
         links.attach_cgroup(self._pins, links.cgroup_root())
         self._fleet.start(self._settings.worker_count)
         try:
@@ -319,6 +319,7 @@ class Agent:
         seconds = float(self._settings.drain_seconds)
         log.info("leaving", extra={"why": departure.name.lower()})
         if departure is Departure.UNINSTALLED:
+            self._let_pods_pass()
             async with self._roster.turn:
                 self._roster.release_all()
             began = asyncio.get_running_loop().time()
@@ -337,6 +338,18 @@ class Agent:
             )
         self._roster.drop_all()
         self._stop.set()
+
+    def _let_pods_pass(self) -> None:
+        """Have the CNI plugin ask nobody about pods that start from now on."""
+        record = self._settings.plugin_record
+        if record is not None:
+            try:
+                record.unlink(missing_ok=True)
+            except OSError as error:
+                log.error(
+                    "pods that start here will fail: the plugin still asks for an agent",
+                    extra={"file": str(record), "error": str(error)},
+                )
 
     async def _apply(self, told: Snapshot, tasks: asyncio.TaskGroup) -> None:
         self._told = told

@@ -180,6 +180,11 @@ def default_workers() -> int:
     "end, since it would be started anew.",
 )  # fmt: skip
 @click.option(
+    "--plugin-record", type=_FILE,
+    help="The CNI plugin's record of its installation. Where the DaemonSet is deleted the agent "
+    "removes it: pods that start from then on need no agent.",
+)  # fmt: skip
+@click.option(
     "--office-file", type=_FILE,
     help="Exists while this agent is the node's: for a probe, since what listens on the node's "
     "ports may be the agent before this one.",
@@ -235,6 +240,7 @@ def agent(
     access_log_lines: int,
     drain_seconds: int,
     daemonset: str | None,
+    plugin_record: Path | None,
     office_file: Path | None,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
@@ -282,6 +288,7 @@ def agent(
         access_log_lines=access_log_lines,
         drain_seconds=drain_seconds,
         office_file=office_file,
+        plugin_record=plugin_record,
         is_restarted=daemonset is not None,
     )
     rules = EnrollmentRules(

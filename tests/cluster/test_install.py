@@ -139,6 +139,15 @@ def installed(node: KubeNode, *options: str) -> Iterator[None]:
         node.kubectl("delete", "namespace", SYSTEM)
 
 
+def start_late(node: KubeNode) -> None:
+    """Start one more client, and wait until it is ready."""
+    late = pod("late", ["sleep", "infinity"], {"exec": {"command": ["true"]}})
+    late["spec"]["serviceAccountName"] = "client"
+    (node.directory / "late.json").write_text(json.dumps(late))
+    node.kubectl("apply", "-f", str(node.directory / "late.json"))
+    node.kubectl("wait", "--for=condition=Ready", "pod/late", "-n", "shop", "--timeout=60s")
+
+
 def address_of_service(node: KubeNode) -> str:
     return node.kubectl(
         "get", "service", "server", "-n", "shop", "-o", "jsonpath={.spec.clusterIP}"
@@ -243,11 +252,7 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
             wait_until(lambda: carries(node))
 
             # A pod that starts is in the mesh before its first process.
-            late = pod("late", ["sleep", "infinity"], {"exec": {"command": ["true"]}})
-            late["spec"]["serviceAccountName"] = "client"
-            (node.directory / "late.json").write_text(json.dumps(late))
-            node.kubectl("apply", "-f", str(node.directory / "late.json"))
-            node.kubectl("wait", "--for=condition=Ready", "pod/late", "-n", "shop", "--timeout=60s")
+            start_late(node)
             assert request(node, "late").startswith("hello 10.247.0.")
             assert redirections(node) == ["enabled"] * 3
             node.kubectl("delete", "pod", "late", "-n", "shop")
@@ -360,6 +365,9 @@ def write_manifests(node: KubeNode) -> None:
         for body in bodies:
             if body["kind"] == "Service":
                 body["spec"]["clusterIP"] = CA_ADDRESS
+            if body["metadata"]["name"] == "sidestep-agent" and body["kind"] == "DaemonSet":
+                # Half of it is how long a namespace that goes waits for its pods, at least.
+                body["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 30
             template = body["spec"].get("template") if "spec" in body else None
             for container in _containers(template) if template else ():
                 container["image"] = IMAGE
@@ -391,5 +399,27 @@ def test_operator_without_helm_installs_and_takes_it_all_away(node: KubeNode) ->
         run_documented(node, "Without Helm, delete the agents first")
         assert redirections(node) == []
         assert request(node) == plain
+        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
+        assert listing(node, sandboxes) == before
+
+
+def test_node_goes_on_without_the_mesh_where_everything_is_deleted_at_once(node: KubeNode) -> None:
+    write_manifests(node)
+    with open_shop(node, *HELLO):
+        wait_until(lambda: request(node))
+        plain = request(node)
+        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
+        before = listing(node, sandboxes)
+        run_documented(node, "Without Helm, put the image's name")
+        run_documented(node, "## Mesh a namespace")
+        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        # Not in the documented order: rights and account of the agent go with it.
+        node.kubectl("delete", "-f", str(node.directory / "sidestep.yaml"))
+        wait_until(lambda: request(node) == plain)
+        start_late(node)
+        assert request(node, "late").startswith("hello 10.247.0.")
+        node.kubectl("delete", "pod", "late", "-n", "shop")
+        # What is left on the node can be taken away afterwards.
+        run_documented(node, "If everything was deleted at once")
         wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
         assert listing(node, sandboxes) == before
