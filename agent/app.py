@@ -83,6 +83,8 @@ class Agent:
 
     def __init__(self, settings: Settings, source: Source) -> None:
         self._settings = settings
+        self._is_in_office = False  # the node's agent: none before us, none after us
+        self._show_office()  # the file that an agent before us left would speak for us
         self._source = source
         self._predecessor = Predecessor.find(settings.run_directory / SOCKET_NAME)
         self._pins = pins.load(settings.pin_root)
@@ -95,10 +97,10 @@ class Agent:
         self._told = Snapshot()  # by the source, which knows less of this node's pods than we
         self._desired: dict[str, LocalPod] = {}
         self._stop = asyncio.Event()
+        self._told_to_end = asyncio.Event()
         self._snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
         self._departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
         self._is_ready = False
-        self._is_in_office = False  # the node's agent: none before us, none after us
         self._levels = settings.log_levels
         self._places: set[Place] = set()
         self._passing = asyncio.Lock()  # one pass over the pods at a time
@@ -158,10 +160,13 @@ class Agent:
         )
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT, or until a successor serves all that is open."""
+        """Run until SIGTERM or SIGINT, or until a successor serves all that is open.
+
+        Who would be started anew stays for the signal in that case as well.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._depart_once, Departure.STOPPED)
+            loop.add_signal_handler(number, self._on_signal)
         links.attach_cgroup(self._pins, links.cgroup_root())
         self._fleet.start(self._settings.worker_count)
         try:
@@ -173,6 +178,22 @@ class Agent:
             await self._plugin_server.stop()
             self._shut_down()
             await self._source.close()
+        if self._settings.is_restarted and self._departure.result() is Departure.SUCCEEDED:
+            await self._stay()
+
+    async def _stay(self) -> None:
+        """Wait, with nothing left to do, for the signal or for the successor's end.
+
+        Started anew, this one would take over from its own successor. Only when that has ended
+        is it wanted again.
+        """
+        log.info("succeeded, and nothing is open any more; waiting to be told to end")
+        async with asyncio.TaskGroup() as tasks:
+            told = tasks.create_task(self._told_to_end.wait())
+            alone = tasks.create_task(self._handover.wait_until_alone())
+            await asyncio.wait((told, alone), return_when=asyncio.FIRST_COMPLETED)
+            told.cancel()
+            alone.cancel()
 
     async def _follow(self) -> None:
         async def read() -> None:
@@ -214,6 +235,7 @@ class Agent:
             await self._pages.start(self._settings.admin_port, "--admin-port")
         await self._plugin_server.start()
         self._handover.start(tasks)
+        self._show_office()
 
     def _leave_office(self) -> None:
         if self._is_in_office:
@@ -224,6 +246,15 @@ class Agent:
             self._metrics.stop()
             self._pages.stop()
             self._direct.stop()
+            self._show_office()
+
+    def _show_office(self) -> None:
+        """Have the file that says so exist while this is the node's agent."""
+        if self._settings.office_file is not None:
+            if self._is_in_office:
+                self._settings.office_file.touch()
+            else:
+                self._settings.office_file.unlink(missing_ok=True)
 
     async def _succeed(self, predecessor: Predecessor, tasks: asyncio.TaskGroup) -> bool:
         """Take over from the agent that runs; False if there is news to follow first."""
@@ -267,6 +298,10 @@ class Agent:
         log.info("taken over from the agent before this one", extra={"pid": predecessor.pid})
         return True
 
+    def _on_signal(self) -> None:
+        self._told_to_end.set()
+        self._depart_once(Departure.STOPPED)
+
     def _depart_once(self, departure: Departure) -> None:
         if self._departure.done():
             return
@@ -284,6 +319,7 @@ class Agent:
         seconds = float(self._settings.drain_seconds)
         log.info("leaving", extra={"why": departure.name.lower()})
         if departure is Departure.UNINSTALLED:
+            self._let_pods_pass()
             async with self._roster.turn:
                 self._roster.release_all()
             began = asyncio.get_running_loop().time()
@@ -302,6 +338,18 @@ class Agent:
             )
         self._roster.drop_all()
         self._stop.set()
+
+    def _let_pods_pass(self) -> None:
+        """Have the CNI plugin ask nobody about pods that start from now on."""
+        record = self._settings.plugin_record
+        if record is not None:
+            try:
+                record.unlink(missing_ok=True)
+            except OSError as error:
+                log.error(
+                    "pods that start here will fail: the plugin still asks for an agent",
+                    extra={"file": str(record), "error": str(error)},
+                )
 
     async def _apply(self, told: Snapshot, tasks: asyncio.TaskGroup) -> None:
         self._told = told

@@ -11,6 +11,9 @@ pod: so the plugin's word is taken for the addresses, and the API server is aske
 once if the state has not got it. Without an answer in time ADD fails, and the kubelet tries again:
 a pod does not start outside the mesh because nobody could say whether it belongs there.
 
+A static pod, from a file of the kubelet's, is the exception: the API server itself may run in one.
+It is enrolled here if the state has it already, else when the API server tells of it.
+
 ADD may come again for the same sandbox, or for a new one of the same pod; DEL may come late, often,
 or never. What counts is which sandbox of a pod came last.
 
@@ -135,9 +138,13 @@ class Arrivals:
 
     async def _add(self, request: Request) -> Callable[[], Awaitable[None]] | None:
         if _is_static(request):
-            log.info("a static pod takes no part", extra=_named(request))
-            return None
-        pod = await self._find(request)
+            known = self._known_static(request)
+            if known is None:
+                log.info("a static pod starts outside the mesh", extra=_named(request))
+                return None
+            pod = known
+        else:
+            pod = await self._find(request)
         uid = pod.uid
         if pod.local is None:
             # What an earlier sandbox of it left here holds no more, should it join later on.
@@ -207,6 +214,16 @@ class Arrivals:
             return self._unseen[request.uid][0]
         return found
 
+    def _known_static(self, request: Request) -> StartingPod | None:
+        """Return a static pod that is to take part, by the name that the API server has for it."""
+        if self._told is None:
+            return None
+        name = (request.namespace, request.name)
+        found = find_pod(self._told, self._node, lambda _uid, *named: named == name)
+        if found is None or found.local is None or found.local.node_uid != request.uid:
+            return None
+        return found
+
     async def _ask(self, request: Request, newer: asyncio.Event) -> StartingPod | None:
         """Ask the API server, unless a newer state comes first."""
 
@@ -233,7 +250,9 @@ class Arrivals:
         return found
 
     async def _delete(self, request: Request) -> None:
-        uid = request.uid or self._uid_of(request.container_id)
+        uid = request.uid
+        if not uid or _is_static(request):
+            uid = self._uid_of(request.container_id)
         sandbox = self._sandboxes.get(uid)
         if sandbox is not None and sandbox.container_id:
             if sandbox.container_id != request.container_id:
@@ -260,10 +279,8 @@ class Arrivals:
         await self._roster.take_out(uid)
 
     async def _check(self, request: Request) -> None:
-        if _is_static(request):
-            return
-        pod = await self._find(request)
-        if pod.local is None:
+        pod = self._known_static(request) if _is_static(request) else await self._find(request)
+        if pod is None or pod.local is None:
             return
         cookie = _cookie_of(request.netns)
         problem = self._roster.problem(pod.uid)

@@ -74,7 +74,8 @@ class HandoverServer:
         self._heritage = heritage
         self._on_committed = on_committed
         self._on_leave = on_leave
-        self._kept: list[socket.socket] = []  # until this process ends
+        self._kept: list[socket.socket] = []  # until nothing is open here any more
+        self._successor = -1  # its process
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
@@ -107,10 +108,20 @@ class HandoverServer:
             task.cancel()
 
     def forget(self) -> None:
-        """Close what is kept: this process ends now."""
+        """Close what is kept: this agent has ended."""
         for connection in self._kept:
             connection.close()
         self._kept.clear()
+
+    async def wait_until_alone(self) -> None:
+        """Wait until the agent that has taken over has ended."""
+        if self._successor < 0:
+            return
+        try:
+            await _until_ready(self._successor, is_write=False)
+        finally:
+            os.close(self._successor)
+            self._successor = -1
 
     async def _serve(self, listener: socket.socket, tasks: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
@@ -156,6 +167,7 @@ class HandoverServer:
             request, _fds = await _receive(connection)
         if request.get("request") != "commit":
             raise HandoverFailed("the successor has ended, or says something strange")
+        self._successor = _open_process(_peer_of(connection))
         self.stop()
         self._on_committed()
         with contextlib.suppress(
@@ -170,14 +182,8 @@ class Predecessor:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        credentials = connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-        )
-        self.pid: int = struct.unpack("3i", credentials)[0]
-        try:
-            self._pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            self._pidfd = -1
+        self.pid = _peer_of(connection)
+        self._pidfd = _open_process(self.pid)
 
     @staticmethod
     def find(path: Path) -> Predecessor | None:
@@ -296,6 +302,22 @@ class Elders:
         self._connections.clear()
 
 
+def _peer_of(connection: socket.socket) -> int:
+    """Return the process at the other end."""
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid
+
+
+def _open_process(pid: int) -> int:
+    """Return a descriptor that is readable when the process has ended; -1 if it has."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+
+
 async def _send(
     connection: socket.socket, message: dict[str, object], fds: list[int] | None = None
 ) -> None:
@@ -334,7 +356,7 @@ async def _receive_raw(connection: socket.socket) -> tuple[bytes, list[int]]:
         return data, fds
 
 
-async def _until_ready(connection: socket.socket, *, is_write: bool) -> None:
+async def _until_ready(connection: socket.socket | int, *, is_write: bool) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     add, remove = (

@@ -54,6 +54,10 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 30.0
 PATIENT_TRIES = 10
+DNS_NOT_CAPTURED = (
+    "the pod asks for ambient.istio.io/dns-capture, and this version has no DNS proxy: its names "
+    "are resolved by the cluster's DNS as without the mesh; its TCP connections are captured"
+)
 
 
 @dataclass
@@ -354,6 +358,8 @@ class Roster:
         self.statuses[pod.uid] = PodStatus(pod, "enrolled")
         self._source.publish(pod, "enabled")
         log.info("pod enrolled", extra=_named(pod))
+        if pod.dns_capture:
+            self._source.report(pod, "dns_not_captured", DNS_NOT_CAPTURED)
 
     def _take(self, enrollment: Enrollment) -> None:
         self._enrolled[enrollment.pod.uid] = enrollment

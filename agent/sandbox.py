@@ -1,9 +1,10 @@
 """Find the network namespace of a pod of this node, from its cgroup.
 
 The kubelet names a pod's cgroup after the pod's uid (`pod<uid>`, with `_` for `-` under systemd),
-in cgroup v2 or below each controller of v1. Of the namespaces that its processes are in, the pod's
-has the pod's address: a container engine inside the pod makes others, and a privileged process may
-have gone to the node's. Nothing of the container runtime is asked.
+in cgroup v2 or below each controller of v1; that of a static pod after the uid that the node has
+for it. Of the namespaces that its processes are in, the pod's has the pod's address: a container
+engine inside the pod makes others, and a privileged process may have gone to the node's. Nothing of
+the container runtime is asked.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
     """Return a descriptor of the pod's namespace, the caller's (SandboxNotFound)."""
     strange: set[tuple[int, int]] = set()
-    for pid in _processes_of(pod.uid, pod_cgroups):
+    for pid in _processes_of(pod.node_uid or pod.uid, pod_cgroups):
         try:
             fd = netns.open_netns(Path(f"/proc/{pid}/ns/net"))
         except OSError:

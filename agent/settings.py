@@ -51,3 +51,6 @@ class Settings:
     log_levels: Levels = DEFAULT_LEVELS
     access_log_lines: int = 1000  # a second and worker; 0: all
     drain_seconds: int = 300  # for connections to end, after a successor has taken over
+    office_file: Path | None = None  # exists while this agent is the node's
+    plugin_record: Path | None = None  # without it the CNI plugin lets every pod pass
+    is_restarted: bool = False  # whoever started it starts it anew when it ends, as a kubelet does

@@ -6,6 +6,9 @@
 
 Each file is written beside its name, synced and renamed, so a reader or a power cut sees the old
 one or the new one. Installers and uninstallers take turns by a lock on the directory of networks.
+One `watch` keeps a node at a time, by a lock on the directory of the record: two versions, as there
+are while one is updated, would take each other's plugin away for ever. The next begins when the one
+before has ended.
 
 The record says that the plugin is installed: without it the plugin passes every pod on. So it also
 ends a `watch` that goes on while somebody uninstalls.
@@ -130,8 +133,18 @@ def watch(places: Places, wake_fd: int) -> None:
     Errors are logged and tried again.
     """
     keeper = _Keeper(places)
+    try:
+        _keep_until(keeper, places, wake_fd)
+    finally:
+        keeper.close()
+
+
+def _keep_until(keeper: _Keeper, places: Places, wake_fd: int) -> None:
     while not _is_readable(wake_fd):
         try:
+            if not keeper.is_alone():
+                _wait(wake_fd, RETRY_SECONDS)
+                continue
             directories = DirectoryWatch(places.networks, places.plugins)
         except OSError as error:
             keeper.tell(f"{error.filename}: {error.strerror}")
@@ -159,6 +172,27 @@ class _Keeper:
         self._had_entry = False
         self._due = 0.0
         self._told = ""
+        self._lock = -1
+        self._has_waited = False
+
+    def is_alone(self) -> bool:
+        """Say whether no other process keeps this node, and keep others off then (OSError)."""
+        if self._lock < 0:
+            self._places.state.mkdir(parents=True, exist_ok=True, mode=0o755)
+            self._lock = _open_directory(self._places.state)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not self._has_waited:
+                log.info("another `sidestep cni watch` keeps this node; waiting for its end")
+                self._has_waited = True
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let another one keep the node."""
+        if self._lock >= 0:
+            os.close(self._lock)
 
     def patience(self) -> float:
         """Return for how long nothing need be looked at unless something changes."""
@@ -255,7 +289,7 @@ class _Keeper:
 @contextmanager
 def _turn(places: Places) -> Iterator[None]:
     """Wait for others who install or uninstall here, and hold them off."""
-    fd = os.open(places.networks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = _open_directory(places.networks)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -323,11 +357,15 @@ def _replace(path: Path, content: bytes, mode: int) -> None:
 
 
 def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = _open_directory(directory)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _open_directory(directory: Path) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _agent_problem(places: Places) -> str:

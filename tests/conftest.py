@@ -72,6 +72,7 @@ def list_leftovers() -> set[str]:
         "/sys/fs/cgroup/unified",
         "/sys/class/net",
         "/run/sidestep",
+        "/var/lib/sidestep",
     )
     return {str(path) for place in places if Path(place).is_dir() for path in Path(place).iterdir()}
 

@@ -176,7 +176,18 @@ def default_workers() -> int:
 @click.option(
     "--daemonset", metavar="NAMESPACE/NAME",
     help="The agents' own. Where it is deleted, an agent that ends takes its pods out of the mesh; "
-    "else they stay captured for the next one.",
+    "else they stay captured for the next one. One that was succeeded stays until it is told to "
+    "end, since it would be started anew.",
+)  # fmt: skip
+@click.option(
+    "--plugin-record", type=_FILE,
+    help="The CNI plugin's record of its installation. Where the DaemonSet is deleted the agent "
+    "removes it: pods that start from then on need no agent.",
+)  # fmt: skip
+@click.option(
+    "--office-file", type=_FILE,
+    help="Exists while this agent is the node's: for a probe, since what listens on the node's "
+    "ports may be the agent before this one.",
 )  # fmt: skip
 @click.option(
     "--enrollment-selectors", metavar="YAML",
@@ -229,6 +240,8 @@ def agent(
     access_log_lines: int,
     drain_seconds: int,
     daemonset: str | None,
+    plugin_record: Path | None,
+    office_file: Path | None,
     enrollment_selectors: str | None,
     exclude_namespace: tuple[str, ...],
     own_namespace: str,
@@ -274,6 +287,9 @@ def agent(
         log_levels=parse_levels(log_levels),
         access_log_lines=access_log_lines,
         drain_seconds=drain_seconds,
+        office_file=office_file,
+        plugin_record=plugin_record,
+        is_restarted=daemonset is not None,
     )
     rules = EnrollmentRules(
         DEFAULT_PAIRS if enrollment_selectors is None else parse_pairs(enrollment_selectors),

@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from agent.discovery.api import Api
+from agent.discovery.api import Api, StatusError
 from agent.discovery.cluster import connect
 from agent.discovery.follow import Follower, Resource
 from agent.discovery.occurrences import Occurrence
@@ -61,6 +61,9 @@ PAUSE_MULTIPLE = 4.0
 LONGEST_PAUSE_SECONDS = 0.5
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 3.0
+FORBIDDEN = 403
+# A little more than an API server remembers a token whose account has gone.
+REMEMBERED_SECONDS, ASK_AGAIN_SECONDS = 12.0, 1.0
 ONE_POD_SECONDS = 5.0
 GARBAGE_OBJECTS = 100_000  # one page of a list
 
@@ -179,14 +182,23 @@ class KubernetesSource:
         """Say whether the agents' DaemonSet is deleted; no, if nobody answers soon."""
         if self._daemonset is None:
             return False
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                return await asyncio.to_thread(is_deleted, self._api, *self._daemonset)
-        except (KubernetesError, TimeoutError) as error:
-            log.warning(
-                "whether agents are to come again is not known", extra={"error": str(error)}
-            )
-            return False
+        loop = asyncio.get_running_loop()
+        until = loop.time() + REMEMBERED_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    return await asyncio.to_thread(is_deleted, self._api, *self._daemonset)
+            except (KubernetesError, TimeoutError) as error:
+                # Where all is deleted our rights may go before our account does, and a refusal
+                # alone says nothing: a server that starts refuses everybody.
+                is_refused = isinstance(error, StatusError) and error.status == FORBIDDEN
+                if not is_refused or loop.time() > until:
+                    log.warning(
+                        "whether agents are to come again is not known",
+                        extra={"error": str(error)},
+                    )
+                    return False
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def close(self) -> None:
         """Wait, but not for long, until all that was published is written."""

@@ -15,7 +15,7 @@ from agent.discovery.cluster import connect
 from agent.errors import KubernetesError
 
 PAUSE_SECONDS = 1.0
-NOT_FOUND = 404
+UNAUTHORIZED, NOT_FOUND = 401, 404
 
 
 def wait_until_ready(namespace: str, name: str, seconds: float) -> int:
@@ -63,11 +63,14 @@ def delete(namespace: str, name: str, seconds: float) -> None:
 
 
 def is_deleted(api: Api, namespace: str, name: str) -> bool:
-    """Say whether it has gone, or goes now (KubernetesError if nobody knows)."""
+    """Say whether it has gone, or goes now (KubernetesError if nobody knows).
+
+    Where our own account has gone, so does all that was installed with it.
+    """
     try:
         return "deletionTimestamp" in _read(api, namespace, name)["metadata"]
     except StatusError as error:
-        if error.status == NOT_FOUND:
+        if error.status in (UNAUTHORIZED, NOT_FOUND):
             return True
         raise
 

@@ -16,6 +16,7 @@ identities and of paths.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,9 @@ SERVICE_LABEL = "kubernetes.io/service-name"
 SIDECAR_STATUS = "sidecar.istio.io/status"
 BYPASS_INBOUND = "ambient.istio.io/bypass-inbound-capture"
 DNS_CAPTURE = "ambient.istio.io/dns-capture"
+# On what stands at the API server for a pod from a file of the kubelet's: that one's uid, a hash.
+MIRROR = "kubernetes.io/config.mirror"
+STATIC_UID = re.compile("[0-9a-f]{32}", re.ASCII)
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
@@ -345,6 +349,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         ),
         bypasses_inbound=_read_word(annotations.get(BYPASS_INBOUND)) is True,
         dns_capture=_read_word(annotations.get(DNS_CAPTURE)),
+        node_uid=_read_node_uid(annotations.get(MIRROR)),
     )
     may_go_direct = _read_direct_path(annotations)
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
@@ -368,6 +373,12 @@ def _read_is_ready(status: Field) -> bool:
 def _read_word(entry: Field) -> bool | None:
     """Read a boolean as Go does; what is none counts as absent, as in Istio."""
     return GO_WORDS.get(entry.value) if isinstance(entry.value, str) else None
+
+
+def _read_node_uid(entry: Field) -> str:
+    """Read the hash of a static pod; never what could be another pod's uid at the API server."""
+    is_hash = isinstance(entry.value, str) and STATIC_UID.fullmatch(entry.value)
+    return entry.text() if is_hash else ""
 
 
 def _read_pod_addresses(status: Field) -> tuple[Address, ...]:

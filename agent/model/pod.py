@@ -31,3 +31,4 @@ class LocalPod:
     may_go_direct: bool = True  # else traffic within the node is encrypted as well
     bypasses_inbound: bool = False  # plaintext goes past us to the pod, tunnels still end here
     dns_capture: bool | None = None  # the pod's own word; None leaves it to the settings
+    node_uid: str = ""  # by which kubelet and runtime know it, if not by `uid`: a static pod's

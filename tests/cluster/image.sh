@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 cache=${SIDESTEP_CACHE:-$HOME/.cache/sidestep}/images
 sources=$(git ls-files --cached --others --exclude-standard agent bpf cni deploy/Dockerfile .dockerignore \
-	pyproject.toml tests/cluster/image.sh tests/cluster/node)
+	pyproject.toml tests/cluster/image.sh tests/cluster/node/pause.c)
 directory=$cache/$(for file in $sources; do [ ! -f "$file" ] || sha256sum "$file"; done |
 	sha256sum | cut -c -12)
 

@@ -31,6 +31,7 @@ EVERYTHING = {
     "agent": {
         "workers": 2,
         "directPath": False,
+        "maxSurge": "10%",
         "exclude": {
             "outboundPorts": [25],
             "outboundNetworks": ["192.0.2.0/24"],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+from agent.identity.local import LocalAuthority
 from tests.support.api_server import wait_until
 from tests.support.kube_node import KubeNode
 from tests.support.modules import ROOT
@@ -22,6 +25,8 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
 
 CHART = ROOT / "deploy/chart"
 SYSTEM = "sidestep-system"
+IN_SYSTEM = ("-n", SYSTEM)
+AGENTS = "daemonset/sidestep-agent"
 CA_ADDRESS = "10.96.0.12"  # the node has no DNS of the cluster
 SERVER = """
 import http.server
@@ -34,6 +39,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 http.server.HTTPServer(("", 8080), Handler).serve_forever()
 """
+IMAGE, NEXT = "localhost/sidestep:test", "next"
+TRAFFIC = (ROOT / "tests/support/traffic.py").read_text()
+HELLO: tuple[list[str], dict[str, Any]] = (
+    ["python3", "-c", SERVER],
+    {"httpGet": {"port": 8080, "path": "/"}},
+)
 CLIENT = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read().decode())"
 
 
@@ -69,7 +80,7 @@ def pod(name: str, command: list[str], probe: dict[str, Any]) -> dict[str, Any]:
             "containers": [
                 {
                     "name": name,
-                    "image": "localhost/sidestep:test",
+                    "image": IMAGE,
                     "command": command,
                     "readinessProbe": {**probe, "periodSeconds": 1},
                 }
@@ -78,19 +89,19 @@ def pod(name: str, command: list[str], probe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shop() -> str:
+def shop(server: list[str], probe: dict[str, Any]) -> str:
     """Return a server behind a service, and a client, each with an account."""
     bodies: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}
     ]
-    for name, command, probe in (
-        ("server", ["python3", "-c", SERVER], {"httpGet": {"port": 8080, "path": "/"}}),
+    for name, command, ready in (
+        ("server", server, probe),
         ("client", ["sleep", "infinity"], {"exec": {"command": ["true"]}}),
     ):
         account = {"namespace": "shop", "name": name}
         bodies += [
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account},
-            pod(name, command, probe),
+            pod(name, command, ready),
         ]
     spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": 8080}]}
     metadata = {"namespace": "shop", "name": "server"}
@@ -98,11 +109,54 @@ def shop() -> str:
     return "---\n".join(yaml.safe_dump(body) for body in bodies)
 
 
-def request(node: KubeNode, client: str = "client") -> str:
-    """Ask the server through its service, from inside a client."""
-    address = node.kubectl(
+@contextmanager
+def open_shop(node: KubeNode, server: list[str], probe: dict[str, Any]) -> Iterator[None]:
+    """Have the shop's pods run, outside the mesh, until the block ends."""
+    place = node.directory / "shop.yaml"
+    place.write_text(shop(server, probe))
+    node.kubectl("apply", "-f", str(place))
+    node.kubectl("wait", "--for=condition=Ready", "pod", "--all", "-n", "shop", "--timeout=60s")
+    try:
+        yield
+    finally:
+        node.kubectl("delete", "namespace", "shop")
+
+
+@contextmanager
+def installed(node: KubeNode, *options: str) -> Iterator[None]:
+    """Have the chart installed until the block ends."""
+    node.helm(
+        "install", "sidestep", str(CHART), "--namespace", SYSTEM, "--create-namespace",
+        "--set", "image.repository=localhost/sidestep,image.tag=test",
+        "--set", f"ca.clusterIP={CA_ADDRESS}",
+        "--set", f"agent.kubeletCgroup={node.kubelet_cgroup}",
+        *options, "--wait", "--timeout", "90s",
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        node.helm("uninstall", "sidestep", "--namespace", SYSTEM, "--wait", "--timeout", "120s")
+        node.kubectl("delete", "namespace", SYSTEM)
+
+
+def start_late(node: KubeNode) -> None:
+    """Start one more client, and wait until it is ready."""
+    late = pod("late", ["sleep", "infinity"], {"exec": {"command": ["true"]}})
+    late["spec"]["serviceAccountName"] = "client"
+    (node.directory / "late.json").write_text(json.dumps(late))
+    node.kubectl("apply", "-f", str(node.directory / "late.json"))
+    node.kubectl("wait", "--for=condition=Ready", "pod/late", "-n", "shop", "--timeout=60s")
+
+
+def address_of_service(node: KubeNode) -> str:
+    return node.kubectl(
         "get", "service", "server", "-n", "shop", "-o", "jsonpath={.spec.clusterIP}"
     )
+
+
+def request(node: KubeNode, client: str = "client") -> str:
+    """Ask the server through its service, from inside a client."""
+    address = address_of_service(node)
     return node.kubectl(
         "exec",
         "-n",
@@ -122,11 +176,27 @@ def redirections(node: KubeNode) -> list[str]:
     return node.kubectl("get", "pods", "-n", "shop", "-o", path).split()
 
 
-def connections(node: KubeNode) -> list[dict[str, Any]]:
-    """Return what the agent's log says of connections that ended."""
-    text = node.kubectl("logs", "-n", SYSTEM, "daemonset/sidestep-agent", "-c", "agent")
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [line for line in lines if "path" in line]
+def agents(node: KubeNode) -> list[str]:
+    """List the agents' pods, also those that end."""
+    label = "app.kubernetes.io/name=sidestep-agent"
+    return node.kubectl("get", "pods", *IN_SYSTEM, "-l", label, "-o", "name").split()
+
+
+def restarts(node: KubeNode, namespace: str, pod: str) -> str:
+    """Return how often each container of a pod was started anew."""
+    path = "jsonpath={.status.containerStatuses[*].restartCount}"
+    return node.kubectl("get", "pod", pod, "-n", namespace, "-o", path)
+
+
+def is_ending(node: KubeNode, agent: str) -> bool:
+    path = "jsonpath={.metadata.deletionTimestamp}"
+    return node.kubectl("get", agent, *IN_SYSTEM, "-o", path) != ""
+
+
+def carries(node: KubeNode, agent: str = AGENTS) -> bool:
+    """Whether an agent's log has a connection that went through a tunnel, and ended."""
+    text = node.kubectl("logs", agent, *IN_SYSTEM, "-c", "agent")
+    return any(json.loads(line).get("path") == "hbone" for line in text.splitlines())
 
 
 def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
@@ -161,51 +231,195 @@ def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
 def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
     node: KubeNode, measured: Callable[[str], None]
 ) -> None:
-    (node.directory / "shop.yaml").write_text(shop())
-    node.kubectl("apply", "-f", str(node.directory / "shop.yaml"))
-    node.kubectl("wait", "--for=condition=Ready", "pod", "--all", "-n", "shop", "--timeout=60s")
-    wait_until(lambda: request(node))
-    plain = request(node)
-    assert plain.startswith("hello 10.247.0.")
-    sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
-    assert len(sandboxes) == 2
-    before = listing(node, sandboxes)
+    with open_shop(node, *HELLO):
+        wait_until(lambda: request(node))
+        plain = request(node)
+        assert plain.startswith("hello 10.247.0.")
+        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
+        assert len(sandboxes) == 2
+        before = listing(node, sandboxes)
 
-    began = time.monotonic()
-    node.helm(
-        "install", "sidestep", str(CHART), "--namespace", SYSTEM, "--create-namespace",
-        "--set", "image.repository=localhost/sidestep,image.tag=test",
-        "--set", f"ca.clusterIP={CA_ADDRESS}",
-        "--set", f"agent.kubeletCgroup={node.kubelet_cgroup}",
-        "--wait", "--timeout", "90s",
-    )  # fmt: skip
-    measured(f"helm install --wait takes {time.monotonic() - began:.0f} s")
-    assert redirections(node) == []
-    wait_until(lambda: "sidestep" in node.run(["sh", "-c", "cat /etc/cni/net.d/*"]).stdout)
+        began = time.monotonic()
+        with installed(node):
+            measured(f"helm install --wait takes {time.monotonic() - began:.0f} s")
+            assert redirections(node) == []
+            wait_until(lambda: "sidestep" in node.run(["sh", "-c", "cat /etc/cni/net.d/*"]).stdout)
 
-    # Running pods, without a restart.
-    node.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
-    wait_until(lambda: redirections(node) == ["enabled"] * 2)
-    assert request(node) == plain
-    wait_until(lambda: any(each["path"] == "hbone" for each in connections(node)))
+            # Running pods, without a restart.
+            node.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
+            wait_until(lambda: redirections(node) == ["enabled"] * 2)
+            assert request(node) == plain
+            wait_until(lambda: carries(node))
 
-    # A pod that starts is in the mesh before its first process.
-    late = pod("late", ["sleep", "infinity"], {"exec": {"command": ["true"]}})
-    late["spec"]["serviceAccountName"] = "client"
-    (node.directory / "late.json").write_text(json.dumps(late))
-    node.kubectl("apply", "-f", str(node.directory / "late.json"))
-    node.kubectl("wait", "--for=condition=Ready", "pod/late", "-n", "shop", "--timeout=60s")
-    assert request(node, "late").startswith("hello 10.247.0.")
-    assert redirections(node) == ["enabled"] * 3
-    node.kubectl("delete", "pod", "late", "-n", "shop")
+            # A pod that starts is in the mesh before its first process.
+            start_late(node)
+            assert request(node, "late").startswith("hello 10.247.0.")
+            assert redirections(node) == ["enabled"] * 3
+            node.kubectl("delete", "pod", "late", "-n", "shop")
 
-    # The kubelet's probes reached the server all along.
-    restarts = "jsonpath={.items[*].status.containerStatuses[*].restartCount}"
-    assert node.kubectl("get", "pods", "-n", "shop", "-o", restarts) == "0 0"
+            # The kubelet's probes reached the server all along.
+            assert [restarts(node, "shop", pod) for pod in ("server", "client")] == ["0", "0"]
 
-    node.helm("uninstall", "sidestep", "--namespace", SYSTEM, "--wait", "--timeout", "120s")
-    assert redirections(node) == []
-    assert request(node) == plain
-    # The last pods of the hooks go in the background.
-    wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
-    assert listing(node, sandboxes) == before
+        assert redirections(node) == []
+        assert request(node) == plain
+        # The last pods of the hooks go in the background.
+        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
+        assert listing(node, sandboxes) == before
+
+
+def change_under_traffic(node: KubeNode, *command: str) -> float:
+    """Let Helm replace the agent while a pod talks; return the seconds until the new one serves."""
+    (before,) = agents(node)
+    with node.talking(
+        "exec", "-i", "-n", "shop", "client", "--",
+        "python3", "-c", TRAFFIC, "drive", address_of_service(node), "80",
+    ) as talk:  # fmt: skip
+        wait_until(lambda: carries(node, before))
+        began = time.monotonic()
+        node.helm(*command, "--namespace", SYSTEM)
+        wait_until(lambda: len(agents(node)) == 2)
+        (after,) = {*agents(node)} - {before}
+        node.kubectl("wait", "--for=condition=Ready", after, *IN_SYSTEM, "--timeout=60s")
+        seconds = time.monotonic() - began
+        wait_until(lambda: carries(node, after))
+        # Told to end, and still there, for the connection that lasts.
+        wait_until(lambda: is_ending(node, before))
+        told, problem = talk.communicate(timeout=30)
+    assert problem == ""
+    result = json.loads(told)
+    assert result["failures"] == []
+    assert result["done"] > 100
+    # With nothing left to serve the one before ends, long before the time to drain is over.
+    node.kubectl("rollout", "status", AGENTS, *IN_SYSTEM, "--timeout=20s")
+    wait_until(lambda: agents(node) == [after])
+    assert restarts(node, SYSTEM, after.removeprefix("pod/")) == "0 0"
+    return seconds
+
+
+def test_update_and_rollback_under_traffic_lose_no_connection(
+    node: KubeNode, measured: Callable[[str], None]
+) -> None:
+    node.run(["ctr", "-n", "k8s.io", "images", "tag", IMAGE, f"localhost/sidestep:{NEXT}"])
+    server = ["python3", "-c", TRAFFIC, "serve", "8080"]
+    # All through the agents: the kernel's own path does not need them.
+    options = ("--set", "agent.directPath=false")
+    with open_shop(node, server, {"tcpSocket": {"port": 8080}}), installed(node, *options):
+        node.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
+        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        new = ("--reuse-values", "--set", f"image.tag={NEXT}")
+        seconds = change_under_traffic(node, "upgrade", "sidestep", str(CHART), *new)
+        measured(f"a new agent is in office {seconds:.1f} s after helm upgrade")
+        seconds = change_under_traffic(node, "rollback", "sidestep")
+        measured(f"the one before again {seconds:.1f} s after helm rollback")
+
+
+def test_static_pod_takes_part_and_is_told_that_its_names_are_not_captured(node: KubeNode) -> None:
+    # The kubelet has it from a file, and the API server knows it by another uid.
+    body = pod("static", ["sleep", "infinity"], {"exec": {"command": ["true"]}})
+    del body["spec"]["serviceAccountName"]
+    body["metadata"]["annotations"] = {"ambient.istio.io/dns-capture": "true"}
+    file = node.static_pods / "static.yaml"
+    with open_shop(node, *HELLO), installed(node):
+        node.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
+        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        file.write_text(json.dumps(body))
+        wait_until(lambda: redirections(node) == ["enabled"] * 3)
+        ready = ["--for=condition=Ready", "pod/static-node-1", "--timeout=60s"]
+        node.kubectl("wait", "-n", "shop", *ready)
+        assert request(node, "static-node-1").startswith("hello 10.247.0.")
+        wait_until(lambda: "has no DNS proxy" in node.kubectl("get", "events", "-n", "shop"))
+        file.unlink()
+        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+
+
+def documented(sentence: str) -> list[list[str]]:
+    """Return the arguments of kubectl in the block of docs/install.md that follows a sentence."""
+    _before, found, after = (ROOT / "docs/install.md").read_text().partition(sentence)
+    assert found
+    block = after.partition("\n\n")[2].partition("\n\n")[0]
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert {command[0] for command in commands} == {"kubectl"}
+    return [command[1:] for command in commands]
+
+
+def run_documented(node: KubeNode, sentence: str) -> None:
+    for command in documented(sentence):
+        here = (word.replace("deploy/manifests", str(node.directory)) for word in command)
+        node.kubectl(*(word.replace("=my-ca", f"={node.directory / 'my-ca'}") for word in here))
+
+
+def test_ca_of_an_operators_own_signs(node: KubeNode) -> None:
+    LocalAuthority.create(node.directory / "my-ca", "cluster.local")
+    run_documented(node, "To bring a CA of your own")
+    with installed(node, "--take-ownership"):
+        path = r"jsonpath={.data.root-cert\.pem}"
+        published = node.kubectl("get", "configmap", "sidestep-ca-root", *IN_SYSTEM, "-o", path)
+    assert published == (node.directory / "my-ca/root-cert.pem").read_text()
+
+
+def write_manifests(node: KubeNode) -> None:
+    """Write the manifests with the image in them, and what this node has in place of DNS."""
+    for name in ("sidestep.yaml", "uninstall.yaml"):
+        text = (ROOT / "deploy/manifests" / name).read_text()
+        bodies = [body for body in yaml.safe_load_all(text) if body]
+        for body in bodies:
+            if body["kind"] == "Service":
+                body["spec"]["clusterIP"] = CA_ADDRESS
+            if body["metadata"]["name"] == "sidestep-agent" and body["kind"] == "DaemonSet":
+                # Half of it is how long a namespace that goes waits for its pods, at least.
+                body["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 30
+            template = body["spec"].get("template") if "spec" in body else None
+            for container in _containers(template) if template else ():
+                container["image"] = IMAGE
+                if container["name"] == "agent":
+                    container["args"] += [
+                        f"--ca={CA_ADDRESS}:15012",
+                        f"--kubelet-cgroup={node.kubelet_cgroup}",
+                    ]
+        (node.directory / name).write_text(yaml.safe_dump_all(bodies))
+
+
+def _containers(template: dict[str, Any]) -> list[dict[str, Any]]:
+    spec: dict[str, list[dict[str, Any]]] = template["spec"]
+    return spec["containers"] + spec.get("initContainers", [])
+
+
+def test_operator_without_helm_installs_and_takes_it_all_away(node: KubeNode) -> None:
+    write_manifests(node)
+    with open_shop(node, *HELLO):
+        wait_until(lambda: request(node))
+        plain = request(node)
+        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
+        before = listing(node, sandboxes)
+        run_documented(node, "Without Helm, put the image's name")
+        run_documented(node, "## Mesh a namespace")
+        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        assert request(node) == plain
+        wait_until(lambda: carries(node))
+        run_documented(node, "Without Helm, delete the agents first")
+        assert redirections(node) == []
+        assert request(node) == plain
+        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
+        assert listing(node, sandboxes) == before
+
+
+def test_node_goes_on_without_the_mesh_where_everything_is_deleted_at_once(node: KubeNode) -> None:
+    write_manifests(node)
+    with open_shop(node, *HELLO):
+        wait_until(lambda: request(node))
+        plain = request(node)
+        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
+        before = listing(node, sandboxes)
+        run_documented(node, "Without Helm, put the image's name")
+        run_documented(node, "## Mesh a namespace")
+        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        # Not in the documented order: rights and account of the agent go with it.
+        node.kubectl("delete", "-f", str(node.directory / "sidestep.yaml"))
+        wait_until(lambda: request(node) == plain)
+        start_late(node)
+        assert request(node, "late").startswith("hello 10.247.0.")
+        node.kubectl("delete", "pod", "late", "-n", "shop")
+        # What is left on the node can be taken away afterwards.
+        run_documented(node, "If everything was deleted at once")
+        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
+        assert listing(node, sandboxes) == before

@@ -112,6 +112,31 @@ def test_pod_that_leaves_while_the_agent_before_still_serves_it_keeps_its_connec
         wait_for_entry(lab, west, "pod has nothing of ours any more", lambda _entry: True)
 
 
+def test_agent_that_would_be_started_anew_stays_until_it_is_told_to_end_or_wanted_again(
+    lab: Lab,
+) -> None:
+    east, _west = lab.cluster().nodes
+    lab.agent_options = ("--daemonset", "any/agents")
+    lab.restart_agent(east)
+    stays = "succeeded, and nothing is open any more; waiting to be told to end"
+
+    def wait_until_staying(count: int) -> None:
+        wait_for_entry(lab, east, stays, lambda _entry: len(entries(lab, east, stays)) == count)
+
+    first = lab.upgrade_agent(east)
+    wait_until_staying(1)
+    assert not machine.wait_for_exit(first, 0)
+    os.kill(first, signal.SIGTERM)
+    assert machine.wait_for_exit(first, 10)
+    second = lab.upgrade_agent(east)
+    wait_until_staying(2)
+    third = lab.agent_pid(east)
+    assert third not in (None, second)
+    assert not machine.wait_for_exit(second, 0)
+    os.kill(third or 0, signal.SIGKILL)
+    assert machine.wait_for_exit(second, 10)
+
+
 def test_successor_that_dies_half_way_changes_nothing(lab: Lab) -> None:
     east, _west = lab.cluster().nodes
     agent = lab.agent_pid(east)

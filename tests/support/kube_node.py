@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from tests.support.api_server import write_secrets
 from tests.support.modules import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 PLACE = ROOT / "tests/cluster/node"
 ADDRESS = "10.246.0.1"
@@ -47,13 +48,20 @@ class KubeNode:
         """Where the kubelet is in cgroup v2, to be given to the chart."""
         return _cgroup_mounts()["cgroup2"][0] / self._cgroup / "kubelet"
 
+    @property
+    def static_pods(self) -> Path:
+        """Where the kubelet looks for pods of its own."""
+        return self.directory / "static"
+
     def start(self) -> None:
         """Start all of it, and wait until the node is ready."""
         write_secrets(self.directory)
         self._write_kubeconfig()
         self._make_cgroups()
         self._unshare = subprocess.Popen(
-            ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--uts",
+            # If this process is killed, so is the node.
+            ["setpriv", "--pdeathsig", "KILL",
+             "unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--uts",
              "--propagation", "private", "--kill-child",
              str(PLACE / "prepare.sh"), str(self.directory / "disk")],
             stdout=subprocess.PIPE, text=True,
@@ -144,7 +152,11 @@ class KubeNode:
 
     def _start_kubelet(self) -> None:
         config = self.directory / "kubelet.yaml"
-        config.write_text(f"{(PLACE / 'kubelet.yaml').read_text()}cgroupRoot: /{self._cgroup}\n")
+        self.static_pods.mkdir()
+        config.write_text(
+            f"{(PLACE / 'kubelet.yaml').read_text()}"
+            f"cgroupRoot: /{self._cgroup}\nstaticPodPath: {self.static_pods}\n"
+        )
         enter = f'echo $$ > {self.kubelet_cgroup}/cgroup.procs && exec "$@"'
         self._start("kubelet", [
             "sh", "-c", enter, "sh", str(self._programs / "kubelet"),
@@ -181,6 +193,17 @@ class KubeNode:
         config = f"--kubeconfig={self.directory / 'kubeconfig'}"
         done = self.run([str(program), config, *arguments], check=check)
         return done.stdout if done.returncode == 0 else ""
+
+    @contextmanager
+    def talking(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """Run kubectl with pipes at both ends for as long as the block; the input ends with it."""
+        program = Path(sys.executable).parent / "kubectl"
+        config = f"--kubeconfig={self.directory / 'kubeconfig'}"
+        with subprocess.Popen(
+            [*self._inside(), str(program), config, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as talk:  # fmt: skip
+            yield talk
 
     def helm(self, *arguments: str) -> str:
         """Run Helm as the administrator and return what it prints."""

@@ -21,6 +21,7 @@ POD = LocalPod(
     may_go_direct=False,
     bypasses_inbound=True,
     dns_capture=True,
+    node_uid="0123456789abcdef0123456789abcdef",
 )
 
 
@@ -41,6 +42,7 @@ def test_member_of_a_later_version_is_ignored_and_one_that_is_missing_has_its_de
     for name in ("outbound_ports", "outbound_networks", "inbound_ports", "may_go_direct"):
         del message["pod"][name]
     del message["pod"]["bypasses_inbound"], message["pod"]["dns_capture"]
+    del message["pod"]["node_uid"]
     del message["is_draining"], message["sysctls"]
     found = decode(json.dumps(message).encode())
     assert found.pod == LocalPod(POD.uid, "shop", "client", "buyer", POD.addresses)

@@ -75,6 +75,13 @@ def test_namespace_is_that_of_a_process_that_still_runs(tmp_path: Path, name: st
         os.close(fd)
 
 
+def test_static_pod_is_found_by_the_uid_that_the_node_has_for_it(tmp_path: Path) -> None:
+    add_cgroup(tmp_path / "pod0d7c-8a52", ended_pid())
+    static = "0123456789abcdef0123456789abcdef"
+    add_cgroup(tmp_path / f"pod{static}", os.getpid())
+    os.close(sandbox.open_netns(replace(POD, node_uid=static), tmp_path))
+
+
 @pytest.mark.root
 def test_namespace_is_the_one_that_has_the_pods_address(tmp_path: Path, network: Network) -> None:
     # As with a container engine in the pod, and a process that went to the node's namespace.

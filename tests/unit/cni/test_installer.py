@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -277,6 +277,26 @@ def test_watch_ends_when_somebody_uninstalls(
         assert not thread.is_alive()
     assert conflist.read_text() == CONFLIST
     assert not places.plugin.exists()
+
+
+def test_watch_of_a_new_version_waits_for_the_end_of_the_one_before(
+    places: Places, conflist: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    other = tmp_path / "other-shim"
+    other.write_bytes(b"of another version")
+    newer = replace(places, shim=other, excluded_namespaces=("new",))
+    install(places)
+    before = tree(places)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(watching(places))
+        wait_until(lambda: "entry is in place" in said(caplog))
+        second.enter_context(watching(newer))
+        wait_until(lambda: "waiting for its end" in said(caplog))
+        assert tree(places) == before
+        first.close()
+        wait_until(lambda: '"excludeNamespaces": ["new"]' in conflist.read_text())
+        assert places.plugin.read_bytes() == b"of another version"
+    assert types(conflist) == ["bridge", "sidestep"]
 
 
 def test_directory_that_comes_later_is_waited_for(

@@ -14,6 +14,7 @@ from agent.discovery.translate import (
     EXCLUDE_INBOUND_PORTS,
     EXCLUDE_OUTBOUND_NETWORKS,
     EXCLUDE_OUTBOUND_PORTS,
+    MIRROR,
     REDIRECTION,
     SERVICE_LABEL,
     SIDECAR_STATUS,
@@ -428,6 +429,17 @@ def test_words_of_a_pod_are_read_as_go_reads_them(word: Any, meaning: bool | Non
     (found,) = local_pods(namespace(), pod(annotations={BYPASS_INBOUND: word, DNS_CAPTURE: word}))
     assert found.dns_capture is meaning
     assert found.bypasses_inbound is (meaning is True)
+
+
+@pytest.mark.parametrize(
+    ("word", "uid"),
+    [(None, ""), ("0123456789abcdef0123456789abcdef", "0123456789abcdef0123456789abcdef"),
+     # What could be the uid of another pod's cgroup is not believed.
+     ("0d7c0000-8a52-4b7c-9a55-7d7f7f7f7f7f", ""), ("true", ""), (1, "")],
+)  # fmt: skip
+def test_mirror_of_a_static_pod_says_its_uid_on_the_node(word: Any, uid: str) -> None:
+    (found,) = local_pods(namespace(), pod(annotations={MIRROR: word}))
+    assert found.node_uid == uid
 
 
 def test_pod_that_ended_leaves_whatever_else_it_says() -> None:
