@@ -5,8 +5,8 @@ that we put it. A difference is named with what ought to be and what is, and kno
 by doing again what enrollment does. Mending changes nothing that is right, so open connections go
 on; only a listener that is gone needs the pod enrolled anew.
 
-Called by the composition root for `sidestep diff` and `sidestep check --repair`. What another agent
-on this kernel owns is in other pins and is not looked at.
+Called by `agent.upkeep` all the time, and by the composition root for `sidestep diff` and `sidestep
+check --repair`. What another agent on this kernel owns is in other pins and is not looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from agent import guard, netlink, netns, sock_diag
 from agent.datapath import features, libbpf, links, listing, records
-from agent.datapath.source import CGROUP_PROGRAMS, GUARD_PROGRAMS, PROGRAMS
+from agent.datapath.source import CGROUP_PROGRAMS, GUARD_PROGRAMS
 from agent.enroll import REPLY_SYSCTLS, exclusion_entries
 from agent.errors import KernelError, SidestepError
 from agent.model.capture import REPLY_MARK
@@ -28,7 +28,7 @@ from agent.state.drift import Drift, compare
 from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
     from agent.datapath.btf import Value
@@ -64,6 +64,11 @@ class Finding:
     found: str | None
     mend: Callable[[], Awaitable[None]] = field(repr=False)
 
+    @property
+    def key(self) -> tuple[str | None, str, str]:
+        """What differs, whatever it is and ought to be."""
+        return self.pod, self.kind, self.name
+
 
 class Inspection:
     """Looks at one node."""
@@ -79,11 +84,10 @@ class Inspection:
 
     async def find(self) -> list[Finding]:
         """List every difference (KernelError if something cannot be looked at)."""
-        found = [*self._pinned(), *self._cgroup_links(), *self._maps()]
-        for enrollment in self._roster.enrollments():
-            found += self._pod(enrollment)
+        found: list[Finding] = []
+        for part in self.parts():
+            found += part
             await asyncio.sleep(0)  # others of this process want their turn
-        found += self._stray_links()
         found += [
             Finding(
                 f"{status.pod.namespace}/{status.pod.name}",
@@ -98,6 +102,46 @@ class Inspection:
         ]
         return found
 
+    def parts(self) -> Iterator[list[Finding]]:
+        """Yield the differences part by part; between two parts anything may happen to pods."""
+        if self._pins.is_elsewhere():  # nothing is found at its path
+            yield self.find_lost()
+            return
+        yield [*self._pinned(), *self._cgroup_links()]
+        expected = self._expected()
+        names = self._names()
+        for name in expected.entries:
+            yield list(self._map(name, expected, names))
+        for enrollment in self._roster.enrollments():
+            if self._roster.cookie(enrollment.pod.uid) == enrollment.netns_cookie:
+                yield list(self._pod(enrollment))
+        yield list(self._stray_links())
+
+    def find_lost(self, touched: Collection[int] = ()) -> list[Finding]:
+        """List what capture rests on and is not there: pins and links.
+
+        It costs a call into the kernel for each link. Filters of tc are looked at only for the
+        interfaces `touched`, since listing those is dear.
+        """
+        if self._pins.is_elsewhere():
+            directory = self._pins.directory
+            mend = partial(_call, self._pins.rebuild)
+            return [Finding(None, "pin", "directory", str(directory), None, mend)]
+        found = [*self._pinned(), *self._cgroup_links()]
+        links_of: dict[Value, set[int]] = {}
+        for cookie, ifindex in links.guarded(self._pins):
+            links_of.setdefault(cookie, set()).add(ifindex)
+        for ifindex in touched:
+            owner = self._pins.maps["ss_guards"].get({"value": ifindex})
+            if owner is not None:
+                links_of.setdefault(owner["value"], set()).add(ifindex)
+        for enrollment in self._roster.enrollments():
+            named = _named(enrollment)
+            found += self._lookup(named, enrollment)
+            there = filter(_has_interface, links_of.get(enrollment.netns_cookie, ()))
+            found += self._guards(named, enrollment, there)
+        return found
+
     async def repair(self) -> list[tuple[Finding, str | None]]:
         """Mend every difference; return each with why it could not be mended, None if it was."""
         results: list[tuple[Finding, str | None]] = []
@@ -108,73 +152,63 @@ class Inspection:
                 results.append((finding, str(error)))
             else:
                 results.append((finding, None))
-        left = {(each.pod, each.kind, each.name) for each in await self.find()}
+        left = {each.key for each in await self.find()}
         return [
-            (each, problem or ("it is so again" if _key(each) in left else None))
+            (each, problem or ("it is so again" if each.key in left else None))
             for each, problem in results
         ]
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def _maps(self) -> Iterator[Finding]:
+    def _expected(self) -> _Expected:
         expected = _Expected(self._pins)
         for enrollment in self._roster.enrollments():
             expected.add_pod(enrollment, is_strict=self._roster.is_strict(enrollment.pod))
         expected.add_services(self._services())
-        draining = {each.netns_cookie for each in self._roster.draining()}
+        return expected
+
+    def _names(self) -> listing.PodNames:
+        own = (*self._roster.enrollments(), *self._roster.draining())
         names = listing.pod_names(self._pins.directory)
-        names |= {
-            each.netns_cookie: f"{each.pod.namespace}/{each.pod.name}"
-            for each in (*self._roster.enrollments(), *self._roster.draining())
+        return names | {each.netns_cookie: _named(each) for each in own}
+
+    def _map(self, name: str, expected: _Expected, names: listing.PodNames) -> Iterator[Finding]:
+        draining = {each.netns_cookie for each in self._roster.draining()}
+        opened = self._pins.maps[name]
+        observed = {
+            key: _packed(value)
+            for key, value in ((_packed(key), value) for key, value in opened.items())
+            if _owner(name, key, _packed(value)) not in draining
         }
-        for name, entries in expected.entries.items():
-            opened = self._pins.maps[name]
-            observed = {
-                key: _packed(value)
-                for key, value in ((_packed(key), value) for key, value in opened.items())
-                if _owner(name, key, _packed(value)) not in draining
-            }
-            for drift in compare(entries, observed):
-                shown = drift.expected if drift.expected is not None else drift.found
-                assert shown is not None
-                owner = _owner(name, drift.key, shown)
-                yield Finding(
-                    names.get(owner, f"netns cookie {owner}") if owner is not None else None,
-                    "map",
-                    f"{name} {_text(_entry(name, drift.key, shown, names))}",
-                    _value_text(name, drift.key, drift.expected, names),
-                    _value_text(name, drift.key, drift.found, names),
-                    partial(_mend_entry, opened, drift, expected.writes.get((name, drift.key))),
-                )
+        for drift in compare(expected.entries[name], observed):
+            shown = drift.expected if drift.expected is not None else drift.found
+            assert shown is not None
+            owner = _owner(name, drift.key, shown)
+            yield Finding(
+                names.get(owner, f"netns cookie {owner}") if owner is not None else None,
+                "map",
+                f"{name} {_text(_entry(name, drift.key, shown, names))}",
+                _value_text(name, drift.key, drift.expected, names),
+                _value_text(name, drift.key, drift.found, names),
+                partial(_mend_entry, opened, drift, expected.writes.get((name, drift.key))),
+            )
 
     # -- pins and links -----------------------------------------------------------------------
 
     def _pinned(self) -> Iterator[Finding]:
-        for name, opened in self._pins.maps.items():
-            path = self._pins.directory / "maps" / name
-            if not path.exists():
-                mend = partial(_call, partial(libbpf.pin, opened.fd, path))
-                yield Finding(None, "pin", name, str(path), None, mend)
-        for name in PROGRAMS:
-            path = self._pins.directory / "programs" / name
-            if not path.exists():
-                yield Finding(None, "pin", name, str(path), None, partial(_call, _give_up))
+        for path in self._pins.missing():
+            mend = partial(_call, partial(self._pins.restore, path))
+            where = str(self._pins.directory / path)
+            yield Finding(None, "pin", path.rpartition("/")[2], where, None, mend)
 
     def _cgroup_links(self) -> Iterator[Finding]:
         root = self._cgroup_root.stat().st_ino
+        mend = partial(_call, partial(links.attach_cgroup, self._pins, self._cgroup_root))
         for name in CGROUP_PROGRAMS:
-            path = self._pins.link_path(name)
-            expected = f"{name} at {self._cgroup_root}"
-            problem = self._link_problem(path, root, self._program_id(name))
+            problem = self._link_problem(name, root, self._program_id(name))
             if problem is not None:
-                yield Finding(
-                    None,
-                    "link",
-                    name,
-                    expected,
-                    problem or None,
-                    partial(_call, partial(self._attach, path)),
-                )
+                expected = f"{name} at {self._cgroup_root}"
+                yield Finding(None, "link", name, expected, problem or None, mend)
 
     def _program_id(self, name: str) -> int | None:
         """Return the id of a pinned program; None if the pin is gone, which is told by itself."""
@@ -187,16 +221,12 @@ class Inspection:
         finally:
             os.close(fd)
 
-    @staticmethod
-    def _link_problem(path: Path, target: int, program_id: int | None) -> str | None:
+    def _link_problem(self, name: str, target: int, program_id: int | None) -> str | None:
         """Say what is wrong with a link; an empty text means that it is not there."""
-        if not path.exists():
+        fd = self._pins.links.get(name)
+        if fd is None or not self._pins.link_path(name).exists():
             return ""
-        fd = libbpf.open_pin(path)
-        try:
-            facts = libbpf.link_facts(fd)
-        finally:
-            os.close(fd)
+        facts = libbpf.link_facts(fd)
         if facts.target == 0:
             return "detached"
         if facts.target != target:
@@ -204,10 +234,6 @@ class Inspection:
         if program_id is not None and facts.program_id != program_id:
             return f"another program: id {facts.program_id}"
         return None
-
-    def _attach(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        links.attach_cgroup(self._pins, self._cgroup_root)
 
     def _stray_links(self) -> Iterator[Finding]:
         own = (*self._roster.enrollments(), *self._roster.draining())
@@ -220,9 +246,9 @@ class Inspection:
     # -- one pod ------------------------------------------------------------------------------
 
     def _pod(self, enrollment: Enrollment) -> Iterator[Finding]:
-        named = f"{enrollment.pod.namespace}/{enrollment.pod.name}"
+        named = _named(enrollment)
         yield from self._lookup(named, enrollment)
-        yield from self._guards(named, enrollment)
+        yield from self._guards(named, enrollment, guard.node_links(enrollment.netns_fd))
         try:
             inside = netns.run_in(enrollment.netns_fd, _look_inside)
         except OSError as error:
@@ -251,38 +277,38 @@ class Inspection:
 
     def _lookup(self, named: str, enrollment: Enrollment) -> Iterator[Finding]:
         cookie = enrollment.netns_cookie
-        path = self._pins.link_path(links.lookup_link_name(cookie))
+        name = links.lookup_link_name(cookie)
         if enrollment.pod.bypasses_inbound:
-            if path.exists():
+            if self._pins.link_path(name).exists():
                 mend = partial(_call, partial(links.detach_lookup, self._pins, cookie))
-                yield Finding(named, "link", path.name, None, "attached", mend)
+                yield Finding(named, "link", name, None, "attached", mend)
             return
-        problem = self._link_problem(path, os.fstat(enrollment.netns_fd).st_ino, None)
+        problem = self._link_problem(name, os.fstat(enrollment.netns_fd).st_ino, None)
         if problem is not None:
+            attach = partial(links.attach_lookup, self._pins, enrollment.netns_fd, cookie)
+            yield Finding(named, "link", name, "attached", problem or None, partial(_call, attach))
 
-            async def attach() -> None:
-                links.detach_lookup(self._pins, cookie)
-                links.attach_lookup(self._pins, enrollment.netns_fd, cookie)
-
-            yield Finding(named, "link", path.name, "attached", problem or None, attach)
-
-    def _guards(self, named: str, enrollment: Enrollment) -> Iterator[Finding]:
+    def _guards(
+        self, named: str, enrollment: Enrollment, ifindexes: Iterable[int]
+    ) -> Iterator[Finding]:
+        if not enrollment.is_guarded:
+            return  # not yet: the pod has just come
         cookie = enrollment.netns_cookie
-        for ifindex in guard.node_links(enrollment.netns_fd):
+        for ifindex in ifindexes:
             mend = partial(_call, partial(guard.renew, self._pins, cookie, ifindex))
             if features.has_tcx():
-                for name in GUARD_PROGRAMS:
-                    path = links.guard_path(self._pins, name, cookie, ifindex)
-                    problem = self._link_problem(path, ifindex, self._program_id(name))
+                for program in GUARD_PROGRAMS:
+                    name = links.guard_link_name(program, cookie, ifindex)
+                    problem = self._link_problem(name, ifindex, self._program_id(program))
                     if problem is not None:
-                        yield Finding(named, "link", path.name, "attached", problem or None, mend)
+                        yield Finding(named, "link", name, "attached", problem or None, mend)
                 continue
-            for name, parent in guard.PARENTS.items():
+            for program, parent in guard.PARENTS.items():
                 found = netns.run_aside(partial(netlink.filter_program, ifindex, parent))
-                expected = self._program_id(name)
+                expected = self._program_id(program)
                 if found != expected:
                     text = None if found is None else f"program id {found}"
-                    label = f"{name} at interface {ifindex}"
+                    label = f"{program} at interface {ifindex}"
                     yield Finding(named, "filter", label, f"program id {expected}", text, mend)
 
 
@@ -328,7 +354,7 @@ class _Expected:
             self._add("ss_ports", key, {"value": 1})
         for address in pod.addresses:
             self._add("ss_local", {"address": records.pack_address(address)}, own)
-        for ifindex in guard.node_links(enrollment.netns_fd):
+        for ifindex in guard.node_links(enrollment.netns_fd) if enrollment.is_guarded else ():
             self._add("ss_guards", {"value": ifindex}, own)
         for listener in enrollment.inbound:
             raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
@@ -352,6 +378,18 @@ class _Expected:
     def _add(self, name: str, key: Record, value: Record) -> None:
         layout = self._pins.maps[name].value
         self.entries[name][self._key(name, key)] = _packed(layout.decode(layout.encode(**value)))
+
+
+def _named(enrollment: Enrollment) -> str:
+    return f"{enrollment.pod.namespace}/{enrollment.pod.name}"
+
+
+def _has_interface(ifindex: int) -> bool:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
 
 
 def _packed(record: Record) -> Packed:
@@ -387,19 +425,8 @@ def _value_text(
     return " ".join(f"{member}={found}" for member, found in row.items() if found is not None)
 
 
-def _key(finding: Finding) -> tuple[str | None, str, str]:
-    return finding.pod, finding.kind, finding.name
-
-
 async def _call(function: Callable[[], object]) -> None:
     function()
-
-
-def _give_up() -> None:
-    raise KernelError(
-        "a program's pin cannot be made again while others run: stop the agent, remove its pin "
-        "directory and start it"
-    )
 
 
 async def _mend_entry(opened: Map, drift: Drift[Packed, Packed], write: Record | None) -> None:

@@ -11,14 +11,17 @@ import pytest
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from tests.drills import report
 from tests.drills.ground import REPORT, Ground
+from tests.support.damage import mount_bpffs, unmount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 @pytest.fixture(scope="package")
-def ground() -> Iterator[Ground]:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     lab = Lab(f"t{os.getpid()}")
+    lab.pins = tmp_path_factory.mktemp("bpf")  # of its own: one that may be unmounted
+    mount_bpffs(lab.pins)
     try:
         lab.up(DEFAULT_CLUSTER, print)
         lab.label_namespace("shop", "ambient")
@@ -28,3 +31,4 @@ def ground() -> Iterator[Ground]:
             report.write(Path(REPORT), found.rows)
     finally:
         lab.down()
+        unmount(lab.pins)

@@ -43,11 +43,12 @@ class Ground:
 
 
 def run_drill(
-    ground: Ground, name: str, break_it: Callable[[Ground], None], *, survives: bool
+    ground: Ground, name: str, break_it: Callable[[Ground], float | None], *, survives: bool
 ) -> None:
     """Break something while traffic runs, and see it whole again with nothing sent in plaintext.
 
-    `break_it` returns when the cause is gone; `survives` says that open connections by tunnel must.
+    `break_it` returns when the cause is gone; or when the agent has mended what was broken, and then
+    the moment of the damage. `survives` says that open connections by tunnel must.
     """
     lab = ground.lab
     with ExitStack() as stack:
@@ -61,11 +62,13 @@ def run_drill(
         wait_good(near, time.monotonic(), 20)
         far.connects.failed.clear()
         near.connects.failed.clear()
-        break_it(ground)
+        since = break_it(ground)
         mended = time.monotonic()
         for load in (far, near):
             wait_good(load, mended, WHOLE_SECONDS)
-        whole = max(load.connects.longest_wait(mended) for load in (far, near))
+        since = mended if since is None else since
+        whole = max(load.connects.longest_wait(since) for load in (far, near))
+        whole = max(whole, mended - since)
         far.stop()
         near.stop()
         assert sniffer.seen > 0

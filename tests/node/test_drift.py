@@ -63,6 +63,7 @@ class Node:
 def node() -> Iterator[Node]:
     with ExitStack() as stack:
         lab = Lab(f"t{os.getpid()}")
+        lab.agent_options = ("--upkeep-seconds", "0")  # what is damaged stays so until asked
         stack.callback(lab.down)
         lab.up(DEFAULT_CLUSTER, print)
         lab.label_namespace("shop", "ambient")
