@@ -108,10 +108,8 @@ class Inspection:
             yield self.find_lost()
             return
         yield [*self._pinned(), *self._cgroup_links()]
-        expected = self._expected()
-        names = self._names()
-        for name in expected.entries:
-            yield list(self._map(name, expected, names))
+        for name in (*COOKIE_PLACES, "ss_services", "ss_endpoints"):
+            yield list(self._map(name))
         for enrollment in self._roster.enrollments():
             if self._roster.cookie(enrollment.pod.uid) == enrollment.netns_cookie:
                 yield list(self._pod(enrollment))
@@ -160,19 +158,14 @@ class Inspection:
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def _expected(self) -> _Expected:
-        expected = _Expected(self._pins)
+    def _map(self, name: str) -> Iterator[Finding]:
+        expected = _Expected(self._pins, name)
         for enrollment in self._roster.enrollments():
             expected.add_pod(enrollment, is_strict=self._roster.is_strict(enrollment.pod))
         expected.add_services(self._services())
-        return expected
-
-    def _names(self) -> listing.PodNames:
-        own = (*self._roster.enrollments(), *self._roster.draining())
         names = listing.pod_names(self._pins.directory)
-        return names | {each.netns_cookie: _named(each) for each in own}
-
-    def _map(self, name: str, expected: _Expected, names: listing.PodNames) -> Iterator[Finding]:
+        own = (*self._roster.enrollments(), *self._roster.draining())
+        names |= {each.netns_cookie: _named(each) for each in own}
         draining = {each.netns_cookie for each in self._roster.draining()}
         opened = self._pins.maps[name]
         observed = {
@@ -180,7 +173,7 @@ class Inspection:
             for key, value in ((_packed(key), value) for key, value in opened.items())
             if _owner(name, key, _packed(value)) not in draining
         }
-        for drift in compare(expected.entries[name], observed):
+        for drift in compare(expected.entries, observed):
             shown = drift.expected if drift.expected is not None else drift.found
             assert shown is not None
             owner = _owner(name, drift.key, shown)
@@ -190,7 +183,7 @@ class Inspection:
                 f"{name} {_text(_entry(name, drift.key, shown, names))}",
                 _value_text(name, drift.key, drift.expected, names),
                 _value_text(name, drift.key, drift.found, names),
-                partial(_mend_entry, opened, drift, expected.writes.get((name, drift.key))),
+                partial(_mend_entry, opened, drift, expected.writes.get(drift.key)),
             )
 
     # -- pins and links -----------------------------------------------------------------------
@@ -248,7 +241,7 @@ class Inspection:
     def _pod(self, enrollment: Enrollment) -> Iterator[Finding]:
         named = _named(enrollment)
         yield from self._lookup(named, enrollment)
-        yield from self._guards(named, enrollment, guard.node_links(enrollment.netns_fd))
+        yield from self._guards(named, enrollment, _guarded_links(enrollment))
         try:
             inside = netns.run_in(enrollment.netns_fd, _look_inside)
         except OSError as error:
@@ -291,8 +284,6 @@ class Inspection:
     def _guards(
         self, named: str, enrollment: Enrollment, ifindexes: Iterable[int]
     ) -> Iterator[Finding]:
-        if not enrollment.is_guarded:
-            return  # not yet: the pod has just come
         cookie = enrollment.netns_cookie
         for ifindex in ifindexes:
             mend = partial(_call, partial(guard.renew, self._pins, cookie, ifindex))
@@ -333,51 +324,61 @@ def _look_inside() -> _Inside:
 
 
 class _Expected:
-    """The entries that each map ought to have."""
+    """The entries that one map ought to have."""
 
-    def __init__(self, pins: Pins) -> None:
-        self._pins = pins
-        names = (*COOKIE_PLACES, "ss_services", "ss_endpoints")
-        self.entries: dict[str, dict[Packed, Packed]] = {name: {} for name in names}
+    def __init__(self, pins: Pins, name: str) -> None:
+        self._map, self._name = pins.maps[name], name
+        self.entries: dict[Packed, Packed] = {}
         # What to write where that is not what is read: a sockhash takes a descriptor.
-        self.writes: dict[tuple[str, Packed], Record] = {}
+        self.writes: dict[Packed, Record] = {}
 
     def add_pod(self, enrollment: Enrollment, *, is_strict: bool) -> None:
         pod, cookie = enrollment.pod, enrollment.netns_cookie
         own: Record = {"value": cookie}
-        self._add("ss_pods", own, records.pod_record(pod, is_strict=is_strict))
-        self._add("ss_pod_names", own, records.pod_name_record(pod))
-        for name, key in exclusion_entries(enrollment):
-            self._add(name, key, {"value": 1})
-        for port in enrollment.plaintext_ports:
-            key = records.port_key(cookie, port, records.PLAINTEXT)
-            self._add("ss_ports", key, {"value": 1})
-        for address in pod.addresses:
-            self._add("ss_local", {"address": records.pack_address(address)}, own)
-        for ifindex in guard.node_links(enrollment.netns_fd) if enrollment.is_guarded else ():
-            self._add("ss_guards", {"value": ifindex}, own)
-        for listener in enrollment.inbound:
-            raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
-            self._add("ss_listeners", own, {"value": int.from_bytes(raw, "little")})
-            write: Record = {"value": listener.fileno()}
-            self.writes["ss_listeners", self._key("ss_listeners", own)] = write
+        match self._name:
+            case "ss_pods":
+                self._add(own, records.pod_record(pod, is_strict=is_strict))
+            case "ss_pod_names":
+                self._add(own, records.pod_name_record(pod))
+            case "ss_local":
+                for address in pod.addresses:
+                    self._add({"address": records.pack_address(address)}, own)
+            case "ss_guards":
+                for ifindex in _guarded_links(enrollment):
+                    self._add({"value": ifindex}, own)
+            case "ss_listeners":
+                for listener in enrollment.inbound:
+                    raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
+                    key = self._add(own, {"value": int.from_bytes(raw, "little")})
+                    self.writes[key] = {"value": listener.fileno()}
+            case "ss_bypass" | "ss_ports":
+                for name, exception in exclusion_entries(enrollment):
+                    if name == self._name:
+                        self._add(exception, {"value": 1})
+        if self._name == "ss_ports":
+            for port in enrollment.plaintext_ports:
+                self._add(records.port_key(cookie, port, records.PLAINTEXT), {"value": 1})
 
     def add_services(self, services: ServicePorts) -> None:
         for (address, port), endpoints in services.items():
-            key = records.service_port_key(address, port)
-            self._add("ss_services", key, {"value": len(endpoints)})
-            for index, (host, target) in enumerate(endpoints):
-                key = records.service_port_key(address, port, index)
-                value: Record = {"address": records.pack_address(host), "port_be": target}
-                self._add("ss_endpoints", key, value)
+            if self._name == "ss_services":
+                key = records.service_port_key(address, port)
+                self._add(key, {"value": len(endpoints)})
+            elif self._name == "ss_endpoints":
+                for index, (host, target) in enumerate(endpoints):
+                    key = records.service_port_key(address, port, index)
+                    self._add(key, {"address": records.pack_address(host), "port_be": target})
 
-    def _key(self, name: str, key: Record) -> Packed:
-        layout = self._pins.maps[name].key
-        return _packed(layout.decode(layout.encode(**key)))
+    def _add(self, key: Record, value: Record) -> Packed:
+        key_layout, value_layout = self._map.key, self._map.value
+        packed = _packed(key_layout.decode(key_layout.encode(**key)))
+        self.entries[packed] = _packed(value_layout.decode(value_layout.encode(**value)))
+        return packed
 
-    def _add(self, name: str, key: Record, value: Record) -> None:
-        layout = self._pins.maps[name].value
-        self.entries[name][self._key(name, key)] = _packed(layout.decode(layout.encode(**value)))
+
+def _guarded_links(enrollment: Enrollment) -> list[int]:
+    # A pod that has just come is guarded a moment later.
+    return guard.node_links(enrollment.netns_fd) if enrollment.is_guarded else []
 
 
 def _named(enrollment: Enrollment) -> str:

@@ -197,9 +197,9 @@ class Pins:
             OSError: the directory cannot be made.
         """
         root = self.directory.parent
-        if not (root.exists() and _is_bpffs(root)):
+        if not _is_bpffs(self._mount_point):
             _mount_bpffs(self._mount_point)
-            root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         staging = root / STAGING
         with _locked(root):
             _empty(staging)

@@ -47,8 +47,8 @@ def run_drill(
 ) -> None:
     """Break something while traffic runs, and see it whole again with nothing sent in plaintext.
 
-    `break_it` returns when the cause is gone; or when the agent has mended what was broken, and then
-    the moment of the damage. `survives` says that open connections by tunnel must.
+    `break_it` returns when the cause is gone; or when the agent has mended what was broken, and
+    then the moment of the damage. `survives` says that open connections by tunnel must.
     """
     lab = ground.lab
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf
+from agent.errors import MapError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,9 +28,10 @@ def detach(pin: Path) -> None:
 
 def is_attached(pin: Path) -> bool:
     """Whether there is a link at `pin`, and it is attached."""
-    if not pin.exists():
+    try:
+        fd = libbpf.open_pin(pin)
+    except MapError:
         return False
-    fd = libbpf.open_pin(pin)
     try:
         return libbpf.link_facts(fd).target != 0
     finally:
