@@ -134,7 +134,7 @@ class Agent:
         self._upkeep = Upkeep(
             self._inspection,
             self._roster.turn,
-            lambda: not self._passing.locked(),
+            lambda: self._is_ready and not self._passing.locked(),
             settings.upkeep_seconds,
             self._add_counts,
             self._on_contested,
@@ -545,6 +545,8 @@ class Agent:
     async def _inspect(self, arguments: dict[str, Any]) -> object:
         """Compare desired state with what is there, and mend what differs if asked to."""
         # A pass that is not over, or a pod that just comes, would look like a difference.
+        if not self._is_ready:
+            raise RequestRefused("the first pass over this node's pods is not done; ask again")
         async with self._passing, self._roster.turn:
             if arguments.get("repair"):
                 results = await self._inspection.repair()

@@ -166,12 +166,12 @@ class Inspection:
         names = listing.pod_names(self._pins.directory)
         own = (*self._roster.enrollments(), *self._roster.draining())
         names |= {each.netns_cookie: _named(each) for each in own}
-        draining = {each.netns_cookie for each in self._roster.draining()}
+        kept = self._kept()
         opened = self._pins.maps[name]
         observed = {
             key: _packed(value)
             for key, value in ((_packed(key), value) for key, value in opened.items())
-            if _owner(name, key, _packed(value)) not in draining
+            if _owner(name, key, _packed(value)) not in kept
         }
         for drift in compare(expected.entries, observed):
             shown = drift.expected if drift.expected is not None else drift.found
@@ -185,6 +185,23 @@ class Inspection:
                 _value_text(name, drift.key, drift.found, names),
                 partial(_mend_entry, opened, drift, expected.writes.get(drift.key)),
             )
+
+    def _kept(self) -> set[Value]:
+        """Return the cookies of pods that are not enrolled, and of which something has to stay.
+
+        Of those that drain, and of those that could not be enrolled where an agent before us had
+        captured them: what it left keeps them closed.
+        """
+        kept: set[Value] = {each.netns_cookie for each in self._roster.draining()}
+        waiting = {
+            uid.encode() for uid, each in self._roster.statuses.items() if each.state != "enrolled"
+        }
+        for key, value in self._pins.maps["ss_pod_names"].items() if waiting else ():
+            uid = value["uid"]
+            assert isinstance(uid, bytes)
+            if uid.rstrip(b"\0") in waiting:
+                kept.add(key["value"])
+        return kept
 
     # -- pins and links -----------------------------------------------------------------------
 
@@ -229,8 +246,7 @@ class Inspection:
         return None
 
     def _stray_links(self) -> Iterator[Finding]:
-        own = (*self._roster.enrollments(), *self._roster.draining())
-        known = {each.netns_cookie for each in own}
+        known = {each.netns_cookie for each in self._roster.enrollments()} | self._kept()
         for cookie in links.looked_up_cookies(self._pins) - known:
             mend = partial(_call, partial(links.detach_lookup, self._pins, cookie))
             name = links.lookup_link_name(cookie)
