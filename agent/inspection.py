@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 
 from agent import guard, netlink, netns, sock_diag
 from agent.datapath import features, libbpf, links, listing, records
-from agent.datapath.source import CGROUP_PROGRAMS, GUARD_PROGRAMS
-from agent.enroll import REPLY_SYSCTLS, exclusion_entries
+from agent.datapath.source import CGROUP_PROGRAMS, PROGRAMS
+from agent.enroll import REPLY_SYSCTLS, exclusion_entries, guard_link
 from agent.errors import KernelError, SidestepError
 from agent.model.capture import REPLY_MARK
 from agent.state.drift import Drift, compare
 from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
     from pathlib import Path
 
     from agent.datapath.btf import Value
@@ -107,7 +107,7 @@ class Inspection:
         if self._pins.is_elsewhere():  # nothing is found at its path
             yield self.find_lost()
             return
-        yield [*self._pinned(), *self._cgroup_links()]
+        yield [*self._pinned(), *self._cgroup_links(_Attached(self._pins))]
         for name in (*COOKIE_PLACES, "ss_services", "ss_endpoints"):
             yield list(self._map(name))
         for enrollment in self._roster.enrollments():
@@ -115,7 +115,7 @@ class Inspection:
                 yield list(self._pod(enrollment))
         yield list(self._stray_links())
 
-    def find_lost(self, touched: Collection[int] = ()) -> list[Finding]:
+    def find_lost(self, touched: Set[int] = frozenset()) -> list[Finding]:
         """List what capture rests on and is not there: pins and links.
 
         It costs a call into the kernel for each link. Filters of tc are looked at only for the
@@ -125,19 +125,15 @@ class Inspection:
             directory = self._pins.directory
             mend = partial(_call, self._pins.rebuild)
             return [Finding(None, "pin", "directory", str(directory), None, mend)]
-        found = [*self._pinned(), *self._cgroup_links()]
-        links_of: dict[Value, set[int]] = {}
-        for cookie, ifindex in links.guarded(self._pins):
-            links_of.setdefault(cookie, set()).add(ifindex)
-        for ifindex in touched:
-            owner = self._pins.maps["ss_guards"].get({"value": ifindex})
-            if owner is not None:
-                links_of.setdefault(owner["value"], set()).add(ifindex)
+        attached = _Attached(self._pins)
+        found = [*self._pinned(), *self._cgroup_links(attached)]
+        has_tcx = features.has_tcx()
         for enrollment in self._roster.enrollments():
             named = _named(enrollment)
-            found += self._lookup(named, enrollment)
-            there = filter(_has_interface, links_of.get(enrollment.netns_cookie, ()))
-            found += self._guards(named, enrollment, there)
+            found += self._lookup(named, enrollment, attached)
+            guarded = enrollment.guarded_links
+            looked_at = guarded if has_tcx else touched & {*guarded}
+            found += self._guards(named, enrollment, looked_at, attached)
         return found
 
     async def repair(self) -> list[tuple[Finding, str | None]]:
@@ -211,39 +207,14 @@ class Inspection:
             where = str(self._pins.directory / path)
             yield Finding(None, "pin", path.rpartition("/")[2], where, None, mend)
 
-    def _cgroup_links(self) -> Iterator[Finding]:
+    def _cgroup_links(self, attached: _Attached) -> Iterator[Finding]:
         root = self._cgroup_root.stat().st_ino
         mend = partial(_call, partial(links.attach_cgroup, self._pins, self._cgroup_root))
         for name in CGROUP_PROGRAMS:
-            problem = self._link_problem(name, root, self._program_id(name))
+            problem = attached.problem(name, root, name)
             if problem is not None:
                 expected = f"{name} at {self._cgroup_root}"
                 yield Finding(None, "link", name, expected, problem or None, mend)
-
-    def _program_id(self, name: str) -> int | None:
-        """Return the id of a pinned program; None if the pin is gone, which is told by itself."""
-        try:
-            fd = self._pins.program(name)
-        except KernelError:
-            return None
-        try:
-            return libbpf.program_facts(fd).id
-        finally:
-            os.close(fd)
-
-    def _link_problem(self, name: str, target: int, program_id: int | None) -> str | None:
-        """Say what is wrong with a link; an empty text means that it is not there."""
-        fd = self._pins.links.get(name)
-        if fd is None or not self._pins.link_path(name).exists():
-            return ""
-        facts = libbpf.link_facts(fd)
-        if facts.target == 0:
-            return "detached"
-        if facts.target != target:
-            return f"attached elsewhere: {facts.target}"
-        if program_id is not None and facts.program_id != program_id:
-            return f"another program: id {facts.program_id}"
-        return None
 
     def _stray_links(self) -> Iterator[Finding]:
         known = {each.netns_cookie for each in self._roster.enrollments()} | self._kept()
@@ -256,8 +227,11 @@ class Inspection:
 
     def _pod(self, enrollment: Enrollment) -> Iterator[Finding]:
         named = _named(enrollment)
-        yield from self._lookup(named, enrollment)
-        yield from self._guards(named, enrollment, _guarded_links(enrollment))
+        attached = _Attached(self._pins)
+        yield from self._lookup(named, enrollment, attached)
+        if enrollment.is_guarded:  # a pod that has just come is so a moment later
+            there = guard.node_links(enrollment.netns_fd)
+            yield from self._guards(named, enrollment, there, attached)
         try:
             inside = netns.run_in(enrollment.netns_fd, _look_inside)
         except OSError as error:
@@ -284,7 +258,7 @@ class Inspection:
                 write = partial(_call, partial(_write_sysctl, enrollment.netns_fd, path))
                 yield Finding(named, "sysctl", str(path), "1", text, write)
 
-    def _lookup(self, named: str, enrollment: Enrollment) -> Iterator[Finding]:
+    def _lookup(self, named: str, enrollment: Enrollment, attached: _Attached) -> Iterator[Finding]:
         cookie = enrollment.netns_cookie
         name = links.lookup_link_name(cookie)
         if enrollment.pod.bypasses_inbound:
@@ -292,31 +266,67 @@ class Inspection:
                 mend = partial(_call, partial(links.detach_lookup, self._pins, cookie))
                 yield Finding(named, "link", name, None, "attached", mend)
             return
-        problem = self._link_problem(name, os.fstat(enrollment.netns_fd).st_ino, None)
+        problem = attached.problem(name, os.fstat(enrollment.netns_fd).st_ino)
         if problem is not None:
             attach = partial(links.attach_lookup, self._pins, enrollment.netns_fd, cookie)
             yield Finding(named, "link", name, "attached", problem or None, partial(_call, attach))
 
     def _guards(
-        self, named: str, enrollment: Enrollment, ifindexes: Iterable[int]
+        self, named: str, enrollment: Enrollment, ifindexes: Iterable[int], attached: _Attached
     ) -> Iterator[Finding]:
-        cookie = enrollment.netns_cookie
+        cookie, has_tcx = enrollment.netns_cookie, features.has_tcx()
         for ifindex in ifindexes:
-            mend = partial(_call, partial(guard.renew, self._pins, cookie, ifindex))
-            if features.has_tcx():
-                for program in GUARD_PROGRAMS:
-                    name = links.guard_link_name(program, cookie, ifindex)
-                    problem = self._link_problem(name, ifindex, self._program_id(program))
-                    if problem is not None:
-                        yield Finding(named, "link", name, "attached", problem or None, mend)
-                continue
+            mend = partial(_call, partial(guard_link, self._pins, enrollment, ifindex))
             for program, parent in guard.PARENTS.items():
+                if has_tcx:
+                    name = links.guard_link_name(program, cookie, ifindex)
+                    problem = attached.problem(name, ifindex, program)
+                    if problem is not None and _has_interface(ifindex):
+                        yield Finding(named, "link", name, "attached", problem or None, mend)
+                    continue
                 found = netns.run_aside(partial(netlink.filter_program, ifindex, parent))
-                expected = self._program_id(program)
+                expected = attached.programs[program]
                 if found != expected:
                     text = None if found is None else f"program id {found}"
                     label = f"{program} at interface {ifindex}"
                     yield Finding(named, "filter", label, f"program id {expected}", text, mend)
+
+
+class _Attached:
+    """Which links are pinned and what is behind them, read as little as can be."""
+
+    def __init__(self, pins: Pins) -> None:
+        self._links = pins.links
+        directory = pins.link_path("")
+        there = directory.iterdir() if directory.exists() else ()
+        self._pinned = {path.name for path in there}
+        # None if the pin is gone, which is told by itself.
+        self.programs = {name: _program_id(pins, name) for name in PROGRAMS}
+
+    def problem(self, name: str, target: int, program: str | None = None) -> str | None:
+        """Say what is wrong with a link; an empty text means that it is not there."""
+        fd = self._links.get(name)
+        if fd is None or name not in self._pinned:
+            return ""
+        facts = libbpf.link_facts(fd)
+        if facts.target == 0:
+            return "detached"
+        if facts.target != target:
+            return f"attached elsewhere: {facts.target}"
+        if program is not None and self.programs[program] not in (None, facts.program_id):
+            return f"another program: id {facts.program_id}"
+        return None
+
+
+def _program_id(pins: Pins, name: str) -> int | None:
+    try:
+        fd = pins.program(name)
+    except KernelError:
+        return None
+    try:
+        return libbpf.program_facts(fd).id
+    finally:
+        os.close(fd)
 
 
 @dataclass(slots=True)
@@ -360,7 +370,7 @@ class _Expected:
                 for address in pod.addresses:
                     self._add({"address": records.pack_address(address)}, own)
             case "ss_guards":
-                for ifindex in _guarded_links(enrollment):
+                for ifindex in enrollment.guarded_links:
                     self._add({"value": ifindex}, own)
             case "ss_listeners":
                 for listener in enrollment.inbound:
@@ -390,11 +400,6 @@ class _Expected:
         packed = _packed(key_layout.decode(key_layout.encode(**key)))
         self.entries[packed] = _packed(value_layout.decode(value_layout.encode(**value)))
         return packed
-
-
-def _guarded_links(enrollment: Enrollment) -> list[int]:
-    # A pod that has just come is guarded a moment later.
-    return guard.node_links(enrollment.netns_fd) if enrollment.is_guarded else []
 
 
 def _named(enrollment: Enrollment) -> str:

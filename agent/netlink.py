@@ -209,6 +209,15 @@ def veth_peers() -> list[tuple[int, int]]:
         ]
 
 
+def peer_of(ifindex: int) -> int | None:
+    """Return the index of the other end of a veth; None if there is no such interface here."""
+    found: list[Any] = []
+    with _session(f"interface {ifindex} cannot be looked at", errno.ENODEV) as ipr:
+        found += ipr.get_links(ifindex)
+    number = found[0].get_attr("IFLA_LINK") if found else None
+    return None if number is None else int(number)
+
+
 def add_filter(ifindex: int, parent: int, program_fd: int, name: str) -> bool:
     """Attach a BPF program by a tc filter; True if the clsact qdisc had to be made for it."""
     with _session("clsact cannot be added", errno.EEXIST) as ipr:

@@ -112,14 +112,6 @@ def guard_link_name(program: str, netns_cookie: int, ifindex: int) -> str:
     return f"{program.removeprefix('ss_')}_{netns_cookie}_{ifindex}"
 
 
-def guarded(pins: Pins) -> Iterator[tuple[int, int]]:
-    """Yield netns cookie and interface of the guards that are held, once for each direction."""
-    for name in pins.links:
-        if name.startswith("guard_"):
-            _guard, _direction, cookie, ifindex = name.split("_")
-            yield int(cookie), int(ifindex)
-
-
 def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """Attach the guard to an interface of the current namespace, in both directions, by tcx.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tests.drills.report import Row
 from tests.drills.sniffer import Sniffer
-from tests.support.labs import PodEnd
+from tests.support.labs import SECONDS, PodEnd
 from tests.support.load import Load
 
 if TYPE_CHECKING:
@@ -43,19 +43,25 @@ class Ground:
 
 
 def run_drill(
-    ground: Ground, name: str, break_it: Callable[[Ground], float | None], *, survives: bool
+    ground: Ground,
+    name: str,
+    break_it: Callable[[Ground], float | None],
+    *,
+    survives: bool,
+    patience_seconds: float = SECONDS,
 ) -> None:
     """Break something while traffic runs, and see it whole again with nothing sent in plaintext.
 
     `break_it` returns when the cause is gone; or when the agent has mended what was broken, and
-    then the moment of the damage. `survives` says that open connections by tunnel must.
+    then the moment of the damage. `survives` says that open connections by tunnel must, and new
+    ones give up after `patience_seconds`.
     """
     lab = ground.lab
     with ExitStack() as stack:
         sniffer = Sniffer(lab, ground.nodes[1], stack)
         client, cache = PodEnd(lab, "client", stack), PodEnd(lab, "cache", stack)
-        far = Load(client, PodEnd(lab, "server", stack), stack)
-        near = Load(client, cache, stack)
+        far = Load(client, PodEnd(lab, "server", stack), stack, patience_seconds)
+        near = Load(client, cache, stack, patience_seconds)
         far.start(streams=2, has_bulk=False)
         near.start(streams=0, has_bulk=False)
         wait_good(far, time.monotonic(), 20)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(150)]
 MENDED_SECONDS = 15.0
+# A connection that nobody answers waits as long as its program likes; these are not to hide when
+# others succeed again.
+PATIENCE_SECONDS = 0.5
 
 
 def directory_of(ground: Ground, number: int) -> Path:
@@ -167,7 +170,7 @@ CHOSEN = [row[:3] for row in DRILLS if LONG or row[3]]
 def test_what_is_taken_out_of_the_kernel_is_put_back_and_nothing_goes_plain(
     ground: Ground, name: str, break_it: Callable[[Ground], float | None], survives: bool
 ) -> None:
-    run_drill(ground, name, break_it, survives=survives)
+    run_drill(ground, name, break_it, survives=survives, patience_seconds=PATIENCE_SECONDS)
 
 
 def test_filter_of_the_guard_is_put_back(ground: Ground, tmp_path: Path) -> None:
@@ -208,7 +211,13 @@ def test_filter_of_the_guard_is_put_back(ground: Ground, tmp_path: Path) -> None
         stack.callback(lab.label_namespace, "shop", "ambient")
         stack.callback(lab.upgrade_agent, east)
         stack.callback(lab.label_namespace, "shop", None)
-        run_drill(ground, "guard's tc filters deleted", filters_deleted, survives=True)
+        run_drill(
+            ground,
+            "guard's tc filters deleted",
+            filters_deleted,
+            survives=True,
+            patience_seconds=PATIENCE_SECONDS,
+        )
 
 
 def _run(*command: str) -> str:
