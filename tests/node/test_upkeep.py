@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 
 from agent.errors import Contested, MapError
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from agent.model.capture import HBONE_PORT
 from agent.state.patience import FREE_TRIES
 from tests.node.test_drift import (
     Node,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 FIGHT_SECONDS = 10.0
+IP_LOCAL_PORT_RANGE = 51  # linux/in.h
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,27 @@ def test_who_takes_away_again_and_again_is_answered_later_and_named(node: Node) 
     until = time.monotonic() + FIGHT_SECONDS
     while not (is_attached(of_node) and is_attached(of_pod)):
         assert time.monotonic() < until
+
+
+def test_pod_that_the_next_agent_cannot_enroll_stays_closed(node: Node) -> None:
+    """What an agent before left of it is no difference: it is what keeps the pod captured."""
+    lab = node.lab
+    lab.stop_agent(node.node)
+    before = len(entries(lab, node.node, "mended"))
+
+    def take_port() -> socket.socket:
+        taken = socket.socket()
+        taken.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, HBONE_PORT << 16 | HBONE_PORT)
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        return taken
+
+    with node.inside(take_port) as taken:
+        assert taken.getsockname()[1] == HBONE_PORT
+        lab.restart_agent(node.node)
+        code, rows = node.command("diff", "--pod", "shop/client")
+        assert (code, [row["kind"] for row in rows]) == (1, ["pod"])
+        assert node.pins.maps["ss_pods"].get({"value": node.cookie}) is not None
+        with pytest.raises(ConnectionRefusedError):
+            node.client.connect(node.server.address, 9000)
+    assert len(entries(lab, node.node, "mended")) == before
