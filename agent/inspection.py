@@ -50,6 +50,7 @@ COOKIE_PLACES = {
     "ss_listeners": ("key", "value"),
     "ss_guards": ("value", "value"),
 }
+COMPARED = (*COOKIE_PLACES, "ss_services", "ss_endpoints")  # maps
 FAMILIES: dict[int, str] = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 
 
@@ -108,12 +109,17 @@ class Inspection:
             yield self.find_lost()
             return
         yield [*self._pinned(), *self._cgroup_links(_Attached(self._pins))]
-        for name in (*COOKIE_PLACES, "ss_services", "ss_endpoints"):
+        for name in COMPARED:
             yield list(self._map(name))
         for enrollment in self._roster.enrollments():
             if self._roster.cookie(enrollment.pod.uid) == enrollment.netns_cookie:
                 yield list(self._pod(enrollment))
         yield list(self._stray_links())
+
+    @property
+    def part_count(self) -> int:
+        """How many parts there are at the moment."""
+        return len(COMPARED) + len(self._roster.enrollments()) + 2
 
     def find_lost(self, touched: Set[int] = frozenset()) -> list[Finding]:
         """List what capture rests on and is not there: pins and links.

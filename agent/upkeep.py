@@ -2,7 +2,8 @@
 
     each time                pins and links: what capture rests on, one call into the kernel each
     when the kernel tells    filters of tc, where there is no tcx (rtnetlink)
-    one after the other      the entries of a map, or all of a pod: rules, routes, listeners, ...
+    one after the other      the entries of a map, or all of a pod: rules, routes, listeners, ...;
+                             with few pods not each time, so that a round takes ROUND_LOOKS
 
 What differs is found and mended as `sidestep check --repair` does it (`agent.inspection`). Who
 takes away the same thing again and again is answered later and later (`agent.state.patience`), and
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
+ROUND_LOOKS = 60
 Key = tuple[str | None, str, str]  # of a finding
 
 
@@ -62,6 +64,7 @@ class Upkeep:
         self._patience = Patience[Key]()
         self._contested: dict[str | None, str] = {}
         self._parts: Iterator[list[Finding]] = iter(())
+        self._looks_to_part = 0
         self._touched: set[int] = set()  # interfaces
         self._wake = asyncio.Event()
         self._is_over = False
@@ -102,6 +105,10 @@ class Upkeep:
         self._tell_contested()
 
     def _next_part(self) -> list[Finding]:
+        self._looks_to_part -= 1
+        if self._looks_to_part > 0:
+            return []
+        self._looks_to_part = ROUND_LOOKS // self._inspection.part_count
         part = next(self._parts, None)
         if part is None:
             self._parts = self._inspection.parts()

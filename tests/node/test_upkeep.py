@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 FIGHT_SECONDS = 10.0
+LOOK_SECONDS = 0.02
 IP_LOCAL_PORT_RANGE = 51  # linux/in.h
 
 
@@ -44,7 +45,7 @@ IP_LOCAL_PORT_RANGE = 51  # linux/in.h
 def node() -> Iterator[Node]:
     with ExitStack() as stack:
         lab = Lab(f"t{os.getpid()}")
-        lab.agent_options = ("--upkeep-seconds", "0.1")
+        lab.agent_options = ("--upkeep-seconds", str(LOOK_SECONDS))
         stack.callback(lab.down)
         lab.up(DEFAULT_CLUSTER, print)
         lab.label_namespace("shop", "ambient")
@@ -114,7 +115,7 @@ def test_who_takes_away_again_and_again_is_answered_later_and_named(node: Node) 
     of_node, of_pod = node.pins.link_path("ss_bind4"), node.link("lookup")
     for link in (of_node, of_pod):
         before = len(entries(node.lab, node.node, "mended"))
-        fight(link, FREE_TRIES * 0.1 + 3)
+        fight(link, FREE_TRIES * LOOK_SECONDS + 3)
         assert FREE_TRIES < len(entries(node.lab, node.node, "mended")) - before <= FREE_TRIES + 3
     state = next(node.lab.agent_states(node.node, "state"))
     assert "link ss_bind4" in state["pending"]["kernel"]
