@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
 
 from agent.datapath import pins
-from agent.errors import LabError
 from tests.drills.ground import LONG, Ground, pause, run_drill
 from tests.support.labs import PodEnd
 from tests.support.load import ECHO_PORT
@@ -19,6 +20,7 @@ from tests.support.passing_pods import PassingPod
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import TextIO
 
     from agent.lab.cluster import LabNode
     from agent.lab.lab import Lab
@@ -42,26 +44,32 @@ NUMBERS = count()
 
 
 class Follower:
-    """What the agent of a node says of its pods."""
+    """What the agent of a node says of its pods, until `stack` ends."""
 
-    def __init__(self, lab: Lab, node: LabNode) -> None:
-        self._states = lab.agent_states(node)
+    def __init__(self, lab: Lab, node: LabNode, stack: ExitStack) -> None:
         self._changed = threading.Condition()
         self.enrolled: dict[str, float] = {}  # since when, by uid
         self.gone: dict[str, float] = {}
-        threading.Thread(target=self._run, daemon=True).start()  # ends with the agent
+        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connection.connect(str(lab.admin_socket(node)))
+        connection.sendall(b'{"command": "watch"}\n')
+        lines = stack.enter_context(connection.makefile("r"))
+        thread = threading.Thread(target=self._run, args=(lines,))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(connection.shutdown, socket.SHUT_RDWR)
 
-    def _run(self) -> None:
-        with suppress(LabError):
-            for state in self._states:
-                now = time.monotonic()
-                found = {pod["uid"] for pod in state["pods"] if pod["state"] == "enrolled"}
-                with self._changed:
-                    for uid in found:
-                        self.enrolled.setdefault(uid, now)
-                    for uid in self.enrolled.keys() - found:
-                        self.gone.setdefault(uid, now)
-                    self._changed.notify_all()
+    def _run(self, lines: TextIO) -> None:
+        for line in lines:
+            now = time.monotonic()
+            pods = json.loads(line)["pods"]
+            found = {pod["uid"] for pod in pods if pod["state"] == "enrolled"}
+            with self._changed:
+                for uid in found:
+                    self.enrolled.setdefault(uid, now)
+                for uid in self.enrolled.keys() - found:
+                    self.gone.setdefault(uid, now)
+                self._changed.notify_all()
 
     def wait(self, uid: str, seconds: float, *, is_gone: bool = False) -> float:
         """Return when the pod was enrolled, or was so no more."""
@@ -94,18 +102,18 @@ def test_pod_is_deleted_while_others_connect_to_it_and_it_connects(ground: Groun
     def deleted(ground: Ground) -> None:
         east, west = ground.nodes
         with ExitStack() as stack:
-            follower = Follower(lab, west)
+            follower = Follower(lab, west, stack)
             client = PodEnd(lab, "client", stack)
             target = str(lab.find_pod("server").address4)
             loop = f"while :; do curl -s -m 2 http://{target}:{ECHO_PORT}/; done"
             for _ in range(DELETIONS):
-                brief = PassingPod.make(lab, west, next(NUMBERS), *SERVER)
+                brief = PassingPod(lab, west, next(NUMBERS), *SERVER)
                 brief.come()
-                stack.callback(_forget, brief)
+                stack.callback(brief.go)
                 follower.wait(brief.pod.uid, 10)
-                other = PassingPod.make(lab, east, next(NUMBERS), "sh", "-c", loop)
+                other = PassingPod(lab, east, next(NUMBERS), "sh", "-c", loop)
                 other.come()
-                stack.callback(_forget, other)
+                stack.callback(other.go)
                 is_over = threading.Event()
                 host = str(brief.pod.address4)
                 while attempt(client, host) != "answered":
@@ -137,13 +145,13 @@ def test_many_pods_come_and_go(ground: Ground) -> None:
     def churn(ground: Ground) -> None:
         east = ground.nodes[0]
         with ExitStack() as stack:
-            follower = Follower(lab, east)
+            follower = Follower(lab, east, stack)
             began = time.monotonic()
             alive: list[tuple[PassingPod, float]] = []
             for number in range(PODS):
-                pod = PassingPod.make(lab, east, next(NUMBERS), "sleep", "infinity")
+                pod = PassingPod(lab, east, next(NUMBERS), "sleep", "infinity")
                 pod.come()
-                stack.callback(_forget, pod)
+                stack.callback(pod.go)
                 alive.append((pod, time.monotonic()))
                 if len(alive) >= ALIVE_TOGETHER:
                     _go(alive.pop(0), follower, waits)
@@ -165,11 +173,6 @@ def _go(came: tuple[PassingPod, float], follower: Follower, waits: list[float]) 
     pod, since = came
     waits.append(follower.wait(pod.pod.uid, 20) - since)
     pod.go()
-
-
-def _forget(pod: PassingPod) -> None:
-    with suppress(FileNotFoundError):
-        pod.go()
 
 
 def _directory(ground: Ground) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.lab import machine
@@ -15,18 +14,18 @@ if TYPE_CHECKING:
     from agent.lab.lab import Lab
 
 FIRST_NUMBER = 100  # of an address; those of the lab's own pods are lower
+END_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
 class PassingPod:
-    """One pod of the namespace shop, which is enrolled by its namespace's label."""
+    """One pod of the namespace shop, which is enrolled by its namespace's label.
 
-    lab: Lab
-    pod: LabPod
+    What a runtime does in C is done by ip(8) and nsenter(1), since many pods are made in a minute.
+    """
 
-    @staticmethod
-    def make(lab: Lab, node: LabNode, number: int, *command: str) -> PassingPod:
+    def __init__(self, lab: Lab, node: LabNode, number: int, *command: str) -> None:
         """Name a pod; its address comes again after a hundred others."""
+        self._lab = lab
         name = f"passing-{number}"
         body = {
             "apiVersion": "v1",
@@ -35,40 +34,53 @@ class PassingPod:
             "spec": {"nodeName": node.name, "serviceAccountName": "passing"},
         }
         place = FIRST_NUMBER + number % 100
-        return PassingPod(lab, LabPod(str(uuid.uuid4()), "shop", name, node, place, command, body))
+        self.pod = LabPod(str(uuid.uuid4()), "shop", name, node, place, command, body)
+        self._processes: list[subprocess.Popen[bytes]] = []
 
     def come(self) -> None:
         """Make the sandbox, start the program, and tell the agents."""
-        lab, pod = self.lab, self.pod
-        path = lab.pod_netns(pod)
-        link = f"pod{pod.number}"
-        node = pod.node
-        node_netns = lab.node_netns(node).name
+        pod, link = self.pod, f"pod{self.pod.number}"
+        path = machine.add_namespace(self._lab.pod_netns(pod).name)
         _ip(
-            f"netns add {path.name}",
-            f"-n {path.name} link set lo up",
-            f"-n {node_netns} link add {link} type veth peer name eth0 netns {path.name}",
-            f"-n {node_netns} address add {node.gateway4} dev {link}",
-            f"-n {node_netns} link set {link} up",
-            f"-n {node_netns} route add {pod.address4} dev {link}",
-            f"-n {path.name} address add {pod.address4} dev eth0",
-            f"-n {path.name} link set eth0 up",
-            f"-n {path.name} route add {node.gateway4} dev eth0",
-            f"-n {path.name} route add default via {node.gateway4}",
+            self._lab.node_netns(pod.node).name,
+            f"link add {link} type veth peer name eth0 netns {path.name}",
+            f"address add {pod.node.gateway4} dev {link}",
+            f"link set {link} up",
+            f"route add {pod.address4} dev {link}",
         )
-        cgroup = lab.pod_cgroup(pod)
-        cgroup.mkdir()
-        script = f'echo 0 > {cgroup}/cgroup.procs; exec nsenter --net={path} "$@"'
-        subprocess.Popen(["sh", "-c", script, "pod", *pod.command], stderr=subprocess.DEVNULL)
-        lab.write_object(pod.manifest())
+        _ip(
+            path.name,
+            f"address add {pod.address4} dev eth0",
+            "link set eth0 up",
+            f"route add {pod.node.gateway4} dev eth0",
+            f"route add default via {pod.node.gateway4}",
+        )
+        self._lab.pod_cgroup(pod).mkdir()
+        self.run(*pod.command)
+        self._lab.write_object(pod.manifest())
+
+    def run(self, *command: str) -> None:
+        """Start a program inside."""
+        script = 'echo 0 > "$0"/cgroup.procs; exec nsenter --net="$@"'
+        place = (str(self._lab.pod_cgroup(self.pod)), str(self._lab.pod_netns(self.pod)))
+        self._processes.append(
+            subprocess.Popen(
+                ["sh", "-c", script, *place, *command],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
 
     def go(self) -> None:
-        """End its processes and its sandbox, then tell the agents."""
-        machine.kill_cgroup(self.lab.pod_cgroup(self.pod))
-        machine.delete_namespace(self.lab.pod_netns(self.pod))
-        self.lab.remove_object(self.pod.manifest())
+        """End its processes and its sandbox, then tell the agents; no error if it is gone."""
+        machine.kill_cgroup(self._lab.pod_cgroup(self.pod))
+        for process in self._processes:
+            process.wait(END_SECONDS)
+        self._processes.clear()
+        machine.delete_namespace(self._lab.pod_netns(self.pod))
+        self._lab.remove_object(self.pod.manifest())
 
 
-def _ip(*lines: str) -> None:
-    for line in lines:
-        subprocess.run(["ip", *line.split()], check=True)
+def _ip(netns: str, *lines: str) -> None:
+    batch = "\n".join(lines).encode()
+    subprocess.run(["ip", "-n", netns, "-batch", "-"], input=batch, check=True)
