@@ -16,7 +16,7 @@ from agent import netns
 from agent.datapath import pins
 from agent.datapath.source import CGROUP_PROGRAMS
 from tests.drills.ground import LONG, Ground, pause, run_drill
-from tests.support.damage import detach, is_attached, mount_bpffs, unmount, with_own_mounts
+from tests.support.damage import detach, is_attached, mount_bpffs, unmount
 from tests.support.full_map import full
 from tests.support.modules import ROOT
 
@@ -171,27 +171,6 @@ def test_what_is_taken_out_of_the_kernel_is_put_back_and_nothing_goes_plain(
     ground: Ground, name: str, break_it: Callable[[Ground], float | None], survives: bool
 ) -> None:
     run_drill(ground, name, break_it, survives=survives, patience_seconds=PATIENCE_SECONDS)
-
-
-def test_host_unmounts_bpffs_and_an_agent_in_a_container_keeps_it(ground: Ground) -> None:
-    lab, east = ground.lab, ground.nodes[0]
-    with_own_mounts(lambda: lab.restart_agent(east))
-
-    def unmounted(ground: Ground) -> float:
-        west = directory_of(ground, 1)  # its agent sees what the host sees
-        before = pins_of(west)
-        began = time.monotonic()
-        unmount(lab.pins)
-        mount_bpffs(lab.pins)
-        return wait_mended(lambda: pins_of(west) == before, began)
-
-    def next_container(ground: Ground) -> None:
-        lab.upgrade_agent(east)
-        assert pins_of(directory_of(ground, 0))
-
-    name = "bpffs unmounted on the host"
-    run_drill(ground, f"{name}, agent in a container", unmounted, survives=True)
-    run_drill(ground, f"{name}, then the next container", next_container, survives=True)
 
 
 def test_filter_of_the_guard_is_put_back(ground: Ground, tmp_path: Path) -> None:

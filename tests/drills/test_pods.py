@@ -19,6 +19,7 @@ from tests.support.load import ECHO_PORT
 from tests.support.passing_pods import PassingPod
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from typing import TextIO
 
@@ -30,16 +31,10 @@ DELETIONS = 20 if LONG else 3
 PODS, SECONDS = (500, 60.0) if LONG else (40, 5.0)
 ALIVE_TOGETHER = 20
 ATTEMPT_SECONDS = 10.0
-SERVER = (
-    "python3",
-    "-m",
-    "http.server",
-    str(ECHO_PORT),
-    "--bind",
-    "0.0.0.0",
-    "--directory",
-    "/run",
-)
+# Not one that the sniffer looks for: who connects to an address that is no pod's any more is passed
+# through, so its SYN is on the link.
+PORT = 9002
+SERVER = ("python3", "-m", "http.server", str(PORT), "--directory", "/run")
 NUMBERS = count()
 
 
@@ -82,7 +77,7 @@ class Follower:
 def attempt(client: PodEnd, host: str) -> str:
     """Ask a web server for a page, and say how it ended."""
     try:
-        with client.open(host, ECHO_PORT) as connection:
+        with client.open(host, PORT) as connection:
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
             data = connection.recv(1 << 16)
     except OSError as error:
@@ -90,7 +85,9 @@ def attempt(client: PodEnd, host: str) -> str:
     return "answered" if data else "ended"
 
 
-def test_pod_is_deleted_while_others_connect_to_it_and_it_connects(ground: Ground) -> None:
+def test_pod_is_deleted_while_others_connect_to_it_and_it_connects(
+    ground: Ground, measured: Callable[[str], None]
+) -> None:
     lab = ground.lab
     ends: list[tuple[str, float]] = []
 
@@ -102,18 +99,18 @@ def test_pod_is_deleted_while_others_connect_to_it_and_it_connects(ground: Groun
     def deleted(ground: Ground) -> None:
         east, west = ground.nodes
         with ExitStack() as stack:
-            follower = Follower(lab, west, stack)
+            here, there = Follower(lab, east, stack), Follower(lab, west, stack)
             client = PodEnd(lab, "client", stack)
             target = str(lab.find_pod("server").address4)
             loop = f"while :; do curl -s -m 2 http://{target}:{ECHO_PORT}/; done"
             for _ in range(DELETIONS):
                 brief = PassingPod(lab, west, next(NUMBERS), *SERVER)
-                brief.come()
-                stack.callback(brief.go)
-                follower.wait(brief.pod.uid, 10)
-                other = PassingPod(lab, east, next(NUMBERS), "sh", "-c", loop)
-                other.come()
-                stack.callback(other.go)
+                caller = PassingPod(lab, east, next(NUMBERS), "sleep", "infinity")
+                for pod, follower in ((brief, there), (caller, here)):
+                    stack.callback(pod.go)
+                    pod.come()
+                    follower.wait(pod.pod.uid, 10)
+                caller.run("sh", "-c", loop)  # not before it is in the mesh
                 is_over = threading.Event()
                 host = str(brief.pod.address4)
                 while attempt(client, host) != "answered":
@@ -126,19 +123,22 @@ def test_pod_is_deleted_while_others_connect_to_it_and_it_connects(ground: Groun
                     thread.start()
                 pause(0.3)
                 brief.go()
-                other.go()
+                caller.go()
                 pause(0.3)
                 is_over.set()
                 for thread in threads:
                     thread.join()
-                follower.wait(brief.pod.uid, 10, is_gone=True)
+                for pod, follower in ((brief, there), (caller, here)):
+                    follower.wait(pod.pod.uid, 10, is_gone=True)
 
     run_drill(ground, f"{2 * DELETIONS} pods deleted while they connect", deleted, survives=True)
     assert {"answered"} < {how for how, _seconds in ends}
-    assert max(seconds for _how, seconds in ends) <= ATTEMPT_SECONDS
+    longest = max(seconds for _how, seconds in ends)
+    measured(f"connections to a pod that is deleted: {len(ends)}, the longest {longest:.1f} s")
+    assert longest < ATTEMPT_SECONDS + 1
 
 
-def test_many_pods_come_and_go(ground: Ground) -> None:
+def test_many_pods_come_and_go(ground: Ground, measured: Callable[[str], None]) -> None:
     lab = ground.lab
     waits: list[float] = []
 
@@ -165,6 +165,8 @@ def test_many_pods_come_and_go(ground: Ground) -> None:
     before = _traces(directory)
     run_drill(ground, f"{PODS} pods created and deleted in {SECONDS:.0f} s", churn, survives=True)
     assert len(waits) == PODS
+    middle = sorted(waits)[PODS // 2]
+    measured(f"{PODS} pods, each in the mesh after {middle:.2f} s, at most {max(waits):.2f} s")
     assert max(waits) < 10
     assert _traces(directory) == before
 

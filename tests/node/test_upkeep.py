@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,12 +34,11 @@ from tests.support.labs import entries, is_alive, scrape, wait_for_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 FIGHT_SECONDS = 10.0
 LOOK_SECONDS = 0.02
-IP_LOCAL_PORT_RANGE = 51  # linux/in.h
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +135,14 @@ def test_pod_that_the_next_agent_cannot_enroll_stays_closed(node: Node) -> None:
 
     def take_port() -> socket.socket:
         taken = socket.socket()
-        taken.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, HBONE_PORT << 16 | HBONE_PORT)
-        taken.bind(("0.0.0.0", 0))
+        before = PORT_RANGE.read_text()
+        PORT_RANGE.write_text(f"{HBONE_PORT} {HBONE_PORT}")
+        taken.bind(("0.0.0.0", 0))  # to no port by name, which bind.c would refuse
+        PORT_RANGE.write_text(before)
         taken.listen()
         return taken
 
-    with node.inside(take_port) as taken:
-        assert taken.getsockname()[1] == HBONE_PORT
+    with node.inside(take_port):
         lab.restart_agent(node.node)
         code, rows = node.command("diff", "--pod", "shop/client")
         assert (code, [row["kind"] for row in rows]) == (1, ["pod"])

@@ -5,18 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import threading
 from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf
 from agent.errors import MapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-CLONE_NEWNS, CLONE_FS = 0x20000, 0x200  # linux/sched.h
-_libc = ctypes.CDLL(None, use_errno=True)
 _library = ctypes.CDLL("libbpf.so.1", use_errno=True)
 
 
@@ -50,22 +46,3 @@ def mount_bpffs(place: Path) -> None:
 def unmount(place: Path) -> None:
     """Take a file system out of sight; who has something open there keeps it (umount -l)."""
     subprocess.run(["umount", "-l", place], check=True)
-
-
-def with_own_mounts(function: Callable[[], object]) -> None:
-    """Run something whose children see the mounts of now, whatever becomes of them: a container."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            assert _libc.unshare(CLONE_NEWNS | CLONE_FS) == 0, os.strerror(ctypes.get_errno())
-            subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-            function()
-        except BaseException as error:  # raised again in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run)  # the mounts end with what was started in it
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
