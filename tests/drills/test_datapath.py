@@ -127,8 +127,8 @@ def bpffs_replaced(ground: Ground) -> float:
     return wait_mended(lambda: [pins_of(each) for each in directories] == before, began)
 
 
-def fill(ground: Ground, name: str) -> None:
-    opened = pins.Pins(directory_of(ground, 0))
+def fill(ground: Ground, number: int, name: str) -> None:
+    opened = pins.Pins(directory_of(ground, number))
     try:
         with full(opened.maps[name]):
             pause(5 if LONG else 0.5)
@@ -137,15 +137,15 @@ def fill(ground: Ground, name: str) -> None:
 
 
 def origins_full(ground: Ground) -> None:
-    fill(ground, "ss_origin_flow")
+    fill(ground, 0, "ss_origin_flow")
 
 
 def agent_flows_full(ground: Ground) -> None:
-    fill(ground, "ss_agent_flows")
+    fill(ground, 1, "ss_agent_flows")  # of the server's node, which dials it
 
 
 def direct_flows_full(ground: Ground) -> None:
-    fill(ground, "ss_direct_flows")
+    fill(ground, 0, "ss_direct_flows")
 
 
 # name, what to do, whether open connections by tunnel have to survive it, and whether CI has it
