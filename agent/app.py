@@ -50,6 +50,7 @@ from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
 from agent.tunnel.outbound import CLUSTER_DOMAIN
 from agent.tunnel.served import endpoint
+from agent.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -126,6 +127,21 @@ class Agent:
         self._plugin_server = PluginServer(
             settings.run_directory / "cni.sock", self._arrivals, self._add_counts
         )
+        self._inspection = Inspection(
+            self._pins,
+            self._roster,
+            lambda: records.service_ports(self._snapshot.services),
+            links.cgroup_root(),
+        )
+        self._upkeep = Upkeep(
+            self._inspection,
+            self._roster.turn,
+            lambda: self._is_ready and not self._passing.locked(),
+            settings.upkeep_seconds,
+            self._add_counts,
+            self._on_contested,
+        )
+        self._contested = ""
         self._metrics = Metrics(self._read_metrics, lambda: self._places)
         pages = Pages(
             self._pending,
@@ -236,6 +252,8 @@ class Agent:
         await self._plugin_server.start()
         self._handover.start(tasks)
         self._show_office()
+        if self._settings.upkeep_seconds:
+            tasks.create_task(self._upkeep.run())
 
     def _leave_office(self) -> None:
         if self._is_in_office:
@@ -306,11 +324,13 @@ class Agent:
         if self._departure.done():
             return
         self._departure.set_result(departure)
+        self._upkeep.stop()
         # First: a pod that comes now waits for the next agent, instead of starting uncaptured.
         self._plugin_server.close()
         if departure is Departure.SUCCEEDED:
             self._leave_office()
             self._roster.abandon()
+            self._pins.let_go_links()
 
     async def _depart(self) -> None:
         departure = await self._departure
@@ -572,21 +592,23 @@ class Agent:
 
     async def _inspect(self, arguments: dict[str, Any]) -> object:
         """Compare desired state with what is there, and mend what differs if asked to."""
-        async with self._passing:  # a pass of its own would look like a difference
-            inspection = Inspection(
-                self._pins,
-                self._roster,
-                lambda: records.service_ports(self._snapshot.services),
-                links.cgroup_root(),
-            )
+        # A pass that is not over, or a pod that just comes, would look like a difference.
+        if not self._is_ready:
+            raise RequestRefused("the first pass over this node's pods is not done; ask again")
+        async with self._passing, self._roster.turn:
             if arguments.get("repair"):
-                results = await inspection.repair()
+                results = await self._inspection.repair()
                 for finding, problem in results:
                     fields = {"pod": finding.pod, "what": f"{finding.kind} {finding.name}"}
                     log.warning("repaired", extra=fields | {"problem": problem})
             else:
-                results = [(finding, None) for finding in await inspection.find()]
+                results = [(finding, None) for finding in await self._inspection.find()]
         return rows(results, self._settings.node)
+
+    def _on_contested(self, texts: dict[str | None, str]) -> None:
+        self._contested = texts.get(None, "")
+        self._roster.contest({pod: text for pod, text in texts.items() if pod is not None})
+        self._tell_watchers()
 
     async def _tell_metrics(self, _arguments: dict[str, Any]) -> object:
         return {"text": (await self._metrics.text()).decode()}
@@ -627,6 +649,8 @@ class Agent:
                 else "no state has come from the source of objects"
             )
         missing = self._settings.worker_count - len(self._fleet.pids)
+        if self._contested:
+            pending["kernel"] = self._contested
         if missing > 0:
             pending["workers"] = f"{missing} of {self._settings.worker_count} do not run"
         return pending

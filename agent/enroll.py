@@ -70,6 +70,7 @@ class Enrollment:
     ground: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     plaintext_ports: frozenset[int] = frozenset()
     is_guarded: bool = False
+    guarded_links: list[int] = field(default_factory=list)  # interfaces of the node
     sysctls: dict[Path, str] = field(default_factory=dict)  # as they were before enrollment
 
     @property
@@ -344,9 +345,25 @@ def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack
     undo.callback(_drop_counters, pins, cookie)
     record = records.guarded_record(enrollment.pod, cookie)
     for ifindex in guard.node_links(enrollment.netns_fd):
-        _put(pins, undo, "ss_guards", {"value": ifindex}, record)
-        guard.attach(pins, cookie, ifindex, undo)
+        _guard_link(pins, enrollment, ifindex, undo)
     enrollment.is_guarded = True
+
+
+def guard_link(pins: Pins, enrollment: Enrollment, ifindex: int) -> None:
+    """Guard one interface of an enrolled pod, whether or not it was before (KernelError)."""
+    if ifindex in enrollment.guarded_links:
+        guard.renew(pins, enrollment.netns_cookie, ifindex)
+    else:
+        _guard_link(pins, enrollment, ifindex, enrollment.capture)
+
+
+def _guard_link(
+    pins: Pins, enrollment: Enrollment, ifindex: int, undo: contextlib.ExitStack
+) -> None:
+    cookie = enrollment.netns_cookie
+    _put(pins, undo, "ss_guards", {"value": ifindex}, {"value": cookie})
+    guard.attach(pins, cookie, ifindex, undo)
+    enrollment.guarded_links.append(ifindex)
 
 
 def _drop_counters(pins: Pins, netns_cookie: int) -> None:

@@ -81,6 +81,12 @@ class AbiMismatch(KernelError):
     reason = "pins_foreign"
 
 
+class Contested(KernelError):
+    """Somebody takes away again and again what the agent puts into the kernel."""
+
+    reason = "contested"
+
+
 class PinsInUse(KernelError):
     """Another agent runs on these pins; one must stop first."""
 

@@ -26,8 +26,9 @@ PARENTS = {"ss_guard_out": netlink.INGRESS, "ss_guard_in": netlink.EGRESS}
 
 def node_links(netns_fd: int) -> list[int]:
     """Return the interfaces of the current namespace that lead to the one behind `netns_fd`."""
-    here = set(netns.run_aside(netlink.veth_peers))
-    return [peer for own, peer in netns.run_in(netns_fd, netlink.veth_peers) if (peer, own) in here]
+    there = netns.run_in(netns_fd, netlink.veth_peers)
+    # Not all interfaces of the node: with hundreds of pods that list is long.
+    return [peer for own, peer in there if netns.run_aside(partial(netlink.peer_of, peer)) == own]
 
 
 def attach(

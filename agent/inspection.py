@@ -5,8 +5,8 @@ that we put it. A difference is named with what ought to be and what is, and kno
 by doing again what enrollment does. Mending changes nothing that is right, so open connections go
 on; only a listener that is gone needs the pod enrolled anew.
 
-Called by the composition root for `sidestep diff` and `sidestep check --repair`. What another agent
-on this kernel owns is in other pins and is not looked at.
+Called by `agent.upkeep` all the time, and by the composition root for `sidestep diff` and `sidestep
+check --repair`. What another agent on this kernel owns is in other pins and is not looked at.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 
 from agent import guard, netlink, netns, sock_diag
 from agent.datapath import features, libbpf, links, listing, records
-from agent.datapath.source import CGROUP_PROGRAMS, GUARD_PROGRAMS, PROGRAMS
-from agent.enroll import REPLY_SYSCTLS, exclusion_entries
+from agent.datapath.source import CGROUP_PROGRAMS, PROGRAMS
+from agent.enroll import REPLY_SYSCTLS, exclusion_entries, guard_link
 from agent.errors import KernelError, SidestepError
 from agent.model.capture import REPLY_MARK
 from agent.state.drift import Drift, compare
 from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
     from pathlib import Path
 
     from agent.datapath.btf import Value
@@ -50,6 +50,7 @@ COOKIE_PLACES = {
     "ss_listeners": ("key", "value"),
     "ss_guards": ("value", "netns_cookie"),
 }
+COMPARED = (*COOKIE_PLACES, "ss_services", "ss_endpoints")  # maps
 FAMILIES: dict[int, str] = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 
 
@@ -63,6 +64,11 @@ class Finding:
     expected: str | None
     found: str | None
     mend: Callable[[], Awaitable[None]] = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str | None, str, str]:
+        """What differs, whatever it is and ought to be."""
+        return self.pod, self.kind, self.name
 
 
 class Inspection:
@@ -79,11 +85,10 @@ class Inspection:
 
     async def find(self) -> list[Finding]:
         """List every difference (KernelError if something cannot be looked at)."""
-        found = [*self._pinned(), *self._cgroup_links(), *self._maps()]
-        for enrollment in self._roster.enrollments():
-            found += self._pod(enrollment)
+        found: list[Finding] = []
+        for part in self.parts():
+            found += part
             await asyncio.sleep(0)  # others of this process want their turn
-        found += self._stray_links()
         found += [
             Finding(
                 f"{status.pod.namespace}/{status.pod.name}",
@@ -98,6 +103,45 @@ class Inspection:
         ]
         return found
 
+    def parts(self) -> Iterator[list[Finding]]:
+        """Yield the differences part by part; between two parts anything may happen to pods."""
+        if self._pins.is_elsewhere():  # nothing is found at its path
+            yield self.find_lost()
+            return
+        yield [*self._pinned(), *self._cgroup_links(_Attached(self._pins))]
+        for name in COMPARED:
+            yield list(self._map(name))
+        for enrollment in self._roster.enrollments():
+            if self._roster.cookie(enrollment.pod.uid) == enrollment.netns_cookie:
+                yield list(self._pod(enrollment))
+        yield list(self._stray_links())
+
+    @property
+    def part_count(self) -> int:
+        """How many parts there are at the moment."""
+        return len(COMPARED) + len(self._roster.enrollments()) + 2
+
+    def find_lost(self, touched: Set[int] = frozenset()) -> list[Finding]:
+        """List what capture rests on and is not there: pins and links.
+
+        It costs a call into the kernel for each link. Filters of tc are looked at only for the
+        interfaces `touched`, since listing those is dear.
+        """
+        if self._pins.is_elsewhere():
+            directory = self._pins.directory
+            mend = partial(_call, self._pins.rebuild)
+            return [Finding(None, "pin", "directory", str(directory), None, mend)]
+        attached = _Attached(self._pins)
+        found = [*self._pinned(), *self._cgroup_links(attached)]
+        has_tcx = features.has_tcx()
+        for enrollment in self._roster.enrollments():
+            named = _named(enrollment)
+            found += self._lookup(named, enrollment, attached)
+            guarded = enrollment.guarded_links
+            looked_at = guarded if has_tcx else touched & {*guarded}
+            found += self._guards(named, enrollment, looked_at, attached)
+        return found
+
     async def repair(self) -> list[tuple[Finding, str | None]]:
         """Mend every difference; return each with why it could not be mended, None if it was."""
         results: list[tuple[Finding, str | None]] = []
@@ -108,110 +152,78 @@ class Inspection:
                 results.append((finding, str(error)))
             else:
                 results.append((finding, None))
-        left = {(each.pod, each.kind, each.name) for each in await self.find()}
+        left = {each.key for each in await self.find()}
         return [
-            (each, problem or ("it is so again" if _key(each) in left else None))
+            (each, problem or ("it is so again" if each.key in left else None))
             for each, problem in results
         ]
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def _maps(self) -> Iterator[Finding]:
-        expected = _Expected(self._pins)
+    def _map(self, name: str) -> Iterator[Finding]:
+        expected = _Expected(self._pins, name)
         for enrollment in self._roster.enrollments():
             expected.add_pod(enrollment, is_strict=self._roster.is_strict(enrollment.pod))
         expected.add_services(self._services())
-        draining = {each.netns_cookie for each in self._roster.draining()}
         names = listing.pod_names(self._pins.directory)
-        names |= {
-            each.netns_cookie: f"{each.pod.namespace}/{each.pod.name}"
-            for each in (*self._roster.enrollments(), *self._roster.draining())
+        own = (*self._roster.enrollments(), *self._roster.draining())
+        names |= {each.netns_cookie: _named(each) for each in own}
+        kept = self._kept()
+        opened = self._pins.maps[name]
+        observed = {
+            key: _packed(value)
+            for key, value in ((_packed(key), value) for key, value in opened.items())
+            if _owner(name, key, _packed(value)) not in kept
         }
-        for name, entries in expected.entries.items():
-            opened = self._pins.maps[name]
-            observed = {
-                key: _packed(value)
-                for key, value in ((_packed(key), value) for key, value in opened.items())
-                if _owner(name, key, _packed(value)) not in draining
-            }
-            for drift in compare(entries, observed):
-                shown = drift.expected if drift.expected is not None else drift.found
-                assert shown is not None
-                owner = _owner(name, drift.key, shown)
-                yield Finding(
-                    names.get(owner, f"netns cookie {owner}") if owner is not None else None,
-                    "map",
-                    f"{name} {_text(_entry(name, drift.key, shown, names))}",
-                    _value_text(name, drift.key, drift.expected, names),
-                    _value_text(name, drift.key, drift.found, names),
-                    partial(_mend_entry, opened, drift, expected.writes.get((name, drift.key))),
-                )
+        for drift in compare(expected.entries, observed):
+            shown = drift.expected if drift.expected is not None else drift.found
+            assert shown is not None
+            owner = _owner(name, drift.key, shown)
+            yield Finding(
+                names.get(owner, f"netns cookie {owner}") if owner is not None else None,
+                "map",
+                f"{name} {_text(_entry(name, drift.key, shown, names))}",
+                _value_text(name, drift.key, drift.expected, names),
+                _value_text(name, drift.key, drift.found, names),
+                partial(_mend_entry, opened, drift, expected.writes.get(drift.key)),
+            )
+
+    def _kept(self) -> set[Value]:
+        """Return the cookies of pods that are not enrolled, and of which something has to stay.
+
+        Of those that drain, and of those that could not be enrolled where an agent before us had
+        captured them: what it left keeps them closed.
+        """
+        kept: set[Value] = {each.netns_cookie for each in self._roster.draining()}
+        waiting = {
+            uid.encode() for uid, each in self._roster.statuses.items() if each.state != "enrolled"
+        }
+        for key, value in self._pins.maps["ss_pod_names"].items() if waiting else ():
+            uid = value["uid"]
+            assert isinstance(uid, bytes)
+            if uid.rstrip(b"\0") in waiting:
+                kept.add(key["value"])
+        return kept
 
     # -- pins and links -----------------------------------------------------------------------
 
     def _pinned(self) -> Iterator[Finding]:
-        for name, opened in self._pins.maps.items():
-            path = self._pins.directory / "maps" / name
-            if not path.exists():
-                mend = partial(_call, partial(libbpf.pin, opened.fd, path))
-                yield Finding(None, "pin", name, str(path), None, mend)
-        for name in PROGRAMS:
-            path = self._pins.directory / "programs" / name
-            if not path.exists():
-                yield Finding(None, "pin", name, str(path), None, partial(_call, _give_up))
+        for path in self._pins.missing():
+            mend = partial(_call, partial(self._pins.restore, path))
+            where = str(self._pins.directory / path)
+            yield Finding(None, "pin", path.rpartition("/")[2], where, None, mend)
 
-    def _cgroup_links(self) -> Iterator[Finding]:
+    def _cgroup_links(self, attached: _Attached) -> Iterator[Finding]:
         root = self._cgroup_root.stat().st_ino
+        mend = partial(_call, partial(links.attach_cgroup, self._pins, self._cgroup_root))
         for name in CGROUP_PROGRAMS:
-            path = self._pins.link_path(name)
-            expected = f"{name} at {self._cgroup_root}"
-            problem = self._link_problem(path, root, self._program_id(name))
+            problem = attached.problem(name, root, name)
             if problem is not None:
-                yield Finding(
-                    None,
-                    "link",
-                    name,
-                    expected,
-                    problem or None,
-                    partial(_call, partial(self._attach, path)),
-                )
-
-    def _program_id(self, name: str) -> int | None:
-        """Return the id of a pinned program; None if the pin is gone, which is told by itself."""
-        try:
-            fd = self._pins.program(name)
-        except KernelError:
-            return None
-        try:
-            return libbpf.program_facts(fd).id
-        finally:
-            os.close(fd)
-
-    @staticmethod
-    def _link_problem(path: Path, target: int, program_id: int | None) -> str | None:
-        """Say what is wrong with a link; an empty text means that it is not there."""
-        if not path.exists():
-            return ""
-        fd = libbpf.open_pin(path)
-        try:
-            facts = libbpf.link_facts(fd)
-        finally:
-            os.close(fd)
-        if facts.target == 0:
-            return "detached"
-        if facts.target != target:
-            return f"attached elsewhere: {facts.target}"
-        if program_id is not None and facts.program_id != program_id:
-            return f"another program: id {facts.program_id}"
-        return None
-
-    def _attach(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        links.attach_cgroup(self._pins, self._cgroup_root)
+                expected = f"{name} at {self._cgroup_root}"
+                yield Finding(None, "link", name, expected, problem or None, mend)
 
     def _stray_links(self) -> Iterator[Finding]:
-        own = (*self._roster.enrollments(), *self._roster.draining())
-        known = {each.netns_cookie for each in own}
+        known = {each.netns_cookie for each in self._roster.enrollments()} | self._kept()
         for cookie in links.looked_up_cookies(self._pins) - known:
             mend = partial(_call, partial(links.detach_lookup, self._pins, cookie))
             name = links.lookup_link_name(cookie)
@@ -220,9 +232,12 @@ class Inspection:
     # -- one pod ------------------------------------------------------------------------------
 
     def _pod(self, enrollment: Enrollment) -> Iterator[Finding]:
-        named = f"{enrollment.pod.namespace}/{enrollment.pod.name}"
-        yield from self._lookup(named, enrollment)
-        yield from self._guards(named, enrollment)
+        named = _named(enrollment)
+        attached = _Attached(self._pins)
+        yield from self._lookup(named, enrollment, attached)
+        if enrollment.is_guarded:  # a pod that has just come is so a moment later
+            there = guard.node_links(enrollment.netns_fd)
+            yield from self._guards(named, enrollment, there, attached)
         try:
             inside = netns.run_in(enrollment.netns_fd, _look_inside)
         except OSError as error:
@@ -249,41 +264,75 @@ class Inspection:
                 write = partial(_call, partial(_write_sysctl, enrollment.netns_fd, path))
                 yield Finding(named, "sysctl", str(path), "1", text, write)
 
-    def _lookup(self, named: str, enrollment: Enrollment) -> Iterator[Finding]:
+    def _lookup(self, named: str, enrollment: Enrollment, attached: _Attached) -> Iterator[Finding]:
         cookie = enrollment.netns_cookie
-        path = self._pins.link_path(links.lookup_link_name(cookie))
+        name = links.lookup_link_name(cookie)
         if enrollment.pod.bypasses_inbound:
-            if path.exists():
+            if self._pins.link_path(name).exists():
                 mend = partial(_call, partial(links.detach_lookup, self._pins, cookie))
-                yield Finding(named, "link", path.name, None, "attached", mend)
+                yield Finding(named, "link", name, None, "attached", mend)
             return
-        problem = self._link_problem(path, os.fstat(enrollment.netns_fd).st_ino, None)
+        problem = attached.problem(name, os.fstat(enrollment.netns_fd).st_ino)
         if problem is not None:
+            attach = partial(links.attach_lookup, self._pins, enrollment.netns_fd, cookie)
+            yield Finding(named, "link", name, "attached", problem or None, partial(_call, attach))
 
-            async def attach() -> None:
-                links.detach_lookup(self._pins, cookie)
-                links.attach_lookup(self._pins, enrollment.netns_fd, cookie)
-
-            yield Finding(named, "link", path.name, "attached", problem or None, attach)
-
-    def _guards(self, named: str, enrollment: Enrollment) -> Iterator[Finding]:
-        cookie = enrollment.netns_cookie
-        for ifindex in guard.node_links(enrollment.netns_fd):
-            mend = partial(_call, partial(guard.renew, self._pins, cookie, ifindex))
-            if features.has_tcx():
-                for name in GUARD_PROGRAMS:
-                    path = links.guard_path(self._pins, name, cookie, ifindex)
-                    problem = self._link_problem(path, ifindex, self._program_id(name))
-                    if problem is not None:
-                        yield Finding(named, "link", path.name, "attached", problem or None, mend)
-                continue
-            for name, parent in guard.PARENTS.items():
+    def _guards(
+        self, named: str, enrollment: Enrollment, ifindexes: Iterable[int], attached: _Attached
+    ) -> Iterator[Finding]:
+        cookie, has_tcx = enrollment.netns_cookie, features.has_tcx()
+        for ifindex in ifindexes:
+            mend = partial(_call, partial(guard_link, self._pins, enrollment, ifindex))
+            for program, parent in guard.PARENTS.items():
+                if has_tcx:
+                    name = links.guard_link_name(program, cookie, ifindex)
+                    problem = attached.problem(name, ifindex, program)
+                    if problem is not None and _has_interface(ifindex):
+                        yield Finding(named, "link", name, "attached", problem or None, mend)
+                    continue
                 found = netns.run_aside(partial(netlink.filter_program, ifindex, parent))
-                expected = self._program_id(name)
+                expected = attached.programs[program]
                 if found != expected:
                     text = None if found is None else f"program id {found}"
-                    label = f"{name} at interface {ifindex}"
+                    label = f"{program} at interface {ifindex}"
                     yield Finding(named, "filter", label, f"program id {expected}", text, mend)
+
+
+class _Attached:
+    """Which links are pinned and what is behind them, read as little as can be."""
+
+    def __init__(self, pins: Pins) -> None:
+        self._links = pins.links
+        directory = pins.link_path("")
+        there = directory.iterdir() if directory.exists() else ()
+        self._pinned = {path.name for path in there}
+        # None if the pin is gone, which is told by itself.
+        self.programs = {name: _program_id(pins, name) for name in PROGRAMS}
+
+    def problem(self, name: str, target: int, program: str | None = None) -> str | None:
+        """Say what is wrong with a link; an empty text means that it is not there."""
+        fd = self._links.get(name)
+        if fd is None or name not in self._pinned:
+            return ""
+        facts = libbpf.link_facts(fd)
+        if facts.target == 0:
+            return "detached"
+        if facts.target != target:
+            return f"attached elsewhere: {facts.target}"
+        if program is not None and self.programs[program] not in (None, facts.program_id):
+            return f"another program: id {facts.program_id}"
+        return None
+
+
+def _program_id(pins: Pins, name: str) -> int | None:
+    try:
+        fd = pins.program(name)
+    except KernelError:
+        return None
+    try:
+        return libbpf.program_facts(fd).id
+    finally:
+        os.close(fd)
 
 
 @dataclass(slots=True)
@@ -307,51 +356,68 @@ def _look_inside() -> _Inside:
 
 
 class _Expected:
-    """The entries that each map ought to have."""
+    """The entries that one map ought to have."""
 
-    def __init__(self, pins: Pins) -> None:
-        self._pins = pins
-        names = (*COOKIE_PLACES, "ss_services", "ss_endpoints")
-        self.entries: dict[str, dict[Packed, Packed]] = {name: {} for name in names}
+    def __init__(self, pins: Pins, name: str) -> None:
+        self._map, self._name = pins.maps[name], name
+        self.entries: dict[Packed, Packed] = {}
         # What to write where that is not what is read: a sockhash takes a descriptor.
-        self.writes: dict[tuple[str, Packed], Record] = {}
+        self.writes: dict[Packed, Record] = {}
 
     def add_pod(self, enrollment: Enrollment, *, is_strict: bool) -> None:
         pod, cookie = enrollment.pod, enrollment.netns_cookie
         own: Record = {"value": cookie}
-        self._add("ss_pods", own, records.pod_record(pod, is_strict=is_strict))
-        self._add("ss_pod_names", own, records.pod_name_record(pod))
-        for name, key in exclusion_entries(enrollment):
-            self._add(name, key, {"value": 1})
-        for port in enrollment.plaintext_ports:
-            key = records.port_key(cookie, port, records.PLAINTEXT)
-            self._add("ss_ports", key, {"value": 1})
-        for address in pod.addresses:
-            self._add("ss_local", {"address": records.pack_address(address)}, own)
-        for ifindex in guard.node_links(enrollment.netns_fd):
-            self._add("ss_guards", {"value": ifindex}, records.guarded_record(pod, cookie))
-        for listener in enrollment.inbound:
-            raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
-            self._add("ss_listeners", own, {"value": int.from_bytes(raw, "little")})
-            write: Record = {"value": listener.fileno()}
-            self.writes["ss_listeners", self._key("ss_listeners", own)] = write
+        match self._name:
+            case "ss_pods":
+                self._add(own, records.pod_record(pod, is_strict=is_strict))
+            case "ss_pod_names":
+                self._add(own, records.pod_name_record(pod))
+            case "ss_local":
+                for address in pod.addresses:
+                    self._add({"address": records.pack_address(address)}, own)
+            case "ss_guards":
+                for ifindex in enrollment.guarded_links:
+                    self._add({"value": ifindex}, own)
+            case "ss_listeners":
+                for listener in enrollment.inbound:
+                    raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
+                    key = self._add(own, {"value": int.from_bytes(raw, "little")})
+                    self.writes[key] = {"value": listener.fileno()}
+            case "ss_bypass" | "ss_ports":
+                for name, exception in exclusion_entries(enrollment):
+                    if name == self._name:
+                        self._add(exception, {"value": 1})
+        if self._name == "ss_ports":
+            for port in enrollment.plaintext_ports:
+                self._add(records.port_key(cookie, port, records.PLAINTEXT), {"value": 1})
 
     def add_services(self, services: ServicePorts) -> None:
         for (address, port), endpoints in services.items():
-            key = records.service_port_key(address, port)
-            self._add("ss_services", key, {"value": len(endpoints)})
-            for index, (host, target) in enumerate(endpoints):
-                key = records.service_port_key(address, port, index)
-                value: Record = {"address": records.pack_address(host), "port_be": target}
-                self._add("ss_endpoints", key, value)
+            if self._name == "ss_services":
+                key = records.service_port_key(address, port)
+                self._add(key, {"value": len(endpoints)})
+            elif self._name == "ss_endpoints":
+                for index, (host, target) in enumerate(endpoints):
+                    key = records.service_port_key(address, port, index)
+                    self._add(key, {"address": records.pack_address(host), "port_be": target})
 
-    def _key(self, name: str, key: Record) -> Packed:
-        layout = self._pins.maps[name].key
-        return _packed(layout.decode(layout.encode(**key)))
+    def _add(self, key: Record, value: Record) -> Packed:
+        key_layout, value_layout = self._map.key, self._map.value
+        packed = _packed(key_layout.decode(key_layout.encode(**key)))
+        self.entries[packed] = _packed(value_layout.decode(value_layout.encode(**value)))
+        return packed
 
-    def _add(self, name: str, key: Record, value: Record) -> None:
-        layout = self._pins.maps[name].value
-        self.entries[name][self._key(name, key)] = _packed(layout.decode(layout.encode(**value)))
+
+def _named(enrollment: Enrollment) -> str:
+    return f"{enrollment.pod.namespace}/{enrollment.pod.name}"
+
+
+def _has_interface(ifindex: int) -> bool:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
 
 
 def _packed(record: Record) -> Packed:
@@ -387,19 +453,8 @@ def _value_text(
     return " ".join(f"{member}={found}" for member, found in row.items() if found is not None)
 
 
-def _key(finding: Finding) -> tuple[str | None, str, str]:
-    return finding.pod, finding.kind, finding.name
-
-
 async def _call(function: Callable[[], object]) -> None:
     function()
-
-
-def _give_up() -> None:
-    raise KernelError(
-        "a program's pin cannot be made again while others run: stop the agent, remove its pin "
-        "directory and start it"
-    )
 
 
 async def _mend_entry(opened: Map, drift: Drift[Packed, Packed], write: Record | None) -> None:

@@ -60,6 +60,10 @@ COUNTERS = {
         "Tunnels refused because the peer did not prove what it must.",
         ("direction", "reason"),
     ),
+    "sidestep_repairs": (
+        "Things that were missing in the kernel, or wrong, and were put right without being asked.",
+        ("kind", "outcome"),
+    ),
     "sidestep_handshakes_failed": (
         "Tunnels that ended before both sides had proved who they are, by reason.",
         ("direction", "reason"),

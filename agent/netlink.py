@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib.util
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,12 @@ INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
 # After filters of others, which mostly take low numbers; the handle makes `replace` replace.
 FILTER_PRIORITY, FILTER_HANDLE = 49000, 1
 _RTN_LOCAL = 2
+# linux/rtnetlink.h: the group that hears of qdiscs and filters, and what is said when one goes
+_RTMGRP_TC = 8
+_GOING = (37, 45)  # RTM_DELQDISC, RTM_DELTFILTER
+_MESSAGE_HEAD = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, sender
+_TC_HEAD = struct.Struct("=B3xi")  # struct tcmsg: family, interface
+_EVENT_BYTES = 1 << 16
 _SCOPE_HOST = 254
 _IFA_F_NODAD = 0x02
 
@@ -202,6 +209,15 @@ def veth_peers() -> list[tuple[int, int]]:
         ]
 
 
+def peer_of(ifindex: int) -> int | None:
+    """Return the index of the other end of a veth; None if there is no such interface here."""
+    found: list[Any] = []
+    with _session(f"interface {ifindex} cannot be looked at", errno.ENODEV) as ipr:
+        found += ipr.get_links(ifindex)
+    number = found[0].get_attr("IFLA_LINK") if found else None
+    return None if number is None else int(number)
+
+
 def add_filter(ifindex: int, parent: int, program_fd: int, name: str) -> bool:
     """Attach a BPF program by a tc filter; True if the clsact qdisc had to be made for it."""
     with _session("clsact cannot be added", errno.EEXIST) as ipr:
@@ -246,6 +262,38 @@ def _filters(ifindex: int, parent: int) -> list[Any]:
         filters += ipr.get_filters(index=ifindex, parent=parent)
     # tcm_info holds the priority above the protocol, pkt_sched.h TC_H_MAJ
     return [found for found in filters if found["info"] >> 16 == FILTER_PRIORITY]
+
+
+def open_filter_events() -> socket.socket:
+    """Return a socket that becomes readable when qdiscs or filters of this namespace change.
+
+    A plain one, since it waits in the loop of its owner; pyroute2 would bring a loop of its own.
+    """
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    events.bind((0, _RTMGRP_TC))
+    events.setblocking(False)
+    return events
+
+
+def gone_filters(events: socket.socket) -> set[int]:
+    """Return the interfaces that have lost a filter or a qdisc since the last call.
+
+    Raises:
+        NetlinkError: some of it was not told, since too much happened at once.
+    """
+    interfaces = set()
+    try:
+        while True:
+            data = events.recv(_EVENT_BYTES)
+            while len(data) >= _MESSAGE_HEAD.size + _TC_HEAD.size:
+                length, kind, *_rest = _MESSAGE_HEAD.unpack_from(data)
+                if kind in _GOING:
+                    interfaces.add(_TC_HEAD.unpack_from(data, _MESSAGE_HEAD.size)[1])
+                data = data[-(-length // 4) * 4 :]
+    except BlockingIOError:
+        return interfaces
+    except OSError as error:
+        raise NetlinkError(f"changes of filters were missed: {error.strerror}") from error
 
 
 def delete_filter(ifindex: int, parent: int) -> None:

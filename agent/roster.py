@@ -35,13 +35,20 @@ from agent.enroll import (
     set_strict,
     unenroll,
 )
-from agent.errors import EnrollError, KernelError, MapError, SandboxNotFound, SidestepError
+from agent.errors import (
+    Contested,
+    EnrollError,
+    KernelError,
+    MapError,
+    SandboxNotFound,
+    SidestepError,
+)
 from agent.inheritance import Inheritance
 from agent.state.diff import Enroll, Unenroll, diff
 from agent.tunnel import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from agent.datapath.pins import Pins
     from agent.direct import DirectPath
@@ -139,6 +146,15 @@ class Roster:
             self._unenroll(uid, has_ended=True)
             self.statuses[uid] = PodStatus(enrollment.pod, "pending")
             await self.try_now(uid)
+
+    def contest(self, texts: Mapping[str, str]) -> None:
+        """Say of the enrolled pods whose capture does not stay as it is made; by namespace/name."""
+        for status in self.statuses.values():
+            text = texts.get(f"{status.pod.namespace}/{status.pod.name}", "")
+            if status.state == "enrolled" and text != status.detail:
+                status.reason, status.detail = (Contested.reason if text else ""), text
+                if text:
+                    self._source.report(status.pod, status.reason, text)
 
     def next_retry(self) -> float | None:
         """Return when a pod that failed is due again, by the event loop's clock."""

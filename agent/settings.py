@@ -50,6 +50,7 @@ class Settings:
     log_format: Format = Format.JSON
     log_levels: Levels = DEFAULT_LEVELS
     access_log_lines: int = 1000  # a second and worker; 0: all
+    upkeep_seconds: float = 1.0  # between two looks at the kernel; 0: none
     drain_seconds: int = 300  # for connections to end, after a successor has taken over
     office_file: Path | None = None  # exists while this agent is the node's
     plugin_record: Path | None = None  # without it the CNI plugin lets every pod pass

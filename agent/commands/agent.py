@@ -170,6 +170,10 @@ def default_workers() -> int:
     help="Of a second and a worker; what is beyond is counted in one line. 0 writes all.",
 )  # fmt: skip
 @click.option(
+    "--upkeep-seconds", type=click.FloatRange(0), default=1, show_default=True,
+    help="How often to look whether the kernel still holds what it ought to; 0: never.",
+)  # fmt: skip
+@click.option(
     "--drain-seconds", type=click.IntRange(0), default=300, show_default=True,
     help="How long connections may last after a new agent has taken over, or at an uninstall.",
 )  # fmt: skip
@@ -238,6 +242,7 @@ def agent(
     log_format: str,
     log_levels: str,
     access_log_lines: int,
+    upkeep_seconds: float,
     drain_seconds: int,
     daemonset: str | None,
     plugin_record: Path | None,
@@ -286,6 +291,7 @@ def agent(
         log_format=Format(log_format),
         log_levels=parse_levels(log_levels),
         access_log_lines=access_log_lines,
+        upkeep_seconds=upkeep_seconds,
         drain_seconds=drain_seconds,
         office_file=office_file,
         plugin_record=plugin_record,

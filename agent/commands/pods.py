@@ -38,8 +38,9 @@ COLUMNS = (
 def pods(root: Path | None, lab: str | None, wanted: Filter, output: Output) -> None:
     """List the enrolled pods, and bytes and drops on their links, from the pins alone.
 
-    Dropped is TCP that did not pass the agent (plaintext, from STRICT pods only), that came from an
-    address which is not the pod's (spoofed), or that hid in fragments or headers (of STRICT pods).
+    Dropped is TCP that did not pass the agent (plaintext: what opens a connection, and of STRICT
+    pods whatever carries data), that came from an address which is not the pod's (spoofed), or that
+    hid in fragments or headers (of STRICT pods).
     """
     places = find_places(root, lab)
     rows = [_with_addresses(row) for row in read_all(places, listing.list_pods)]

@@ -1,7 +1,8 @@
 """Attach programs: once at the root of cgroup v2, and one lookup program for each pod's netns.
 
-Links are pinned, so the data path outlives the agent; removing the pin detaches. A lookup link
-ends with its netns by itself, and its pin is then a husk that `detach_lookup` removes.
+Links are pinned, so the data path outlives the agent, and held by descriptor (`Pins.links`), so
+that they outlive their pins while the agent lives. A lookup link ends with its netns by itself, and
+its pin is then a husk that `detach_lookup` removes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def attach_cgroup(pins: Pins, root: Path) -> None:
     with _closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
         for name, (_program_type, attach_type) in CGROUP_PROGRAMS.items():
             with _closing(pins.program(name)) as program_fd:
-                _attach(program_fd, cgroup_fd, attach_type, name, pins.link_path(name))
+                _attach(pins, name, program_fd, cgroup_fd, attach_type)
 
 
 def lookup_link_name(netns_cookie: int) -> str:
@@ -57,38 +58,58 @@ def lookup_link_name(netns_cookie: int) -> str:
     return f"lookup_{netns_cookie}"
 
 
-def _attach(program_fd: int, target_fd: int, attach_type: int, name: str, path: Path) -> None:
-    """Attach and pin; where an agent before us left the link, put the program behind it.
+def _attach(pins: Pins, name: str, program_fd: int, target_fd: int, attach_type: int) -> None:
+    """Attach, pin and hold; where a link is there already, put the program behind it.
 
-    So nothing passes unseen between the two. A pin whose namespace or interface is gone is a husk
-    (ENOLINK) and is replaced.
+    So nothing passes unseen between the two. A link that is detached, or whose namespace or
+    interface is gone, is a husk (ENOLINK) and is replaced.
     """
-    if path.exists():
-        with contextlib.suppress(KernelError), _closing(libbpf.open_pin(path)) as link_fd:
-            libbpf.update_link(link_fd, program_fd, name)
-            return
-        path.unlink()
-    with _closing(libbpf.create_link(program_fd, target_fd, attach_type, name)) as link_fd:
-        libbpf.pin(link_fd, path)
+    path = pins.link_path(name)
+    if name not in pins.links and path.exists():  # an agent before us left it
+        with contextlib.suppress(KernelError):
+            pins.hold_link(name, libbpf.open_pin(path))
+    if name not in pins.links or not _has_updated(pins.links[name], program_fd, name):
+        _detach(pins, name)
+        pins.hold_link(name, libbpf.create_link(program_fd, target_fd, attach_type, name))
+    if not path.exists():
+        try:
+            path.parent.mkdir(exist_ok=True)
+            libbpf.pin(pins.links[name], path)
+        except (KernelError, OSError):
+            _detach(pins, name)
+            raise
+
+
+def _has_updated(link_fd: int, program_fd: int, name: str) -> bool:
+    try:
+        libbpf.update_link(link_fd, program_fd, name)
+    except KernelError:
+        return False
+    return True
+
+
+def _detach(pins: Pins, name: str) -> None:
+    pins.let_go(name)
+    pins.link_path(name).unlink(missing_ok=True)
 
 
 def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
     """Load the pod's own copy of the lookup program and attach it to its netns."""
     text = pins.lookup_text()
     stamped = stamped_text(text, netns_cookie, [pins.maps[name].fd for name in MAPS])
-    path = pins.link_path(lookup_link_name(netns_cookie))
+    name = lookup_link_name(netns_cookie)
     with _closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd:
-        _attach(program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP, LOOKUP_PROGRAM, path)
+        _attach(pins, name, program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP)
 
 
 def detach_lookup(pins: Pins, netns_cookie: int) -> None:
     """Remove the pod's lookup link, if it is there."""
-    pins.link_path(lookup_link_name(netns_cookie)).unlink(missing_ok=True)
+    _detach(pins, lookup_link_name(netns_cookie))
 
 
-def guard_path(pins: Pins, name: str, netns_cookie: int, ifindex: int) -> Path:
-    """Return where one direction's guard of an interface is, or would be, pinned."""
-    return pins.link_path(f"{name.removeprefix('ss_')}_{netns_cookie}_{ifindex}")
+def guard_link_name(program: str, netns_cookie: int, ifindex: int) -> str:
+    """Name the pin of one direction's guard of an interface."""
+    return f"{program.removeprefix('ss_')}_{netns_cookie}_{ifindex}"
 
 
 def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
@@ -97,15 +118,15 @@ def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     The links end with the interface; pinned, they outlive the agent.
     """
     for name, (_program_type, attach_type) in GUARD_PROGRAMS.items():
-        path = guard_path(pins, name, netns_cookie, ifindex)
+        link = guard_link_name(name, netns_cookie, ifindex)
         with _closing(pins.program(name)) as program_fd:
-            _attach(program_fd, ifindex, attach_type, name, path)
+            _attach(pins, link, program_fd, ifindex, attach_type)
 
 
 def detach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """Remove the guard's links, if they are there."""
     for name in GUARD_PROGRAMS:
-        guard_path(pins, name, netns_cookie, ifindex).unlink(missing_ok=True)
+        _detach(pins, guard_link_name(name, netns_cookie, ifindex))
 
 
 def looked_up_cookies(pins: Pins) -> set[int]:

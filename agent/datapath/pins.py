@@ -11,6 +11,10 @@ another layout: two layouts at once would capture every connection twice.
 Programs of another build over the same maps are replaced: compiled against the maps that are there,
 and put in place one by one. `ss_meta` says whose programs these are before the first and after the
 last step, so whoever comes after a crash in between begins anew, in whichever direction.
+
+An agent also holds by descriptor what it has pinned. So a pin that is deleted, or a bpffs that is
+unmounted, takes nothing out of the kernel while the agent lives, and `Pins.restore` and
+`Pins.rebuild` pin the same objects again.
 """
 
 from __future__ import annotations
@@ -59,6 +63,9 @@ class Pins:
         self.directory = directory
         self._held = -1
         self.maps: dict[str, Map] = {}
+        self.links: dict[str, int] = {}  # by name, held by `links` as long as they are wanted
+        self._others: dict[str, int] = {}  # by path below the directory
+        self._mount_point = next(path for path in directory.parents if path.is_mount())
         try:
             self._verify_names("maps", {*MAPS, *RING_BUFFERS})
             self._verify_names("programs", set(PROGRAMS))
@@ -76,6 +83,7 @@ class Pins:
                 raise AbiMismatch(f"{directory} has no mark of Sidestep in ss_meta")
             if self.meta["schema"] != schema_hash().encode().ljust(64, b"\0"):
                 raise AbiMismatch(f"{directory} holds maps of another layout")
+            self.hold_programs()
         except BaseException:
             self.close()
             raise
@@ -90,6 +98,17 @@ class Pins:
                 f"{folder} is not a complete pin directory: {', '.join(parts)}; remove "
                 f"{self.directory} if no agent uses it"
             )
+
+    def hold_programs(self) -> None:
+        """Hold the programs that are pinned now, and what else only has a pin."""
+        names = [f"maps/{name}" for name in RING_BUFFERS] + [
+            f"programs/{name}" for name in PROGRAMS
+        ]
+        for name in names:
+            fd = libbpf.open_pin(self.directory / name)
+            if name in self._others:
+                os.close(self._others.pop(name))
+            self._others[name] = fd
 
     @property
     def programs(self) -> str:
@@ -135,6 +154,71 @@ class Pins:
         """Read again what the pins are, after programs were replaced."""
         self.meta = self.maps["ss_meta"].get({"value": 0}) or {}
 
+    def hold_link(self, name: str, fd: int) -> None:
+        """Hold a link until `let_go`; the descriptor is ours from here."""
+        self.let_go(name)
+        self.links[name] = fd
+
+    def let_go(self, name: str) -> None:
+        """Hold a link no more, if it is held: it then ends with its pin."""
+        if name in self.links:
+            os.close(self.links.pop(name))
+
+    def let_go_links(self) -> None:
+        """Hold no link any more: they are another agent's to take away."""
+        for name in list(self.links):
+            self.let_go(name)
+
+    def missing(self) -> Iterator[str]:
+        """Yield what is not pinned of the maps and programs, by path below the directory."""
+        for name in self._pinned():
+            if not (self.directory / name).exists():
+                yield name
+
+    def restore(self, name: str) -> None:
+        """Pin a map or program again where it was (AttachError)."""
+        path = self.directory / name
+        path.parent.mkdir(exist_ok=True)
+        libbpf.pin(self._pinned()[name], path)
+
+    def is_elsewhere(self) -> bool:
+        """Whether the held directory is no longer what is found at its path."""
+        found, held = _identity(self.directory), os.fstat(self._held)
+        return found != (held.st_dev, held.st_ino)
+
+    def rebuild(self) -> None:
+        """Pin everything at its path again, after the directory or its bpffs went away there.
+
+        A bpffs that is not mounted any more is mounted, where it was when the pins were opened.
+
+        Raises:
+            FeatureMissing: there is none, and it cannot be mounted.
+            AttachError: something could not be pinned.
+            OSError: the directory cannot be made.
+        """
+        root = self.directory.parent
+        if not _is_bpffs(self._mount_point):
+            _mount_bpffs(self._mount_point)
+        root.mkdir(parents=True, exist_ok=True)
+        staging = root / STAGING
+        with _locked(root):
+            _empty(staging)
+            for part in ("maps", "programs", "links"):
+                (staging / part).mkdir()
+            for name, fd in self._pinned().items():
+                libbpf.pin(fd, staging / name)
+            for name, fd in self.links.items():
+                libbpf.pin(fd, staging / "links" / name)
+            staging.rename(self.directory)
+            held = self._held
+            self._held = -1
+            self.hold()
+            os.close(held)
+
+    def _pinned(self) -> dict[str, int]:
+        maps = {f"maps/{name}": opened.fd for name, opened in self.maps.items()}
+        return maps | self._others
+
     def lookup_text(self) -> list[int]:
         """Return the lookup program, whoever loaded it (AttachError while it is replaced)."""
         self.refresh()
@@ -152,6 +236,10 @@ class Pins:
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
+        self.let_go_links()
+        for fd in self._others.values():
+            os.close(fd)
+        self._others.clear()
         for opened in self.maps.values():
             opened.close()
         self.maps.clear()
@@ -190,6 +278,20 @@ def _is_bpffs(path: Path) -> bool:
     if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(path), answer) != 0:
         raise FeatureMissing(f"{path} cannot be asked: {os.strerror(ctypes.get_errno())}")
     return ctypes.c_long.from_buffer(answer).value == BPF_FS_MAGIC
+
+
+def _mount_bpffs(place: Path) -> None:
+    if ctypes.CDLL(None, use_errno=True).mount(b"bpf", os.fsencode(place), b"bpf", 0, None) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise FeatureMissing(f"bpffs cannot be mounted: {reason}: mount -t bpf bpf {place}")
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    try:
+        found = directory.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def load(root: Path = DEFAULT_ROOT) -> Pins:
@@ -231,11 +333,15 @@ def load(root: Path = DEFAULT_ROOT) -> Pins:
     return pins
 
 
-def _compile(staging: Path, maps: Path | None = None) -> list[int]:
-    """Load into an empty staging directory; return the text of lookup.c."""
+def _empty(staging: Path) -> None:
     if staging.exists():  # of a child that was killed; we hold the lock
         shutil.rmtree(staging)
     staging.mkdir()
+
+
+def _compile(staging: Path, maps: Path | None = None) -> list[int]:
+    """Load into an empty staging directory; return the text of lookup.c."""
+    _empty(staging)
     command = [sys.executable, "-m", "agent.datapath.compiler", str(staging)]
     if maps is not None:
         command.append(str(maps))
@@ -276,6 +382,7 @@ def _replace_programs(staging: Path, pins: Pins) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     pins.refresh()
+    pins.hold_programs()
 
 
 def _write_text(lookup_text: Map, text: list[int]) -> None:

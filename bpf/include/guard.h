@@ -2,7 +2,8 @@
 /*
  * Which packet of an enrolled pod may pass its link. Only TCP is judged: everything else is counted
  * and passes. A segment without payload carries nothing, so it passes as well, but for the SYN of
- * a connection that nobody knows: that one fails at once instead of hanging later.
+ * a connection that nobody knows. It slipped past connect(), which captures what every enrolled pod
+ * opens, STRICT or not: by a raw socket, or while the hooks were detached.
  */
 #ifndef SIDESTEP_GUARD_H
 #define SIDESTEP_GUARD_H
@@ -226,7 +227,7 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 {
 	struct tcp_head tcp;
 	struct pod *pod;
-	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, has_payload;
+	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, opens, has_payload;
 	enum outcome outcome;
 
 	if (skb->protocol == ETHERTYPE_IPV4_BE)
@@ -257,17 +258,17 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		return outcome;
 	pod = ss_pods.lookup(&flow->netns_cookie);
 	if (!pod)
-		return OUTCOME_PASSED; /* open: guarded and not captured, so it is leaving the mesh
-					*/
+		return OUTCOME_PASSED; /* open: guarded, not captured: it is leaving the mesh */
 	/* Lookup takes a connection from the pod to itself for granted. */
 	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
 		return OUTCOME_SPOOFED;
 	if (is_carried_flow(flow))
 		return OUTCOME_PLAINTEXT;
-	if (!pod->is_strict || is_excluded_flow(flow))
+	opens = is_syn && is_outbound;
+	if ((!pod->is_strict && !opens) || is_excluded_flow(flow))
 		return OUTCOME_PASSED;
 	has_payload = segment->tcp_offset + (tcp.offset >> 4) * 4 < segment->end;
-	return has_payload || (is_syn && is_outbound) ? OUTCOME_PLAINTEXT : OUTCOME_PASSED;
+	return has_payload || opens ? OUTCOME_PLAINTEXT : OUTCOME_PASSED;
 }
 
 static __always_inline void guard_count(struct __sk_buff *skb, u16 direction, u64 netns_cookie,

@@ -203,6 +203,25 @@ def test_raw_plaintext_does_not_leave_a_strict_pod(node: Node, tap: socket.socke
     assert node.counted(made) == {("outbound", "plaintext"): 2}
 
 
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_connection_past_the_hooks_is_not_opened(
+    node: Node, tap: socket.socket, is_strict: bool
+) -> None:
+    """What connect() did not capture, by a raw socket or since its link was detached."""
+    made = node.enroll(is_strict=is_strict)
+    send_raw(node.pods["a"], tcp_packet(PODS["a"][0], NODE4, SYN))
+    assert not hears(tap)
+    assert node.counted(made) == {("outbound", "plaintext"): 1}
+
+
+def test_connection_to_an_excluded_port_is_opened(node: Node) -> None:
+    made = node.enroll(is_strict=False, outbound_ports=frozenset({PORT}))
+    client, server = join(node.pods["a"], node.node, NODE4)
+    client.sendall(b"as agreed")
+    assert server.recv(100) == b"as agreed"
+    assert node.counted(made) == {}
+
+
 def test_fragments_do_not_hide_plaintext(node: Node, tap: socket.socket) -> None:
     made = node.enroll()
     more, second = 0x2000, 1

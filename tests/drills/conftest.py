@@ -12,6 +12,7 @@ import pytest
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from tests.drills import report
 from tests.drills.ground import REPORT, Ground
+from tests.support.damage import mount_bpffs, unmount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,10 +23,12 @@ DISK = ("-t", "tmpfs", "-o", "size=192m,nr_inodes=4k,mode=700", "tmpfs")
 
 
 @pytest.fixture(scope="package")
-def ground() -> Iterator[Ground]:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     lab = Lab(f"t{os.getpid()}")
     lab.run.mkdir(parents=True)
     subprocess.run(["mount", *DISK, str(lab.run)], check=True)
+    lab.pins = tmp_path_factory.mktemp("bpf")  # of its own: one that may be unmounted
+    mount_bpffs(lab.pins)
     try:
         lab.up(DEFAULT_CLUSTER, print)
         lab.label_namespace("shop", "ambient")
@@ -37,3 +40,4 @@ def ground() -> Iterator[Ground]:
         lab.down()
         subprocess.run(["umount", str(lab.run)], check=True)
         lab.down()  # the place of the disk, too
+        unmount(lab.pins)

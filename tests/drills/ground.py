@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tests.drills.report import Row
 from tests.drills.sniffer import Sniffer
-from tests.support.labs import PodEnd
+from tests.support.labs import SECONDS, PodEnd
 from tests.support.load import Load
 
 if TYPE_CHECKING:
@@ -43,29 +43,38 @@ class Ground:
 
 
 def run_drill(
-    ground: Ground, name: str, break_it: Callable[[Ground], None], *, survives: bool
+    ground: Ground,
+    name: str,
+    break_it: Callable[[Ground], float | None],
+    *,
+    survives: bool,
+    patience_seconds: float = SECONDS,
 ) -> None:
     """Break something while traffic runs, and see it whole again with nothing sent in plaintext.
 
-    `break_it` returns when the cause is gone; `survives` says that open connections by tunnel must.
+    `break_it` returns when the cause is gone; or when the agent has mended what was broken, and
+    then the moment of the damage. `survives` says that open connections by tunnel must, and new
+    ones give up after `patience_seconds`.
     """
     lab = ground.lab
     with ExitStack() as stack:
         sniffer = Sniffer(lab, ground.nodes[1], stack)
         client, cache = PodEnd(lab, "client", stack), PodEnd(lab, "cache", stack)
-        far = Load(client, PodEnd(lab, "server", stack), stack)
-        near = Load(client, cache, stack)
+        far = Load(client, PodEnd(lab, "server", stack), stack, patience_seconds)
+        near = Load(client, cache, stack, patience_seconds)
         far.start(streams=2, has_bulk=False)
         near.start(streams=0, has_bulk=False)
         wait_good(far, time.monotonic(), 20)
         wait_good(near, time.monotonic(), 20)
         far.connects.failed.clear()
         near.connects.failed.clear()
-        break_it(ground)
+        since = break_it(ground)
         mended = time.monotonic()
         for load in (far, near):
             wait_good(load, mended, WHOLE_SECONDS)
-        whole = max(load.connects.longest_wait(mended) for load in (far, near))
+        since = mended if since is None else since
+        whole = max(load.connects.longest_wait(since) for load in (far, near))
+        whole = max(whole, mended - since)
         far.stop()
         near.stop()
         assert sniffer.seen > 0

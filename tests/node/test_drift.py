@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from agent.datapath import pins, records
 from agent.enroll import REPLY_SYSCTLS
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.model.capture import HBONE_PORT
+from tests.support.damage import detach
 from tests.support.labs import PodEnd, is_alive
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from agent.datapath.maps import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+GAP_SECONDS = 0.7
 
 
 class Node:
@@ -48,8 +51,13 @@ class Node:
     def inside(self, function: Any) -> Any:
         return netns.run_in(self.netns_fd, function)
 
-    def link(self, prefix: str) -> Path:
-        (path,) = self.pins.link_path("").glob(f"{prefix}_{self.cookie}*")
+    def link(self, prefix: str, pod: str = "client") -> Path:
+        fd = netns.open_netns(self.lab.pod_netns(self.lab.find_pod(pod)))
+        try:
+            cookie = netns.netns_cookie(fd)
+        finally:
+            os.close(fd)
+        (path,) = self.pins.link_path("").glob(f"{prefix}_{cookie}*")
         return path
 
     def command(self, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -63,6 +71,7 @@ class Node:
 def node() -> Iterator[Node]:
     with ExitStack() as stack:
         lab = Lab(f"t{os.getpid()}")
+        lab.agent_options = ("--upkeep-seconds", "0")  # what is damaged stays so until asked
         stack.callback(lab.down)
         lab.up(DEFAULT_CLUSTER, print)
         lab.label_namespace("shop", "ambient")
@@ -183,4 +192,92 @@ def test_diff_can_be_asked_about_one_pod(node: Node) -> None:
     delete_pod(node)
     assert node.command("diff", "--pod", "shop/cache") == (0, [])
     assert node.command("diff", "--pod", "shop/client")[0] == 1
+    assert node.command("check", "--repair")[0] == 0
+
+
+# -- what docs/security.md says of the time until something is put back --------------------------
+
+
+def from_outside(node: Node, port: int = 8080) -> str:
+    """Ask the cache in plaintext, from outside the mesh, and say how that ends."""
+    fd = netns.open_netns(node.lab.netns("fabric"))
+    try:
+        asked = netns.run_in(fd, socket.socket)
+    finally:
+        os.close(fd)
+    with asked:
+        asked.settimeout(GAP_SECONDS)
+        try:
+            asked.connect((str(node.lab.find_pod("cache").address4), port))
+            asked.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return asked.recv(12).decode()
+        except OSError as error:
+            return type(error).__name__
+
+
+@contextmanager
+def without(node: Node, *links: Path) -> Iterator[None]:
+    for link in links:
+        detach(link)
+    try:
+        yield
+    finally:
+        assert node.command("check", "--repair")[0] == 0
+
+
+@contextmanager
+def policy(node: Node, kind: str, spec: dict[str, Any]) -> Iterator[None]:
+    """Have a policy in force for the namespace."""
+    body = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": kind,
+        "metadata": {"name": "gap", "namespace": "shop"},
+        "spec": spec,
+    }
+    node.lab.write_object(body)
+    wait_for_policies(node, 1)
+    try:
+        yield
+    finally:
+        node.lab.remove_object(body)
+        wait_for_policies(node, 0)
+
+
+def wait_for_policies(node: Node, count: int) -> None:
+    until = time.monotonic() + 10
+    while len(node.command("policies")[1]) != count:
+        assert time.monotonic() < until
+
+
+def test_nothing_is_opened_while_connect_is_detached(node: Node) -> None:
+    with without(node, node.pins.link_path("ss_connect4")), pytest.raises(TimeoutError):
+        node.client.open(node.server.address, 9000, GAP_SECONDS)
+
+
+def test_nothing_comes_through_while_sockops_is_detached(node: Node) -> None:
+    with (
+        without(node, node.pins.link_path("ss_sockops")),
+        node.client.open(node.server.address, 9000, GAP_SECONDS) as connection,
+    ):
+        assert not is_alive(connection)
+
+
+def test_while_lookup_is_detached_only_a_strict_pod_is_closed(node: Node) -> None:
+    lookup = node.link("lookup", "cache")
+    with policy(node, "AuthorizationPolicy", {"action": "DENY", "rules": [{}]}):
+        assert from_outside(node) == "ConnectionResetError"
+        with without(node, lookup):
+            assert from_outside(node).startswith("HTTP/")
+        assert from_outside(node) == "ConnectionResetError"
+    with policy(node, "PeerAuthentication", {"mtls": {"mode": "STRICT"}}):
+        assert from_outside(node) == "ConnectionResetError"
+        with without(node, lookup):
+            assert from_outside(node) == "TimeoutError"
+
+
+def test_pod_that_is_not_in_the_map_speaks_in_plaintext(node: Node) -> None:
+    delete_pod(node)
+    with node.client.open(node.server.address, 9000) as connection:
+        assert is_alive(connection)
+        assert connection.getpeername() == (node.server.address, 9000)
     assert node.command("check", "--repair")[0] == 0

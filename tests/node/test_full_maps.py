@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.errors import MapError
 from tests.bpf.conftest import PEER4
 from tests.node.test_tunnel import echo
+from tests.support.full_map import full
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from agent.datapath.maps import Map, Record
     from agent.datapath.pins import Pins
     from tests.node.conftest import MeshPair
 
 pytestmark = pytest.mark.root
-
-
-@contextmanager
-def full(opened: Map) -> Iterator[None]:
-    """Fill a map of inbound flows with such of nobody."""
-    made: list[Record] = []
-    try:
-        for number in range(opened.facts.max_entries + 1):
-            key: Record = {"netns_cookie": 2**63 + number}
-            try:
-                opened.put(key, {"value": 1})
-            except MapError:
-                break  # earlier than at the last, if connections of tests before are in it
-            made.append(key)
-        else:
-            pytest.fail("the map takes more than it has room for")
-        yield
-    finally:
-        for key in made:
-            opened.delete(key)
 
 
 def test_connection_to_the_application_without_room_is_refused_once(

@@ -88,10 +88,10 @@ class PodEnd:
         """Return a connection that lasts until the test ends."""
         return self._stack.enter_context(self.open(host, port))
 
-    def open(self, host: str, port: int) -> socket.socket:
-        """Return a connection that is the caller's."""
+    def open(self, host: str, port: int, seconds: float = SECONDS) -> socket.socket:
+        """Return a connection that is the caller's, and waits so long for anything."""
         made = netns.run_in(self._fd, socket.socket)
-        made.settimeout(SECONDS)
+        made.settimeout(seconds)
         try:
             made.connect((host, port))
         except BaseException:

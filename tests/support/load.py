@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tests.support.labs import is_alive
+from tests.support.labs import SECONDS, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,9 +54,19 @@ class Seen:
 class Load:
     """Traffic from one pod to another; the destination serves it as well."""
 
-    def __init__(self, client: PodEnd, server: PodEnd, stack: ExitStack) -> None:
-        """Serve in `server`'s pod until `stack` ends; nothing is sent yet."""
+    def __init__(
+        self,
+        client: PodEnd,
+        server: PodEnd,
+        stack: ExitStack,
+        patience_seconds: float = SECONDS,
+    ) -> None:
+        """Serve in `server`'s pod until `stack` ends; nothing is sent yet.
+
+        A new connection gives up after `patience_seconds`.
+        """
         self._client, self._server, self._stack = client, server, stack
+        self._patience_seconds = patience_seconds
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self.connects, self.streams, self.bulk = Seen(), Seen(), Seen()
@@ -97,7 +107,8 @@ class Load:
     def _connect(self) -> None:
         while not self._stop.is_set():
             try:
-                with self._client.open(self._server.address, ECHO_PORT) as connection:
+                patience = self._patience_seconds
+                with self._client.open(self._server.address, ECHO_PORT, patience) as connection:
                     if not is_alive(connection):
                         raise ConnectionResetError("no echo")
             except OSError as error:
