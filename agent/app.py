@@ -18,43 +18,35 @@ import logging
 import signal
 import socket
 from dataclasses import replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agent import briefing, logs, readiness, web
+from agent import briefing, logs, readiness, readings, web
 from agent.admin import Admin
+from agent.answers import VERSION, Answers
 from agent.arrivals import Arrivals
 from agent.cni import PluginServer
-from agent.config_dump import build_dump
-from agent.connections import list_connections
 from agent.credentials import Credentials
-from agent.datapath import links, listing, pins, records
+from agent.datapath import links, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
 from agent.enforcement import Enforcement
-from agent.errors import MapError, RequestRefused, SidestepError
+from agent.errors import MapError, SidestepError
 from agent.fleet import Fleet
 from agent.handover import SOCKET_NAME, Elders, HandoverServer, Predecessor, PredecessorGone
-from agent.inspection import Inspection, rows
 from agent.kubelet import Probers
 from agent.loglines import parse_levels
-from agent.metrics import Metrics, families, gauge_families
+from agent.metrics import Metrics
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
 from agent.pages import Pages
 from agent.roster import Roster
 from agent.state.arrival import complete
-from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
-from agent.tunnel.outbound import CLUSTER_DOMAIN
-from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from prometheus_client import Metric
+    from collections.abc import Callable, Iterator
 
     from agent.discovery.source import Source
     from agent.fleet import Told
@@ -65,8 +57,6 @@ if TYPE_CHECKING:
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
-VERSION = version("sidestep")
-GAUGE_SECONDS = 2.0  # for a worker to say what it has; a scrape does not wait longer
 STOP_SECONDS = 2.0  # for short connections to end, when nobody takes over
 
 
@@ -124,10 +114,35 @@ class Agent:
         self._plugin_server = PluginServer(
             settings.run_directory / "cni.sock", self._arrivals, self._add_counts
         )
-        self._metrics = Metrics(self._read_metrics, lambda: self._places)
+        self._metrics = Metrics(
+            lambda: readings.read(
+                self._fleet,
+                self._roster,
+                self._direct,
+                self._credentials,
+                self._pins.directory,
+                VERSION,
+            ),
+            lambda: self._places,
+        )
+        answers = Answers(
+            settings,
+            source,
+            self._pins,
+            self._fleet,
+            self._roster,
+            self._direct,
+            self._enforcement,
+            self._credentials,
+            lambda: self._snapshot,
+            lambda: self._is_ready,
+            lambda: str(self._levels),
+            self._metrics.text,
+            self._passing,
+        )
         pages = Pages(
-            self._pending,
-            self._dump_config,
+            answers.pending,
+            answers.dump_config,
             lambda: str(self._levels),
             self._set_levels,
             self._fleet,
@@ -135,17 +150,8 @@ class Agent:
         self._pages = web.Server(pages.routes())
         self._admin = Admin(
             settings.run_directory / "agent.sock",
-            self._describe,
-            {
-                "policies": self._list_policies,
-                "explain": self._explain,
-                "connections": self._list_connections,
-                "workloads": self._list_workloads,
-                "services": self._list_services,
-                "diff": self._inspect,
-                "metrics": self._tell_metrics,
-                "config_dump": self._tell_config,
-            },
+            answers.describe,
+            answers.table(),
             pages.routes(),
         )
         self._elders = Elders(lambda: self._roster.wait_for_elders(False))
@@ -467,192 +473,8 @@ class Agent:
                 "not all that an agent before left is taken away", extra={"error": str(error)}
             )
 
-    # -- questions ----------------------------------------------------------------------------
-
-    async def _list_policies(self, _arguments: dict[str, Any]) -> object:
-        refused: list[dict[str, object]] = [
-            {
-                "node": self._settings.node,
-                "policy": problem.named,
-                "does": None,
-                "state": "refused",
-                "for": None,
-                "rules": None,
-                "pods": [],
-                "warnings": [f"{problem.path}: {problem.detail}"],
-            }
-            for problem in self._source.problems
-            if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
-        ]
-        return refused + self._enforcement.list_policies(self._snapshot)
-
-    async def _list_connections(self, arguments: dict[str, Any]) -> object:
-        namespace, pod = arguments.get("namespace"), arguments.get("pod")
-        found = await list_connections(self._fleet, self._direct, namespace, pod)
-        node = self._settings.node
-        return [{"node": node} | each.row() | {"worker": pid} for pid, each in found]
-
-    async def _list_workloads(self, _arguments: dict[str, Any]) -> object:
-        trust_domain = self._settings.trust_domain
-        return [
-            {
-                "workload": f"{each.namespace}/{each.name}",
-                "node": each.node,
-                "addresses": [str(address) for address in each.addresses],
-                "protocol": "hbone" if each.is_hbone else "tcp",
-                "identity": str(each.identity(trust_domain)),
-                "owner": each.owner or None,
-                "labels": dict(sorted(each.labels)),
-            }
-            for each in self._snapshot.workloads
-        ]
-
-    async def _list_services(self, _arguments: dict[str, Any]) -> object:
-        return [
-            {
-                "service": f"{each.namespace}/{each.name}",
-                "addresses": [str(address) for address in each.addresses],
-                "ports": [port.port for port in each.ports],
-                "endpoints": [
-                    endpoint(str(address), target)
-                    for port in each.ports
-                    for address, target in each.endpoints_for(port.port)
-                ],
-            }
-            for each in self._snapshot.services
-        ]
-
-    async def _inspect(self, arguments: dict[str, Any]) -> object:
-        """Compare desired state with what is there, and mend what differs if asked to."""
-        async with self._passing:  # a pass of its own would look like a difference
-            inspection = Inspection(
-                self._pins,
-                self._roster,
-                lambda: records.service_ports(self._snapshot.services),
-                links.cgroup_root(),
-            )
-            if arguments.get("repair"):
-                results = await inspection.repair()
-                for finding, problem in results:
-                    fields = {"pod": finding.pod, "what": f"{finding.kind} {finding.name}"}
-                    log.warning("repaired", extra=fields | {"problem": problem})
-            else:
-                results = [(finding, None) for finding in await inspection.find()]
-        return rows(results, self._settings.node)
-
-    async def _tell_metrics(self, _arguments: dict[str, Any]) -> object:
-        return {"text": (await self._metrics.text()).decode()}
-
-    async def _tell_config(self, _arguments: dict[str, Any]) -> object:
-        return await self._dump_config()
-
-    async def _dump_config(self) -> dict[str, object]:
-        """Tell all that is known, in ztunnel's shape; never a key."""
-        settings = self._settings
-        connections = await list_connections(self._fleet, self._direct)
-        return build_dump(
-            self._snapshot,
-            settings.trust_domain,
-            CLUSTER_DOMAIN,
-            self._credentials.keeper.kept(),
-            [(each.pod, each.state == "enrolled") for each in self._roster.statuses.values()],
-            [connection for _pid, connection in connections],
-            VERSION,
-            {
-                "localNode": settings.node,
-                "trustDomain": settings.trust_domain,
-                "numWorkerThreads": settings.worker_count,
-                "caAddress": settings.authority.address,
-                "directPath": settings.has_direct_path,
-                "logLevels": str(self._levels),
-            },
-        )
-
-    def _pending(self) -> dict[str, str]:
-        """Name what keeps this agent from being ready; one pod's trouble is not among it."""
-        pending = {}
-        if not self._is_ready:
-            known = bool(self._snapshot.workloads or self._snapshot.local_pods)
-            pending["objects" if not known else "pods"] = (
-                "the first pass over this node's pods is not done"
-                if known
-                else "no state has come from the source of objects"
-            )
-        missing = self._settings.worker_count - len(self._fleet.pids)
-        if missing > 0:
-            pending["workers"] = f"{missing} of {self._settings.worker_count} do not run"
-        return pending
-
-    async def _explain(self, arguments: dict[str, Any]) -> object:
-        explainer = Explainer(
-            self._snapshot,
-            self._enforcement.rulebook,
-            self._settings.trust_domain,
-            self._settings.exclusions,
-            self._settings.has_direct_path,
-        )
-        try:
-            source, destination = str(arguments["source"]), str(arguments["destination"])
-            port = int(arguments["port"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise RequestRefused("explain needs source, destination and port") from error
-        return [each.row() for each in explainer.explain(source, destination, port)]
-
-    def _describe(self) -> dict[str, object]:
-        return {
-            "ready": self._is_ready,
-            "version": VERSION,
-            "pending": self._pending(),
-            "log_levels": str(self._levels),
-            "node": self._settings.node,
-            "pods": [
-                {
-                    "uid": status.pod.uid,
-                    "namespace": status.pod.namespace,
-                    "name": status.pod.name,
-                    "state": status.state,
-                    "reason": status.reason,
-                    "detail": status.detail,
-                }
-                for status in self._roster.statuses.values()
-            ],
-            "workers": [{"pid": pid} for pid in self._fleet.pids],
-            "identity": self._credentials.describe(),
-        }
-
     def _add_counts(self, counts: Counted) -> None:
         self._metrics.add(counts)
-
-    async def _read_metrics(self) -> Iterable[Metric]:
-        answers = await self._fleet.ask(messages.AskGauges, GAUGE_SECONDS)
-        gauges = [each.counts for each in answers.values() if isinstance(each, messages.Gauges)]
-        gauges.append((self._direct.gauge(),))
-        keeper = self._credentials.keeper
-        counters = keeper.counters
-        # Walking large maps takes a while, in which this process has other things to do.
-        directory = self._pins.directory
-        pods = await asyncio.to_thread(listing.list_pods, directory)
-        captures = await asyncio.to_thread(listing.dump_map, directory, "ss_captures")
-        maps = await asyncio.to_thread(listing.list_maps, directory)
-        statuses = [
-            (status.pod.namespace, status.pod.name, status.state, status.reason)
-            for status in self._roster.statuses.values()
-        ]
-        return [
-            *gauge_families(gauges),
-            *families(
-                keeper.expiries(),
-                {"issued": counters.issued, **counters.failed},
-                statuses,
-                self._roster.failures,
-                pods,
-                captures,
-                maps,
-                (len(self._fleet.pids), self._fleet.replaced),
-                self._direct.lost,
-                VERSION,
-            ),
-        ]
 
     def _shut_down(self) -> None:
         self._stop.set()
