@@ -20,9 +20,9 @@ from agent.connections import list_connections
 from agent.datapath import links, records
 from agent.errors import RequestRefused
 from agent.inspection import Inspection, rows
+from agent.model.endpoint import endpoint
 from agent.state.explanation import Explainer
 from agent.tunnel.outbound import CLUSTER_DOMAIN
-from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
     import asyncio
@@ -133,8 +133,12 @@ class Answers:
         ]
 
     async def _list_services(self, _arguments: dict[str, Any]) -> object:
-        return [
-            {
+        snapshot = self._snapshot()
+        at = {address: each for each in snapshot.workloads for address in each.addresses}
+        rows = []
+        for each in snapshot.services:
+            pods = [at[found.address] for found in each.endpoints if found.address in at]
+            row = {
                 "service": f"{each.namespace}/{each.name}",
                 "addresses": [str(address) for address in each.addresses],
                 "ports": [port.port for port in each.ports],
@@ -143,9 +147,11 @@ class Answers:
                     for port in each.ports
                     for address, target in each.endpoints_for(port.port)
                 ],
+                "pods": sorted({f"{pod.namespace}/{pod.name}" for pod in pods}),
+                "nodes": sorted({pod.node for pod in pods}),
             }
-            for each in self._snapshot().services
-        ]
+            rows.append(row)
+        return rows
 
     async def _inspect(self, arguments: dict[str, Any]) -> object:
         """Compare desired state with what is there, and mend what differs if asked to."""

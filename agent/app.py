@@ -225,7 +225,6 @@ class Agent:
         if self._is_in_office:
             self._is_in_office = False
             self._handover.stop()
-            self._plugin_server.close()
             self._admin.stop()
             self._metrics.stop()
             self._pages.stop()

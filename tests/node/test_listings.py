@@ -71,11 +71,49 @@ def test_flow_of_an_open_connection_is_told_with_its_pod(lab: Lab) -> None:
     assert (flow["pod"], flow["destination"]) == ("shop/client", "10.244.2.3")
 
 
+def test_changes_of_a_map_are_shown_until_somebody_interrupts(lab: Lab) -> None:
+    command = [sys.executable, "-m", "agent.cli", "maps", "dump", "ss_origin_flow", "--watch"]
+    command += ["--pod", "shop/client", "-o", "json", "--pins", str(lab.pins)]
+    with ExitStack() as stack:
+        PodEnd(lab, "server", stack).echo(9001)
+        client = PodEnd(lab, "client", stack)
+        watching = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+
+        def wait_for(change: str) -> None:
+            for line in watching.stdout or ():
+                found = json.loads(line)
+                if (found["change"], found["entry"]["destination_port"]) == (change, 9001):
+                    return
+            raise AssertionError(f"the entry was not {change}")
+
+        with client.connect("10.244.2.3", 9001) as connection:
+            assert is_alive(connection)
+            wait_for("added")
+        wait_for("removed")
+        watching.send_signal(signal.SIGINT)
+        assert (watching.wait(5), watching.stderr.read()) == (0, "")
+
+
 def test_every_map_is_listed(dead: Lab) -> None:
     found = rows(dead, "maps", "list")
     nodes = len(dead.cluster().nodes)
     assert sorted(row["name"] for row in found) == sorted((*MAPS, *RING_BUFFERS) * nodes)
     assert [row for row in found if row["type"].isdecimal()] == []  # types without a name
+
+
+def test_what_is_about_one_pod_is_picked_out(dead: Lab) -> None:
+    found = rows(dead, "maps", "list", "--pod", "shop/client")
+    assert {row["node"] for row in found} == {"east"}
+    assert {row["name"]: row["entries"] for row in found}["ss_pods"] == 1
+    attached = rows(dead, "programs", "--pod", "shop/server")
+    assert {row["node"] for row in attached} == {"west"}
+    (lookup,) = [row for row in attached if row["name"] == "ss_lookup"]
+    assert lookup["pods"] == ["shop/server"]
+    assert rows(dead, "programs", "-n", "shop", "--node", "west") == attached
 
 
 def test_pods_have_their_names_and_addresses(dead: Lab) -> None:

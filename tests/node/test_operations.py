@@ -237,8 +237,18 @@ def test_open_connections_show_identities_bytes_path_and_worker(watched: Watched
         assert inbound["service"] == "web.shop.svc.cluster.local"
         table = watched.command("connections").stdout
         assert f"shop/client:{port}" in table
+        assert f"shop/client:{watched.client.address}" not in table  # no port came by the tunnel
         assert max(map(len, table.splitlines())) <= 120
     assert watched.rows("connections", "--pod", "shop/nobody") == []
+
+
+def test_services_are_listed_by_the_pods_that_they_lead_to(watched: Watched) -> None:
+    (row,) = watched.rows("services")
+    assert (row["service"], row["pods"], row["nodes"]) == ("shop/web", ["shop/server"], ["west"])
+    for wanted in (("--pod", "shop/server"), ("-n", "shop"), ("--node", "west")):
+        assert watched.rows("services", *wanted) == [row]
+    for wanted in (("--pod", "client"), ("-n", "bank"), ("--node", "east")):
+        assert watched.rows("services", *wanted) == []
 
 
 def test_direct_connections_are_listed_with_the_bytes_of_their_end(watched: Watched) -> None:
