@@ -21,6 +21,7 @@ from agent.datapath import links, records
 from agent.errors import RequestRefused
 from agent.inspection import Inspection, rows
 from agent.model.endpoint import endpoint
+from agent.readings import read_gauges
 from agent.state.explanation import Explainer
 from agent.tunnel.outbound import CLUSTER_DOMAIN
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from agent.datapath.pins import Pins
     from agent.direct import DirectPath
     from agent.discovery.source import Source
+    from agent.elders import Elders
     from agent.enforcement import Enforcement
     from agent.fleet import Fleet
     from agent.roster import Roster
@@ -54,6 +56,7 @@ class Answers:
         fleet: Fleet,
         roster: Roster,
         direct: DirectPath,
+        elders: Elders,
         enforcement: Enforcement,
         credentials: Credentials,
         snapshot: Callable[[], Snapshot],
@@ -73,6 +76,7 @@ class Answers:
         self._fleet = fleet
         self._roster = roster
         self._direct = direct
+        self._elders = elders
         self._enforcement = enforcement
         self._credentials = credentials
         self._snapshot = snapshot
@@ -94,6 +98,10 @@ class Answers:
             "config_dump": self._tell_config,
         }
 
+    def last_table(self) -> Mapping[str, Question]:
+        """Return what is still answered when another agent has taken over: its `Elders` ask."""
+        return {"connections": self._list_connections, "gauges": self._list_gauges}
+
     async def _list_policies(self, _arguments: dict[str, Any]) -> object:
         refused: list[dict[str, object]] = [
             {
@@ -113,9 +121,12 @@ class Answers:
 
     async def _list_connections(self, arguments: dict[str, Any]) -> object:
         namespace, pod = arguments.get("namespace"), arguments.get("pod")
-        found = await list_connections(self._fleet, self._direct, namespace, pod)
+        found = await list_connections(self._fleet, self._direct, self._elders, namespace, pod)
         node = self._settings.node
         return [{"node": node} | each.row() | {"worker": pid} for pid, each in found]
+
+    async def _list_gauges(self, _arguments: dict[str, Any]) -> object:
+        return [gauge for found in await read_gauges(self._fleet) for gauge in found]
 
     async def _list_workloads(self, _arguments: dict[str, Any]) -> object:
         trust_domain = self._settings.trust_domain
@@ -180,7 +191,7 @@ class Answers:
     async def dump_config(self) -> dict[str, object]:
         """Tell all that is known, in ztunnel's shape; never a key."""
         settings = self._settings
-        connections = await list_connections(self._fleet, self._direct)
+        connections = await list_connections(self._fleet, self._direct, self._elders)
         return build_dump(
             self._snapshot(),
             settings.trust_domain,
@@ -250,5 +261,7 @@ class Answers:
                 for status in self._roster.statuses.values()
             ],
             "workers": [{"pid": pid} for pid in self._fleet.pids],
+            # Agents before this one that still serve connections.
+            "elders": [{"pid": pid} for pid in self._elders.pids],
             "identity": self._credentials.describe(),
         }

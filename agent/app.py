@@ -15,6 +15,7 @@ import contextlib
 import enum
 import itertools
 import logging
+import os
 import signal
 import socket
 from dataclasses import replace
@@ -29,13 +30,14 @@ from agent.credentials import Credentials
 from agent.datapath import links, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
+from agent.elders import Elders, socket_name
 from agent.enforcement import Enforcement
 from agent.errors import MapError, SidestepError
 from agent.fleet import Fleet
-from agent.handover import SOCKET_NAME, Elders, HandoverServer, Predecessor, PredecessorGone
+from agent.handover import SOCKET_NAME, HandoverServer, Predecessor, PredecessorGone
 from agent.kubelet import Probers
 from agent.loglines import parse_levels
-from agent.metrics import Metrics
+from agent.metrics import Metrics, understood
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
 from agent.pages import Pages
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
+COUNT_SECONDS = 1.0  # between two messages with counts
 STOP_SECONDS = 2.0  # for short connections to end, when nobody takes over
 
 
@@ -119,19 +122,26 @@ class Agent:
                 self._fleet,
                 self._roster,
                 self._direct,
+                self._elders,
                 self._credentials,
                 self._pins.directory,
                 VERSION,
             ),
             lambda: self._places,
         )
-        answers = Answers(
+        self._elders = Elders(
+            settings.run_directory,
+            lambda counts: self._add_counts(understood(counts)),
+            lambda: self._roster.wait_for_elders(False),
+        )
+        self._answers = Answers(
             settings,
             source,
             self._pins,
             self._fleet,
             self._roster,
             self._direct,
+            self._elders,
             self._enforcement,
             self._credentials,
             lambda: self._snapshot,
@@ -141,8 +151,8 @@ class Agent:
             self._passing,
         )
         pages = Pages(
-            answers.pending,
-            answers.dump_config,
+            self._answers.pending,
+            self._answers.dump_config,
             lambda: str(self._levels),
             self._set_levels,
             self._fleet,
@@ -150,11 +160,10 @@ class Agent:
         self._pages = web.Server(pages.routes())
         self._admin = Admin(
             settings.run_directory / "agent.sock",
-            answers.describe,
-            answers.table(),
+            self._answers.describe,
+            self._answers.table(),
             pages.routes(),
         )
-        self._elders = Elders(lambda: self._roster.wait_for_elders(False))
         self._handover = HandoverServer(
             settings.run_directory / SOCKET_NAME,
             self._roster.turn,
@@ -191,6 +200,7 @@ class Agent:
                 await self._take_office(tasks)
             tasks.create_task(read())
             tasks.create_task(self._depart())
+            tasks.create_task(self._give_counts())
             tasks.create_task(self._keep_certificates(tasks))
             if self._settings.kubelet_cgroup is not None:
                 probers = Probers(self._pins.maps["ss_probers"], self._settings.kubelet_cgroup)
@@ -225,7 +235,10 @@ class Agent:
         if self._is_in_office:
             self._is_in_office = False
             self._handover.stop()
-            self._admin.stop()
+            self._elders.stop()  # whoever comes watches them
+            self._admin.step_aside(
+                self._settings.run_directory / socket_name(os.getpid()), self._answers.last_table()
+            )
             self._metrics.stop()
             self._pages.stop()
             self._direct.stop()
@@ -307,6 +320,17 @@ class Agent:
             )
         self._roster.drop_all()
         self._stop.set()
+
+    async def _give_counts(self) -> None:
+        """Once another agent has taken over, give it what is counted here, to the end."""
+        if await asyncio.shield(self._departure) is not Departure.SUCCEEDED:
+            return
+        is_over = False
+        while not is_over:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COUNT_SECONDS):
+                    is_over = await self._stop.wait()
+            self._add_counts(await self._handover.give(self._metrics.take()))
 
     async def _apply(self, told: Snapshot, tasks: asyncio.TaskGroup) -> None:
         self._told = told
@@ -478,6 +502,7 @@ class Agent:
     def _shut_down(self) -> None:
         self._stop.set()
         self._leave_office()
+        self._admin.stop()
         self._elders.stop()
         self._roster.abandon()
         self._fleet.stop()

@@ -10,7 +10,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from agent.datapath import listing
-from agent.metrics import families, gauge_families
+from agent.elders import read_counts
+from agent.metrics import families, gauge_families, understood
 from agent.tunnel import messages
 
 if TYPE_CHECKING:
@@ -20,23 +21,32 @@ if TYPE_CHECKING:
 
     from agent.credentials import Credentials
     from agent.direct import DirectPath
+    from agent.elders import Elders
     from agent.fleet import Fleet
     from agent.roster import Roster
+    from agent.tunnel.counts import Counted
 
 GAUGE_SECONDS = 2.0  # for a worker to say what it has; a scrape does not wait longer
+
+
+async def read_gauges(fleet: Fleet) -> list[Counted]:
+    """Ask the workers for what they have at this moment."""
+    answers = await fleet.ask(messages.AskGauges, GAUGE_SECONDS)
+    return [each.counts for each in answers.values() if isinstance(each, messages.Gauges)]
 
 
 async def read(
     fleet: Fleet,
     roster: Roster,
     direct: DirectPath,
+    elders: Elders,
     credentials: Credentials,
     pin_directory: Path,
     version: str,
 ) -> list[Metric]:
     """Return the families of what there is now; a worker that does not answer is left out."""
-    answers = await fleet.ask(messages.AskGauges, GAUGE_SECONDS)
-    gauges = [each.counts for each in answers.values() if isinstance(each, messages.Gauges)]
+    gauges = await read_gauges(fleet)
+    gauges += [understood(read_counts(answer)) for answer in await elders.ask("gauges")]
     gauges.append((direct.gauge(),))
     keeper = credentials.keeper
     counters = keeper.counters
