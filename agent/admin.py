@@ -81,7 +81,7 @@ class Admin:
             try:
                 request = json.loads(line)
                 command, arguments = request["command"], request.get("arguments", {})
-            except (ValueError, TypeError, LookupError, AttributeError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 command, arguments = None, {}
             if command not in ("state", "watch"):
                 writer.write(_line(await self._answer(command, arguments)))

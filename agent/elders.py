@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from agent.handover import MESSAGE_BYTES
+from agent.inheritance import STRANGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +90,7 @@ class Elders:
                     writer.close()
         except FileNotFoundError:
             return None  # it has just ended, or its version answers nobody
-        except (OSError, ValueError, TimeoutError) as error:
+        except (OSError, TimeoutError, *STRANGE) as error:
             fields = {"pid": pid, "error": str(error) or "no answer in time"}
             log.warning("an agent before this one does not answer", extra=fields)
             return None
@@ -122,14 +123,14 @@ class Elders:
 
 def parse_counts(data: bytes) -> Counted:
     """Read a datagram of an elder; one that is not understood has no counts."""
-    with suppress(ValueError, LookupError, TypeError):
+    with suppress(*STRANGE):
         return read_counts(json.loads(data)["counts"])
     return ()
 
 
 def read_counts(found: Any) -> Counted:
     """Read counts as JSON has them; what is not understood is none."""
-    with suppress(ValueError, TypeError):
+    with suppress(*STRANGE):
         return tuple(
             (str(name), tuple((str(label), str(value)) for label, value in labels), int(amount))
             for name, labels, amount in found

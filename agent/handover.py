@@ -80,7 +80,7 @@ class HandoverServer:
         self._on_committed = on_committed
         self._on_leave = on_leave
         self._kept: list[socket.socket] = []  # until this process ends
-        self._successor: socket.socket | None = None
+        self._heir: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
@@ -168,19 +168,19 @@ class HandoverServer:
             OSError
         ):  # it may have died just now: whoever comes next takes over
             await _send(connection, {"reply": "committed"})
-            self._successor = connection
+            self._heir = connection
         return True
 
     async def give(self, counts: Counted) -> Counted:
         """Tell the successor what was counted here; return what it does not take."""
-        if self._successor is None:
+        if self._heir is None:
             return counts
         given = 0
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(GIVE_SECONDS):
                 while given < len(counts):
                     part = counts[given : given + COUNTS_AT_ONCE]
-                    await _send(self._successor, {"counts": part})
+                    await _send(self._heir, {"counts": part})
                     given += len(part)
         return counts[given:]
 
@@ -295,7 +295,7 @@ async def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]
     data, fds = await _receive_raw(connection)
     try:
         message = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HandoverFailed(f"what came is no JSON: {error}") from error
     if not isinstance(message, dict):
         raise HandoverFailed("what came is no JSON object")
