@@ -11,6 +11,7 @@ from agent import uninstall as steps
 from agent.commands.cni import places_options, take_away
 from agent.commands.examples import examples
 from agent.datapath import pins
+from agent.discovery.entries import REDIRECTION
 from cni import installer
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -53,3 +54,9 @@ def uninstall(
         count += 1
     if not count and pid is None:
         click.echo("nothing of Sidestep is on this node")
+    elif pid is None:
+        click.echo(
+            "no agent was there to take back what it had said on its pods; if none comes again: "
+            f"kubectl annotate pods -A --field-selector spec.nodeName=NODE {REDIRECTION}-",
+            err=True,
+        )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tests.support.labs import PodEnd, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -132,6 +134,25 @@ def test_programs_tell_where_they_are_attached(dead: Lab) -> None:
     lookups = [row["attached"] or "" for row in found if row["type"] == "sk_lookup"]
     for pod in dead.cluster().pods:
         assert any(f"pod {pod.namespace}/{pod.name}" in place for place in lookups), lookups
+
+
+def test_archive_of_dead_agents_has_the_pins_and_says_what_is_missing(
+    dead: Lab, tmp_path: Path
+) -> None:
+    path = tmp_path / "bundle.tar.gz"
+    done = run("bundle", "-f", str(path), "--lab", dead.name)
+    assert done.returncode == 1
+    missing = done.stderr.splitlines()
+    with tarfile.open(path) as archive:
+        content = {
+            member.name.partition("/")[2]: archive.extractfile(member).read()  # type: ignore[union-attr]  # they are files
+            for member in archive
+        }
+    assert [f"missing: {line}" for line in content["problems.txt"].decode().splitlines()] == missing
+    for node in dead.cluster().nodes:
+        assert any(line.startswith(f"missing: agents/{node.name}/state.json: ") for line in missing)
+        assert json.loads(content[f"pins/{dead.name}/{node.name}/ss_pods.json"])
+        assert b"pod enrolled" in content[f"agents/{node.name}/agent.log"]
 
 
 def test_every_map_can_be_dumped_or_says_why_not(dead: Lab) -> None:

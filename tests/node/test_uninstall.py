@@ -70,7 +70,7 @@ def uninstall(lab: Lab, node: LabNode) -> str:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def of_node(lab: Lab, node: LabNode) -> dict[str, object]:
@@ -120,6 +120,7 @@ def test_everything_is_as_before_the_first_agent(lab: Lab, has_crashed: bool) ->
         said = {node.name: uninstall(lab, node) for node in (east, west)}
         for node in (east, west):
             assert ("has taken its pods out" in said[node.name]) != has_crashed
+            assert ("kubectl annotate pods" in said[node.name]) == has_crashed
             (lab.run / node.name / "notify.sock").unlink(missing_ok=True)
             after = of_node(lab, node)
             if has_crashed:  # nobody was there to take the words back
