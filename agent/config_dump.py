@@ -108,6 +108,7 @@ def _workload(workload: Workload, trust_domain: str) -> Json:
         "canonicalName": _first(labels, CANONICAL_NAME, name),
         "canonicalRevision": _first(labels, CANONICAL_REVISION, NO_REVISION),
         "clusterId": CLUSTER,
+        "locality": {"region": workload.locality.region, "zone": workload.locality.zone},
         "node": workload.node,
         "status": "Healthy",
         "hostname": "",

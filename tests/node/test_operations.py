@@ -66,7 +66,11 @@ def pod(name: str, node: str, owner: str = "") -> dict[str, Any]:
 
 
 CLUSTER = [
-    {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "east"}},
+    {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "east", "labels": {"topology.kubernetes.io/zone": "eu-1"}},
+    },
     {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "west"}},
     {
         "apiVersion": "v1",
@@ -469,6 +473,8 @@ def test_metrics_carry_istios_labels_and_workloads_by_their_owner(watched: Watch
         "source_workload_namespace": "shop",
         "source_principal": "cluster.local/ns/shop/sa/client",
         "source_app": "client",
+        "source_zone": "eu-1",
+        "destination_zone": "unknown",
         "destination_workload": "server",
         "destination_principal": "cluster.local/ns/shop/sa/server",
         "destination_service": "web.shop.svc.cluster.local",

@@ -172,6 +172,7 @@ PLURALS = {
     "ClusterRoleBinding": "clusterrolebindings",
     "CustomResourceDefinition": "customresourcedefinitions",
     "Namespace": "namespaces",
+    "Node": "nodes",
     "Pod": "pods",
     "Service": "services",
     "ServiceAccount": "serviceaccounts",

@@ -84,6 +84,7 @@ def test_workloads_have_the_fields_that_istioctl_prints() -> None:
     assert (cart["canonicalName"], cart["canonicalRevision"]) == ("cart", "v2")
     assert (stock["workloadName"], stock["canonicalRevision"]) == ("stock", "latest")
     assert (cart["status"], cart["node"], cart["capacity"]) == ("Healthy", "east", 1)
+    assert cart["locality"] == {"region": "", "zone": ""}
 
 
 def test_services_have_endpoints_by_workload_and_ports() -> None:
