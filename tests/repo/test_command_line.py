@@ -97,6 +97,13 @@ def test_listings_of_pods_are_filtered_alike(name: str) -> None:
     assert {"--pod", "--namespace", "-n", "--node"} <= option_names(ALL[name])
 
 
+def test_list_of_commands_has_whole_sentences() -> None:
+    with click.Context(main, info_name="sidestep", terminal_width=80) as context:
+        text = " ".join(main.get_help(context).split())
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert "off this node, also what an agent that crashed has left." in text
+
+
 def test_shell_completes_commands_and_maps() -> None:
     complete = ShellComplete(main, {}, "sidestep", "_SIDESTEP_COMPLETE")
     assert [each.value for each in complete.get_completions([], "con")] == ["connections"]
