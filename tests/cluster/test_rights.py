@@ -237,7 +237,7 @@ def test_nobody_reads_or_writes_what_is_not_his(installed: ApiServer, account_na
         if group not in ("authorization.k8s.io", "authentication.k8s.io") or "self" not in resource
     }
     followed = {
-        "": ("pods", "namespaces", "services"),
+        "": ("pods", "namespaces", "nodes", "services"),
         "discovery.k8s.io": ("endpointslices",),
         "security.istio.io": ("authorizationpolicies", "peerauthentications"),
         "networking.istio.io": ("serviceentries", "workloadentries"),
