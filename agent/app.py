@@ -132,7 +132,7 @@ class Agent:
         self._elders = Elders(
             settings.run_directory,
             lambda counts: self._add_counts(understood(counts)),
-            lambda: self._roster.wait_for_elders(False),
+            self._on_elders_gone,
         )
         self._answers = Answers(
             settings,
@@ -284,6 +284,10 @@ class Agent:
         await self._take_office(tasks)
         log.info("taken over from the agent before this one", extra={"pid": predecessor.pid})
         return True
+
+    def _on_elders_gone(self) -> None:
+        self._roster.wait_for_elders(False)
+        self._tell_watchers()
 
     def _depart_once(self, departure: Departure) -> None:
         if self._departure.done():
