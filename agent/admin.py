@@ -12,6 +12,7 @@ An answer that cannot be given is {"error": message, "reason": word}. Below the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import socket
@@ -80,7 +81,7 @@ class Admin:
             try:
                 request = json.loads(line)
                 command, arguments = request["command"], request.get("arguments", {})
-            except (ValueError, TypeError, LookupError, AttributeError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 command, arguments = None, {}
             if command not in ("state", "watch"):
                 writer.write(_line(await self._answer(command, arguments)))
@@ -108,11 +109,18 @@ class Admin:
         except SidestepError as error:
             return {"error": str(error), "reason": error.reason}
 
+    def step_aside(self, path: Path, questions: Mapping[str, Question]) -> None:
+        """Answer at another path from now on, and only these questions: another agent comes."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.rename(path)
+        self._path, self._questions = path, questions
+
     def stop(self) -> None:
         """Listen no more."""
         if self._server is not None:
             self._server.close()
-        self._path.unlink(missing_ok=True)
+            self._server = None
+            self._path.unlink(missing_ok=True)
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:

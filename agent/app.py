@@ -15,47 +15,42 @@ import contextlib
 import enum
 import itertools
 import logging
+import os
 import signal
 import socket
 from dataclasses import replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agent import briefing, logs, readiness, web
+from agent import briefing, logs, readiness, readings, web
 from agent.admin import Admin
+from agent.answers import VERSION, Answers
 from agent.arrivals import Arrivals
 from agent.cni import PluginServer
-from agent.config_dump import build_dump
-from agent.connections import list_connections
 from agent.credentials import Credentials
-from agent.datapath import links, listing, pins, records
+from agent.datapath import links, pins, records
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
+from agent.elders import Elders, socket_name
 from agent.enforcement import Enforcement
-from agent.errors import MapError, RequestRefused, SidestepError
+from agent.errors import MapError, SidestepError
 from agent.fleet import Fleet
-from agent.handover import SOCKET_NAME, Elders, HandoverServer, Predecessor, PredecessorGone
-from agent.inspection import Inspection, rows
+from agent.handover import SOCKET_NAME, HandoverServer, Predecessor, PredecessorGone
+from agent.inspection import Inspection
 from agent.kubelet import Probers
 from agent.loglines import parse_levels
-from agent.metrics import Metrics, families, gauge_families
+from agent.metrics import Metrics, understood
 from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
 from agent.pages import Pages
 from agent.roster import Roster
 from agent.state.arrival import complete
-from agent.state.explanation import Explainer
 from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
-from agent.tunnel.outbound import CLUSTER_DOMAIN
-from agent.tunnel.served import endpoint
 from agent.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from prometheus_client import Metric
+    from collections.abc import Callable, Iterator
 
     from agent.discovery.source import Source
     from agent.fleet import Told
@@ -66,8 +61,7 @@ if TYPE_CHECKING:
     from agent.tunnel.counts import Counted
 
 log = logging.getLogger(__name__)
-VERSION = version("sidestep")
-GAUGE_SECONDS = 2.0  # for a worker to say what it has; a scrape does not wait longer
+COUNT_SECONDS = 1.0  # between two messages with counts
 STOP_SECONDS = 2.0  # for short connections to end, when nobody takes over
 
 
@@ -142,10 +136,43 @@ class Agent:
             self._on_contested,
         )
         self._contested = ""
-        self._metrics = Metrics(self._read_metrics, lambda: self._places)
+        self._metrics = Metrics(
+            lambda: readings.read(
+                self._fleet,
+                self._roster,
+                self._direct,
+                self._elders,
+                self._credentials,
+                self._pins.directory,
+                VERSION,
+            ),
+            lambda: self._places,
+        )
+        self._elders = Elders(
+            settings.run_directory,
+            lambda counts: self._add_counts(understood(counts)),
+            self._on_elders_gone,
+        )
+        self._answers = Answers(
+            settings,
+            source,
+            self._inspection,
+            self._fleet,
+            self._roster,
+            self._direct,
+            self._elders,
+            self._enforcement,
+            self._credentials,
+            lambda: self._snapshot,
+            lambda: self._is_ready,
+            lambda: self._contested,
+            lambda: str(self._levels),
+            self._metrics.text,
+            self._passing,
+        )
         pages = Pages(
-            self._pending,
-            self._dump_config,
+            self._answers.pending,
+            self._answers.dump_config,
             lambda: str(self._levels),
             self._set_levels,
             self._fleet,
@@ -153,20 +180,10 @@ class Agent:
         self._pages = web.Server(pages.routes())
         self._admin = Admin(
             settings.run_directory / "agent.sock",
-            self._describe,
-            {
-                "policies": self._list_policies,
-                "explain": self._explain,
-                "connections": self._list_connections,
-                "workloads": self._list_workloads,
-                "services": self._list_services,
-                "diff": self._inspect,
-                "metrics": self._tell_metrics,
-                "config_dump": self._tell_config,
-            },
+            self._answers.describe,
+            self._answers.table(),
             pages.routes(),
         )
-        self._elders = Elders(lambda: self._roster.wait_for_elders(False))
         self._handover = HandoverServer(
             settings.run_directory / SOCKET_NAME,
             self._roster.turn,
@@ -222,6 +239,7 @@ class Agent:
                 await self._take_office(tasks)
             tasks.create_task(read())
             tasks.create_task(self._depart())
+            tasks.create_task(self._give_counts())
             tasks.create_task(self._keep_certificates(tasks))
             if self._settings.kubelet_cgroup is not None:
                 probers = Probers(self._pins.maps["ss_probers"], self._settings.kubelet_cgroup)
@@ -259,8 +277,10 @@ class Agent:
         if self._is_in_office:
             self._is_in_office = False
             self._handover.stop()
-            self._plugin_server.close()
-            self._admin.stop()
+            self._elders.stop()  # whoever comes watches them
+            self._admin.step_aside(
+                self._settings.run_directory / socket_name(os.getpid()), self._answers.last_table()
+            )
             self._metrics.stop()
             self._pages.stop()
             self._direct.stop()
@@ -320,6 +340,10 @@ class Agent:
         self._told_to_end.set()
         self._depart_once(Departure.STOPPED)
 
+    def _on_elders_gone(self) -> None:
+        self._roster.wait_for_elders(False)
+        self._tell_watchers()
+
     def _depart_once(self, departure: Departure) -> None:
         if self._departure.done():
             return
@@ -370,6 +394,17 @@ class Agent:
                     "pods that start here will fail: the plugin still asks for an agent",
                     extra={"file": str(record), "error": str(error)},
                 )
+
+    async def _give_counts(self) -> None:
+        """Once another agent has taken over, give it what is counted here, to the end."""
+        if await asyncio.shield(self._departure) is not Departure.SUCCEEDED:
+            return
+        is_over = False
+        while not is_over:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COUNT_SECONDS):
+                    is_over = await self._stop.wait()
+            self._add_counts(await self._handover.give(self._metrics.take()))
 
     async def _apply(self, told: Snapshot, tasks: asyncio.TaskGroup) -> None:
         self._told = told
@@ -535,200 +570,18 @@ class Agent:
                 "not all that an agent before left is taken away", extra={"error": str(error)}
             )
 
-    # -- questions ----------------------------------------------------------------------------
-
-    async def _list_policies(self, _arguments: dict[str, Any]) -> object:
-        refused: list[dict[str, object]] = [
-            {
-                "node": self._settings.node,
-                "policy": problem.named,
-                "does": None,
-                "state": "refused",
-                "for": None,
-                "rules": None,
-                "pods": [],
-                "warnings": [f"{problem.path}: {problem.detail}"],
-            }
-            for problem in self._source.problems
-            if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
-        ]
-        return refused + self._enforcement.list_policies(self._snapshot)
-
-    async def _list_connections(self, arguments: dict[str, Any]) -> object:
-        namespace, pod = arguments.get("namespace"), arguments.get("pod")
-        found = await list_connections(self._fleet, self._direct, namespace, pod)
-        node = self._settings.node
-        return [{"node": node} | each.row() | {"worker": pid} for pid, each in found]
-
-    async def _list_workloads(self, _arguments: dict[str, Any]) -> object:
-        trust_domain = self._settings.trust_domain
-        return [
-            {
-                "workload": f"{each.namespace}/{each.name}",
-                "node": each.node,
-                "addresses": [str(address) for address in each.addresses],
-                "protocol": "hbone" if each.is_hbone else "tcp",
-                "identity": str(each.identity(trust_domain)),
-                "owner": each.owner or None,
-                "labels": dict(sorted(each.labels)),
-            }
-            for each in self._snapshot.workloads
-        ]
-
-    async def _list_services(self, _arguments: dict[str, Any]) -> object:
-        return [
-            {
-                "service": f"{each.namespace}/{each.name}",
-                "addresses": [str(address) for address in each.addresses],
-                "ports": [port.port for port in each.ports],
-                "endpoints": [
-                    endpoint(str(address), target)
-                    for port in each.ports
-                    for address, target in each.endpoints_for(port.port)
-                ],
-            }
-            for each in self._snapshot.services
-        ]
-
-    async def _inspect(self, arguments: dict[str, Any]) -> object:
-        """Compare desired state with what is there, and mend what differs if asked to."""
-        # A pass that is not over, or a pod that just comes, would look like a difference.
-        if not self._is_ready:
-            raise RequestRefused("the first pass over this node's pods is not done; ask again")
-        async with self._passing, self._roster.turn:
-            if arguments.get("repair"):
-                results = await self._inspection.repair()
-                for finding, problem in results:
-                    fields = {"pod": finding.pod, "what": f"{finding.kind} {finding.name}"}
-                    log.warning("repaired", extra=fields | {"problem": problem})
-            else:
-                results = [(finding, None) for finding in await self._inspection.find()]
-        return rows(results, self._settings.node)
-
     def _on_contested(self, texts: dict[str | None, str]) -> None:
         self._contested = texts.get(None, "")
         self._roster.contest({pod: text for pod, text in texts.items() if pod is not None})
         self._tell_watchers()
 
-    async def _tell_metrics(self, _arguments: dict[str, Any]) -> object:
-        return {"text": (await self._metrics.text()).decode()}
-
-    async def _tell_config(self, _arguments: dict[str, Any]) -> object:
-        return await self._dump_config()
-
-    async def _dump_config(self) -> dict[str, object]:
-        """Tell all that is known, in ztunnel's shape; never a key."""
-        settings = self._settings
-        connections = await list_connections(self._fleet, self._direct)
-        return build_dump(
-            self._snapshot,
-            settings.trust_domain,
-            CLUSTER_DOMAIN,
-            self._credentials.keeper.kept(),
-            [(each.pod, each.state == "enrolled") for each in self._roster.statuses.values()],
-            [connection for _pid, connection in connections],
-            VERSION,
-            {
-                "localNode": settings.node,
-                "trustDomain": settings.trust_domain,
-                "numWorkerThreads": settings.worker_count,
-                "caAddress": settings.authority.address,
-                "directPath": settings.has_direct_path,
-                "logLevels": str(self._levels),
-            },
-        )
-
-    def _pending(self) -> dict[str, str]:
-        """Name what keeps this agent from being ready; one pod's trouble is not among it."""
-        pending = {}
-        if not self._is_ready:
-            known = bool(self._snapshot.workloads or self._snapshot.local_pods)
-            pending["objects" if not known else "pods"] = (
-                "the first pass over this node's pods is not done"
-                if known
-                else "no state has come from the source of objects"
-            )
-        missing = self._settings.worker_count - len(self._fleet.pids)
-        if self._contested:
-            pending["kernel"] = self._contested
-        if missing > 0:
-            pending["workers"] = f"{missing} of {self._settings.worker_count} do not run"
-        return pending
-
-    async def _explain(self, arguments: dict[str, Any]) -> object:
-        explainer = Explainer(
-            self._snapshot,
-            self._enforcement.rulebook,
-            self._settings.trust_domain,
-            self._settings.exclusions,
-            self._settings.has_direct_path,
-        )
-        try:
-            source, destination = str(arguments["source"]), str(arguments["destination"])
-            port = int(arguments["port"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise RequestRefused("explain needs source, destination and port") from error
-        return [each.row() for each in explainer.explain(source, destination, port)]
-
-    def _describe(self) -> dict[str, object]:
-        return {
-            "ready": self._is_ready,
-            "version": VERSION,
-            "pending": self._pending(),
-            "log_levels": str(self._levels),
-            "node": self._settings.node,
-            "pods": [
-                {
-                    "uid": status.pod.uid,
-                    "namespace": status.pod.namespace,
-                    "name": status.pod.name,
-                    "state": status.state,
-                    "reason": status.reason,
-                    "detail": status.detail,
-                }
-                for status in self._roster.statuses.values()
-            ],
-            "workers": [{"pid": pid} for pid in self._fleet.pids],
-            "identity": self._credentials.describe(),
-        }
-
     def _add_counts(self, counts: Counted) -> None:
         self._metrics.add(counts)
-
-    async def _read_metrics(self) -> Iterable[Metric]:
-        answers = await self._fleet.ask(messages.AskGauges, GAUGE_SECONDS)
-        gauges = [each.counts for each in answers.values() if isinstance(each, messages.Gauges)]
-        gauges.append((self._direct.gauge(),))
-        keeper = self._credentials.keeper
-        counters = keeper.counters
-        # Walking large maps takes a while, in which this process has other things to do.
-        directory = self._pins.directory
-        pods = await asyncio.to_thread(listing.list_pods, directory)
-        captures = await asyncio.to_thread(listing.dump_map, directory, "ss_captures")
-        maps = await asyncio.to_thread(listing.list_maps, directory)
-        statuses = [
-            (status.pod.namespace, status.pod.name, status.state, status.reason)
-            for status in self._roster.statuses.values()
-        ]
-        return [
-            *gauge_families(gauges),
-            *families(
-                keeper.expiries(),
-                {"issued": counters.issued, **counters.failed},
-                statuses,
-                self._roster.failures,
-                pods,
-                captures,
-                maps,
-                (len(self._fleet.pids), self._fleet.replaced),
-                self._direct.lost,
-                VERSION,
-            ),
-        ]
 
     def _shut_down(self) -> None:
         self._stop.set()
         self._leave_office()
+        self._admin.stop()
         self._elders.stop()
         self._roster.abandon()
         self._fleet.stop()

@@ -26,6 +26,7 @@ COMMANDS = (
     "policies", "certs", "connections", "explain", "diff", "maps", "programs", "bundle", "wait",
     "uninstall",
 )  # fmt: skip
+LONG = 200  # characters: more than any first sentence
 
 
 class _Edge(click.Group):
@@ -40,6 +41,13 @@ class _Edge(click.Group):
         command = getattr(importlib.import_module(f"agent.commands.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List each command with its whole first sentence, which click would cut."""
+        commands = ((name, self.get_command(ctx, name)) for name in COMMANDS)
+        rows = [(name, found.get_short_help_str(LONG)) for name, found in commands if found]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

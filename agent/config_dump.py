@@ -78,7 +78,8 @@ def build_dump(
         "config": settings,
         "certificates": [_certificate(*each) for each in certificates],
         "workloadState": {
-            pod.uid: _state(pod, is_up=is_up, connections=listed) for pod, is_up in pods
+            pod.uid: _state(pod, trust_domain, is_up=is_up, connections=listed)
+            for pod, is_up in pods
         },
     }
 
@@ -107,6 +108,7 @@ def _workload(workload: Workload, trust_domain: str) -> Json:
         "canonicalName": _first(labels, CANONICAL_NAME, name),
         "canonicalRevision": _first(labels, CANONICAL_REVISION, NO_REVISION),
         "clusterId": CLUSTER,
+        "locality": {"region": workload.locality.region, "zone": workload.locality.zone},
         "node": workload.node,
         "status": "Healthy",
         "hostname": "",
@@ -227,7 +229,9 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _state(pod: LocalPod, *, is_up: bool, connections: Iterable[OpenConnection]) -> Json:
+def _state(
+    pod: LocalPod, trust_domain: str, *, is_up: bool, connections: Iterable[OpenConnection]
+) -> Json:
     found: dict[str, list[Json]] = {"inbound": [], "outbound": []}
     for each in connections:
         if (each.namespace, each.pod) == (pod.namespace, pod.name):
@@ -245,6 +249,7 @@ def _state(pod: LocalPod, *, is_up: bool, connections: Iterable[OpenConnection])
         "info": {
             "name": pod.name,
             "namespace": pod.namespace,
+            "trustDomain": trust_domain,
             "serviceAccount": pod.service_account,
         },
     }

@@ -1,5 +1,7 @@
 """The open connections of this node: those that workers carry, and those of the direct path.
 
+An agent before this one that still serves some is asked for them as well.
+
 Workers are asked in parts, so that an answer never stops the bytes that a worker moves for long.
 A worker that does not answer is left out and named; it is not ended for that.
 
@@ -10,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from agent.model.open_connection import OpenConnection
 from agent.tunnel import messages
 
 if TYPE_CHECKING:
     from agent.direct import DirectPath
+    from agent.elders import Elders
     from agent.fleet import Fleet
-    from agent.model.open_connection import OpenConnection
     from agent.workers import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,11 @@ ANSWER_SECONDS = 3.0  # for each part
 
 
 async def list_connections(
-    fleet: Fleet, direct: DirectPath, namespace: str | None = None, pod: str | None = None
+    fleet: Fleet,
+    direct: DirectPath,
+    elders: Elders,
+    namespace: str | None = None,
+    pod: str | None = None,
 ) -> list[tuple[int | None, OpenConnection]]:
     """List the connections, each with the pid of its worker, None for the kernel.
 
@@ -35,6 +42,7 @@ async def list_connections(
         asked = {
             worker.pid: tasks.create_task(_ask(worker, namespace, pod)) for worker in fleet.members
         }
+        of_elders = tasks.create_task(elders.ask("connections", namespace=namespace, pod=pod))
     found: list[tuple[int | None, OpenConnection]] = [
         (pid, connection) for pid, task in asked.items() for connection in task.result()
     ]
@@ -43,7 +51,16 @@ async def list_connections(
         for connection in direct.list_connections()
         if namespace in (None, connection.namespace) and pod in (None, connection.pod)
     ]
+    found += _read(of_elders.result())
     return found
+
+
+def _read(answers: list[Any]) -> list[tuple[int | None, OpenConnection]]:
+    try:
+        return [(row["worker"], OpenConnection.parse(row)) for rows in answers for row in rows]
+    except (LookupError, TypeError) as error:  # of a version that tells less
+        log.warning("an agent before this one is not understood", extra={"error": repr(error)})
+        return []
 
 
 async def _ask(

@@ -21,12 +21,12 @@ from agent import netns, sock_diag
 from agent.datapath.direct import FlowEnds, Flows, Totals, Verdicts, live_flows
 from agent.errors import NetlinkError
 from agent.loglines import ACCESS
+from agent.model.endpoint import endpoint
 from agent.model.flag import Flag
 from agent.model.identity import SpiffeId
 from agent.model.open_connection import OpenConnection
 from agent.model.workload import Workload
 from agent.tunnel.labels import Party, build_labels
-from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -343,7 +343,6 @@ def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -
 def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     cookie = enrollment.netns_cookie
     undo.callback(_drop_counters, pins, cookie)
-    record = records.guarded_record(enrollment.pod, cookie)
     for ifindex in guard.node_links(enrollment.netns_fd):
         _guard_link(pins, enrollment, ifindex, undo)
     enrollment.is_guarded = True

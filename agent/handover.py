@@ -8,6 +8,7 @@ One datagram (SOCK_SEQPACKET) is one JSON object; descriptors travel beside it (
                                            <- agent.inheritance, for each pod   netns, listeners
     {"request": "commit"}                  ->
                                            <- {"reply": "committed"}
+                                           <- {"counts": [[NAME, [[LABEL, VALUE], ...], N], ...]}
                                               the connection's end: it has ended
 
     {"request": "leave"}                   -> {"reply": "leaving"}, then the end: all pods are out
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from agent.tunnel.counts import Counted
+
 log = logging.getLogger(__name__)
 VERSION = 1
 SOCKET_NAME = "handover.sock"
@@ -45,6 +48,8 @@ MESSAGE_BYTES = 64 * 1024
 MAX_FDS = 64
 COMMIT_SECONDS = 30.0  # for a successor to serve what it was given; no pod changes meanwhile
 ANSWER_SECONDS = 40.0  # more, since whoever waits for an answer has to know who is right
+COUNTS_AT_ONCE = 16  # in one datagram: labels may be long
+GIVE_SECONDS = 2.0  # for a successor to take what was counted
 GONE_SECONDS = 2.0  # between a process's last descriptor and its end
 Heritage = tuple[Inheritance, list[int]]
 
@@ -75,6 +80,7 @@ class HandoverServer:
         self._on_committed = on_committed
         self._on_leave = on_leave
         self._kept: list[socket.socket] = []  # until nothing is open here any more
+        self._heir: socket.socket | None = None
         self._successor = -1  # its process
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
@@ -167,14 +173,28 @@ class HandoverServer:
             request, _fds = await _receive(connection)
         if request.get("request") != "commit":
             raise HandoverFailed("the successor has ended, or says something strange")
-        self._successor = _open_process(_peer_of(connection))
+        self._successor = _open_process(peer_of(connection))
         self.stop()
         self._on_committed()
         with contextlib.suppress(
             OSError
         ):  # it may have died just now: whoever comes next takes over
             await _send(connection, {"reply": "committed"})
+            self._heir = connection
         return True
+
+    async def give(self, counts: Counted) -> Counted:
+        """Tell the successor what was counted here; return what it does not take."""
+        if self._heir is None:
+            return counts
+        given = 0
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(GIVE_SECONDS):
+                while given < len(counts):
+                    part = counts[given : given + COUNTS_AT_ONCE]
+                    await _send(self._heir, {"counts": part})
+                    given += len(part)
+        return counts[given:]
 
 
 class Predecessor:
@@ -182,7 +202,7 @@ class Predecessor:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.pid = _peer_of(connection)
+        self.pid = peer_of(connection)
         self._pidfd = _open_process(self.pid)
 
     @staticmethod
@@ -262,47 +282,7 @@ class Predecessor:
             self._pidfd = -1
 
 
-class Elders:
-    """Agents before us that still serve connections; `on_gone()` when the last has ended."""
-
-    def __init__(self, on_gone: Callable[[], None]) -> None:
-        self._on_gone = on_gone
-        self._connections: dict[int, socket.socket] = {}
-
-    def add(self, connection: socket.socket) -> None:
-        """Watch one; its connection is ours."""
-        connection.setblocking(False)
-        self._connections[connection.fileno()] = connection
-        asyncio.get_running_loop().add_reader(connection, self._on_readable, connection)
-
-    @property
-    def fds(self) -> list[int]:
-        """Their connections, for the agent after us."""
-        return list(self._connections)
-
-    def _on_readable(self, connection: socket.socket) -> None:
-        try:
-            if connection.recv(MESSAGE_BYTES):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
-        asyncio.get_running_loop().remove_reader(connection)
-        del self._connections[connection.fileno()]
-        connection.close()
-        if not self._connections:
-            self._on_gone()
-
-    def stop(self) -> None:
-        """Watch no more."""
-        for connection in self._connections.values():
-            asyncio.get_running_loop().remove_reader(connection)
-            connection.close()
-        self._connections.clear()
-
-
-def _peer_of(connection: socket.socket) -> int:
+def peer_of(connection: socket.socket) -> int:
     """Return the process at the other end."""
     size = struct.calcsize("3i")
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
@@ -337,7 +317,7 @@ async def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]
     data, fds = await _receive_raw(connection)
     try:
         message = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HandoverFailed(f"what came is no JSON: {error}") from error
     if not isinstance(message, dict):
         raise HandoverFailed("what came is no JSON object")

@@ -29,6 +29,12 @@ class Inheritance:
     sysctls: dict[str, str] = field(default_factory=dict)  # by path, as they were before us
 
 
+# What reading JSON of another program may raise: it nests too deeply, a number has no end.
+STRANGE = (
+    ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError,
+)  # fmt: skip
+
+
 def encode(inheritance: Inheritance) -> bytes:
     """Return the message."""
     pod = inheritance.pod
@@ -84,7 +90,7 @@ def decode(data: bytes) -> Inheritance:
             is_draining=bool(message.get("is_draining", False)),
             sysctls={str(key): str(text) for key, text in message.get("sysctls", {}).items()},
         )
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except STRANGE as error:
         raise HandoverFailed(
             f"the agent that runs tells of a pod in a strange way: {error}"
         ) from error

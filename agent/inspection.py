@@ -24,8 +24,8 @@ from agent.datapath.source import CGROUP_PROGRAMS, PROGRAMS
 from agent.enroll import REPLY_SYSCTLS, exclusion_entries, guard_link
 from agent.errors import KernelError, SidestepError
 from agent.model.capture import REPLY_MARK
+from agent.model.endpoint import endpoint
 from agent.state.drift import Drift, compare
-from agent.tunnel.served import endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Set

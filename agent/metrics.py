@@ -89,6 +89,17 @@ def full_name(name: str) -> str:
     return name if name.startswith("istio_") else f"sidestep_{name}"
 
 
+def understood(counts: Counted) -> Counted:
+    """Leave out what an agent of another version counts and this one does not expose."""
+    known = (COUNTERS | GAUGES).items()
+    expected = {name: set(labels) for name, (_text, labels) in known}
+    return tuple(
+        (name, labels, amount)
+        for name, labels, amount in counts
+        if expected.get(full_name(name)) == {label for label, _value in labels}
+    )
+
+
 class _Read(Collector):
     """Metrics that are made when somebody asks."""
 
@@ -126,6 +137,10 @@ class Metrics:
     def add(self, counts: Counted) -> None:
         """Add what a worker has counted."""
         self._tally.add(counts, time.monotonic())
+
+    def take(self) -> Counted:
+        """Return all that was counted, and count from the start: another agent goes on with it."""
+        return self._tally.take()
 
     async def text(self) -> bytes:
         """Return everything in the text format."""

@@ -29,6 +29,17 @@ class Tally:
             sums[labels] = sums.get(labels, 0) + amount
             self._changed[name, labels] = now
 
+    def take(self) -> Counted:
+        """Return and forget everything."""
+        taken = tuple(
+            (name, labels, amount)
+            for name, sums in self._sums.items()
+            for labels, amount in sums.items()
+        )
+        self._sums.clear()
+        self._changed.clear()
+        return taken
+
     def of(self, name: str) -> Iterator[tuple[Labels, int]]:
         """Yield the series of one name."""
         yield from self._sums.get(name, {}).items()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SOCKETS = (SOCKET_NAME, "cni.sock", "agent.sock")
+SOCKETS = (SOCKET_NAME, "cni.sock", "agent.sock", "agent-*.sock")
 
 
 async def ask_agent(run_directory: Path) -> int | None:
@@ -70,11 +70,9 @@ def uninstall(pin_root: Path, pod_cgroups: Path, run_directory: Path) -> Iterato
         yield f"pins {directory}"
     if pin_root.is_dir():
         pin_root.rmdir()
-    for name in SOCKETS:
-        path = run_directory / name
-        if path.exists():
-            path.unlink()
-            yield f"socket {path}"
+    for path in (path for name in SOCKETS for path in sorted(run_directory.glob(name))):
+        path.unlink()
+        yield f"socket {path}"
     if run_directory.is_dir() and not any(run_directory.iterdir()):
         run_directory.rmdir()
 

@@ -136,6 +136,7 @@ class Worker:
         COUNTS.on_first = on_first
         self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
         self._reactor.run()
+        self._tell_counts()  # those of the connections that have ended just now
 
     def _on_message(self) -> None:
         try:

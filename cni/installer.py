@@ -113,17 +113,26 @@ def install(places: Places) -> str:
         return primary
 
 
-def uninstall(places: Places) -> None:
-    """Take everything away; what is not there is no error (OSError)."""
+def uninstall(places: Places) -> list[Path]:
+    """Take everything away, and return the files that had something of ours.
+
+    What is not there is no error (OSError: it cannot be taken away).
+    """
+    changed = []
     with suppress(FileNotFoundError):
         places.record.unlink()
         _sync(places.state)
+        changed.append(places.record)
     with suppress(FileNotFoundError), _turn(places):
-        _apply(places.networks, plan_uninstall(_read(places.networks)))
+        changes = plan_uninstall(_read(places.networks))
+        _apply(places.networks, changes)
+        changed += [places.networks / change.name for change in changes]
     with suppress(FileNotFoundError):
         places.plugin.unlink()
+        changed.append(places.plugin)
     with suppress(OSError):  # others may keep something there
         places.state.rmdir()
+    return changed
 
 
 def watch(places: Places, wake_fd: int) -> None:

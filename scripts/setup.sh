@@ -45,16 +45,16 @@ scripts/build_shim.sh
 mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf ||
 	refuse "the BPF file system cannot be mounted on /sys/fs/bpf: is CONFIG_BPF_SYSCALL set?"
 
-# promtool checks the alert rules. Of Debian's package prometheus only that program is taken: the
-# rest is a service.
-if [ ! -x .venv/bin/promtool ]; then
-	echo "setup: taking promtool"
+# Prometheus reads the metrics, and promtool checks the alert rules. Of Debian's package only these
+# programs are taken: the rest is a service.
+if [ ! -x .venv/bin/promtool ] || [ ! -x .venv/bin/prometheus ]; then
+	echo "setup: taking Prometheus"
 	fetched=$(mktemp -d)
 	chmod 755 "$fetched" # apt reads as another user
 	(cd "$fetched" && apt-get -qq update && apt-get -qq download prometheus)
 	mkdir -p .venv/bin
 	dpkg-deb --fsys-tarfile "$fetched"/prometheus_*.deb |
-		tar -x -C .venv/bin --strip-components=3 ./usr/bin/promtool
+		tar -x -C .venv/bin --strip-components=3 ./usr/bin/promtool ./usr/bin/prometheus
 	rm -r "$fetched"
 fi
 

@@ -31,7 +31,7 @@ from agent.question import ask
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What each agent is asked; see agent.app.
+# What each agent is asked; see agent.answers.
 QUESTIONS = (
     "state", "policies", "workloads", "services", "connections", "diff", "config_dump", "metrics",
 )  # fmt: skip

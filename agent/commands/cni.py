@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
-def _places(command: Callable[..., None]) -> Callable[..., None]:
+def places_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say where things are."""
     options: list[Callable[[Any], Any]] = [
         click.option(
@@ -66,7 +66,7 @@ def cni() -> None:
 
 
 @cni.command(epilog=examples("sidestep cni install --networks /etc/cni/net.d"))
-@_places
+@places_options
 @_entry
 def install(
     networks: Path, plugins: Path, state: Path, socket: Path, exclude_namespace: tuple[str, ...]
@@ -81,21 +81,25 @@ def install(
 
 
 @cni.command(epilog=examples("sidestep cni uninstall --plugins /opt/cni/bin"))
-@_places
+@places_options
 def uninstall(networks: Path, plugins: Path, state: Path) -> None:
     """Take entry, plugin and record away; each file is as its owner wrote it."""
-    places = installer.Places(networks, plugins, state, Path())
+    take_away(installer.Places(networks, plugins, state, Path()))
+    click.echo("the plugin is uninstalled")
+
+
+def take_away(places: installer.Places) -> list[Path]:
+    """Uninstall the plugin, and return the files that had something of ours (InstallFailed)."""
     try:
-        installer.uninstall(places)
+        return installer.uninstall(places)
     except OSError as error:
         raise InstallFailed(str(error)) from error
-    click.echo("the plugin is uninstalled")
 
 
 @cni.command(
     epilog=examples("sidestep cni watch", "sidestep cni watch --exclude-namespace kube-system")
 )
-@_places
+@places_options
 @_entry
 def watch(
     networks: Path, plugins: Path, state: Path, socket: Path, exclude_namespace: tuple[str, ...]

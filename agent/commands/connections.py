@@ -81,8 +81,12 @@ def _shown(row: Row) -> Row:
 
 
 def _end(pod: object, address: object) -> str:
-    port = str(address).rpartition(":")[2]
-    return f"{pod}:{port}" if pod else str(address)
+    if not pod:
+        return str(address)
+    host, separator, port = str(address).rpartition(":")
+    # Of a client whose connection came by a tunnel the port is not known.
+    has_port = separator and (":" not in host or host.endswith("]"))
+    return f"{pod}:{port}" if has_port else str(pod)
 
 
 def _age(seconds: object) -> str:

@@ -2,7 +2,7 @@
 
 A row is about the pods that its columns name (`pod`, `workload`, `source_pod`, `destination_pod`,
 `pods`: NAMESPACE/NAME), or about a namespace or identity that it names; one that names none is left
-out where a filter asks for some.
+out where a filter asks for some. Its nodes are those of the column `node` or `nodes`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Filter:
 
     def passes(self, row: Row) -> bool:
         """Say whether a row is to be shown."""
-        if self.node is not None and row.get("node") != self.node:
+        if self.node is not None and self.node not in _nodes(row):
             return False
         if self.pod is None and self.namespace is None:
             return True
@@ -54,6 +54,11 @@ class Filter:
     def apply(self, rows: Iterable[Row]) -> list[Row]:
         """Return the rows that are to be shown."""
         return [row for row in rows if self.passes(row)]
+
+
+def _nodes(row: Row) -> list[object]:
+    several = row.get("nodes")
+    return several if isinstance(several, list) else [row.get("node")]
 
 
 def _pods(row: Row) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from agent.commands.examples import examples
+from agent.commands.filters import Filter, filter_options
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.output import Output, emit, output_option
 
@@ -49,10 +50,11 @@ def down(name: str) -> None:
 
 @lab.command(epilog=examples("sidestep lab status", "sidestep lab status -o json"))
 @_name
+@filter_options
 @output_option
-def status(name: str, output: Output) -> None:
+def status(name: str, wanted: Filter, output: Output) -> None:
     """List the pods of the lab and their place in the mesh."""
-    rows = Lab(name).status()
+    rows = wanted.apply(Lab(name).status())
     emit(rows, ("pod", "node", "address", "address6", "processes", "mesh"), output)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -36,15 +37,32 @@ def maps() -> None:
     """Show the maps of the data path, also while no agent runs."""
 
 
-@maps.command("list", epilog=examples("sidestep maps list", "sidestep maps list -o json"))
+@maps.command("list", epilog=examples("sidestep maps list", "sidestep maps list --pod shop/client"))
 @pins_options
-@click.option("--node", help="Show only what is on this node.")
+@filter_options
 @output_option
-def list_maps(root: Path | None, lab: str | None, node: str | None, output: Output) -> None:
-    """List the maps and how full they are."""
+def list_maps(root: Path | None, lab: str | None, wanted: Filter, output: Output) -> None:
+    """List the maps and how full they are.
+
+    With --pod or --namespace those that have entries about it, and how many.
+    """
     places = find_places(root, lab)
-    rows = Filter(node=node).apply(read_all(places, listing.list_maps))
+    rows = Filter(node=wanted.node).apply(
+        read_all(places, lambda directory: _list_about(directory, wanted))
+    )
     emit(rows, placed(LIST_COLUMNS, places), output)
+
+
+def _list_about(directory: Path, wanted: Filter) -> list[Row]:
+    rows = listing.list_maps(directory)
+    about = Filter(wanted.pod, wanted.namespace)
+    if about == Filter():
+        return rows
+    for row in rows:
+        name = str(row["name"])
+        is_listed = name in listing.COLUMNS
+        row["entries"] = len(about.apply(listing.dump_map(directory, name))) if is_listed else 0
+    return [row for row in rows if row["entries"]]
 
 
 @maps.command(
@@ -88,8 +106,9 @@ def dump(
     if not watch or output == "table":
         emit(rows, shown, output)
     if watch:
-        for sign, row in _changes(rows if output == "table" else [], read):
-            click.echo(_change_line(sign, row, shown, output), nl=output != "yaml")
+        with suppress(KeyboardInterrupt):  # the way in which it ends
+            for sign, row in _changes(rows if output == "table" else [], read):
+                click.echo(_change_line(sign, row, shown, output), nl=output != "yaml")
 
 
 def _changes(before: list[Row], read: Callable[[], list[Row]]) -> Iterator[tuple[str, Row]]:

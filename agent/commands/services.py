@@ -8,7 +8,7 @@ import click
 
 from agent.commands.asking import agent_options, ask_each, chosen_sockets
 from agent.commands.examples import examples
-from agent.commands.filters import Filter
+from agent.commands.filters import Filter, filter_options
 from agent.output import Output, emit, output_option
 
 if TYPE_CHECKING:
@@ -19,12 +19,16 @@ COLUMNS = ("service", "addresses", "ports", "endpoints")
 
 @click.command(epilog=examples("sidestep services", "sidestep services -n shop -o yaml"))
 @agent_options
-@click.option("-n", "--namespace", help="Show only the services of this namespace.")
+@filter_options
 @output_option
 def services(
-    socket_path: Path | None, lab: str | None, run_dir: Path, namespace: str | None, output: Output
+    socket_path: Path | None, lab: str | None, run_dir: Path, wanted: Filter, output: Output
 ) -> None:
-    """List the services and the endpoints that are ready."""
+    """List the services and the endpoints that are ready.
+
+    With --pod those that lead to the pod, with --namespace those of the namespace and those that
+    lead to a pod of it, with --node those that lead to a pod of the node.
+    """
     sockets = chosen_sockets(socket_path, lab, run_dir)[:1]  # every agent knows all of them
     (rows,) = ask_each(sockets, "services")
-    emit(Filter(namespace=namespace).apply(rows), COLUMNS, output)
+    emit(wanted.apply(rows), COLUMNS, output)

@@ -18,7 +18,7 @@ from agent.model.place import parse_place
     help="After which it is an error.",
 )  # fmt: skip
 def wait(daemonset: str, is_to_go: bool, timeout: int) -> None:
-    """Wait until the pods of a DaemonSet are ready on all of its nodes; exit code 1 if late."""
+    """Wait until the pods of a DaemonSet are ready on all of its nodes; an error if late."""
     namespace, name = parse_place(daemonset, "--daemonset")
     # Here, since only this needs the client's memory.
     from agent.discovery import rollout

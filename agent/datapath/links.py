@@ -112,6 +112,12 @@ def guard_link_name(program: str, netns_cookie: int, ifindex: int) -> str:
     return f"{program.removeprefix('ss_')}_{netns_cookie}_{ifindex}"
 
 
+def guarded_cookie(pin_name: str) -> int:
+    """Return the cookie in the name of a guard's pin."""
+    _direction, cookie, _ifindex = pin_name.rsplit("_", 2)
+    return int(cookie)
+
+
 def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """Attach the guard to an interface of the current namespace, in both directions, by tcx.
 

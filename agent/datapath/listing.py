@@ -451,7 +451,9 @@ def _place(facts: libbpf.LinkFacts) -> str:
     return f"cgroup {root}" if is_root else f"cgroup id {facts.target}"
 
 
-def _program_row(fd: int, directory: Path, attached: str | None, link: int | None) -> Row:
+def _program_row(
+    fd: int, directory: Path, attached: str | None, link: int | None, pods: list[str]
+) -> Row:
     facts = libbpf.program_facts(fd)
     return {
         "name": facts.name,
@@ -461,6 +463,7 @@ def _program_row(fd: int, directory: Path, attached: str | None, link: int | Non
         "instruction_bytes": facts.instruction_bytes,
         "attached": attached,
         "link": link,
+        "pods": pods,  # for which alone it is attached
         "pins": str(directory),
     }
 
@@ -469,19 +472,22 @@ def list_programs(directory: Path) -> list[Row]:
     """Return one row for each pinned program, and one for each pod's copy of the lookup."""
     names = pod_names(directory)
     attached: dict[int, tuple[str, int]] = {}
-    copies: list[tuple[int, str, int]] = []
+    copies: list[tuple[int, str, int, list[str]]] = []
     guarded: dict[int, list[int]] = {}
+    guarded_pods: dict[int, set[str]] = {}
     for path in sorted((directory / "links").iterdir()):
         with _closing(libbpf.open_pin(path)) as fd:
             facts = libbpf.link_facts(fd)
         if facts.type == libbpf.LINK_TYPE_TCX:
             guarded.setdefault(facts.program_id, []).append(facts.target)
+            pod = names.get(links.guarded_cookie(path.name))
+            guarded_pods.setdefault(facts.program_id, set()).update({pod} if pod else ())
             continue
         cookie = path.name.removeprefix(LOOKUP_LINK)
         if cookie != path.name and cookie.isdecimal():
             pod = names.get(int(cookie), f"netns cookie {cookie}")
             pod_text = f"pod {pod}" if facts.target else f"pod {pod}, whose netns is gone"
-            copies.append((facts.program_id, pod_text, facts.id))
+            copies.append((facts.program_id, pod_text, facts.id, [pod]))
         else:
             attached[facts.program_id] = (_place(facts), facts.id)
     rows: list[Row] = []
@@ -495,11 +501,12 @@ def list_programs(directory: Path) -> list[Row]:
                 place = f"interfaces {', '.join(map(str, sorted(interfaces)))}"
             if path.name == LOOKUP_PROGRAM:
                 place = f"as a copy for each pod: {len(copies)}"
-            rows.append(_program_row(fd, directory, place, link))
-    for program_id, pod_place, pod_link in copies:
+            pods = sorted(guarded_pods.get(program_id, ()))
+            rows.append(_program_row(fd, directory, place, link, pods))
+    for program_id, pod_place, pod_link, pods in copies:
         # The program may have gone with its link meanwhile.
         with contextlib.suppress(KernelError), _closing(libbpf.open_program(program_id)) as fd:
-            rows.append(_program_row(fd, directory, pod_place, pod_link))
+            rows.append(_program_row(fd, directory, pod_place, pod_link, pods))
     return rows
 
 

@@ -60,10 +60,15 @@ class Api:
 
     @contextmanager
     def get(
-        self, path: str, query: Mapping[str, str], read_seconds: float = CALL_SECONDS
+        self,
+        path: str,
+        query: Mapping[str, str],
+        read_seconds: float = CALL_SECONDS,
+        accept: str = "application/json",
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """Ask, and yield the answer unread; no byte for `read_seconds` is an error."""
-        with self._request("GET", path, read_seconds, fields=query) as response:
+        form = {"Accept": accept}
+        with self._request("GET", path, read_seconds, fields=query, headers=form) as response:
             yield response
 
     def create(self, path: str, body: Mapping[str, Any]) -> None:

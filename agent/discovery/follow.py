@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from agent.discovery.api import Api
 
 log = logging.getLogger(__name__)
+FORBIDDEN = 403
 NOT_FOUND = 404
+WHOLE = "application/json"
 PAGE_OBJECTS = 250
 WATCH_SECONDS = (300, 600)  # spread, so that agents do not all come at once
 # Bookmarks come about once a minute; a stream that is silent for longer is dead.
@@ -53,6 +55,8 @@ class Resource:
     plural: str
     versions: tuple[str, ...]
     may_be_absent: bool = False
+    may_be_forbidden: bool = False  # then it is as if there were none
+    is_metadata_enough: bool = False  # of objects whose status is large, and changes all the time
 
     def path(self, version: str) -> str:
         """Return where all objects of the kind are, at one of the versions."""
@@ -122,7 +126,9 @@ class Follower(threading.Thread):
         if status == GONE:
             log.info("list again", extra={"kind": self._resource.kind, "detail": str(error)})
             self._version = None
-        elif status == NOT_FOUND and self._resource.may_be_absent:
+        elif (status == NOT_FOUND and self._resource.may_be_absent) or (
+            status == FORBIDDEN and self._resource.may_be_forbidden
+        ):
             return self._handle_absence()
         if self._failures == 1:
             log.warning(
@@ -146,7 +152,7 @@ class Follower(threading.Thread):
         now = time.monotonic()
         if self._absent_since is None:
             self._absent_since = now
-            log.info("kind is not installed", extra={"kind": self._resource.kind})
+            log.info("kind is not installed, or not for us", extra={"kind": self._resource.kind})
         is_believed = now - self._absent_since >= BELIEVED_ABSENT_SECONDS
         if self._told == "nothing" or (self._told == "objects" and is_believed):
             self._sink.keep_only(self._resource.kind, set())
@@ -157,6 +163,11 @@ class Follower(threading.Thread):
     def _path(self) -> str:
         versions = self._resource.versions
         return self._resource.path(versions[self._served % len(versions)])
+
+    def _accept(self, form: str) -> str:
+        if not self._resource.is_metadata_enough:
+            return WHOLE
+        return f"{WHOLE};as={form};g=meta.k8s.io;v=v1"
 
     def _identify(self, body: Body) -> Body:
         # The items of a list do not say what they are.
@@ -183,7 +194,11 @@ class Follower(threading.Thread):
         log.info("listed", extra={"kind": self._resource.kind, "count": len(named)})
 
     def _get_page(self, query: dict[str, str]) -> Body:
-        with self._api.get(self._path, query) as response, _Interruptible(self, response):
+        accept = self._accept("PartialObjectMetadataList")
+        with (
+            self._api.get(self._path, query, accept=accept) as response,
+            _Interruptible(self, response),
+        ):
             data = response.read()
         try:
             page: Body = json.loads(data)
@@ -202,7 +217,9 @@ class Follower(threading.Thread):
         began = time.monotonic()
         stream = Stream()
         with (
-            self._api.get(self._path, query, SILENCE_SECONDS) as response,
+            self._api.get(
+                self._path, query, SILENCE_SECONDS, self._accept("PartialObjectMetadata")
+            ) as response,
             _Interruptible(self, response),
         ):
             for chunk in response.stream(decode_content=True):

@@ -47,6 +47,8 @@ PODS = Resource("Pod", "pods", ("v1",))
 RESOURCES = (
     PODS,
     Resource("Namespace", "namespaces", ("v1",)),
+    # Only metrics say where a node is: an agent that may not know goes on without.
+    Resource("Node", "nodes", ("v1",), may_be_forbidden=True, is_metadata_enough=True),
     Resource("Service", "services", ("v1",)),
     Resource("EndpointSlice", "endpointslices", ("discovery.k8s.io/v1",)),
     Resource("ServiceEntry", "serviceentries", NETWORKING, may_be_absent=True),
@@ -211,11 +213,12 @@ class KubernetesSource:
         """Take a new or changed object and return its name."""
         named = describe(body)
         with self._lock:
+            before = self._translator.changes
             problem = self._translator.put(SourcedObject(ORIGIN, body))
-            self._problems.pop(named, None)
+            is_new = self._problems.pop(named, None) is not None or problem is not None
             if problem is not None:
                 self._problems[named] = problem
-            is_told = not self._unlisted
+            is_told = not self._unlisted and (is_new or self._translator.changes != before)
         if is_told:
             self._tell()
         return named

@@ -2,6 +2,7 @@
 
     Pod            -> Workload, and LocalPod if it wants the mesh; without an address StartingPod
     Namespace      -> the default of its pods' wish for the mesh
+    Node           -> the locality of its pods
     Service        -> Service
     EndpointSlice  -> the endpoints of a Service
     WorkloadEntry  -> Workload without a node, and endpoints of what selects it, see `entries`
@@ -43,7 +44,7 @@ from agent.model.pod import Exclusions, LocalPod
 from agent.model.policy import NO_LABELS, PeerAuthentication, Policy
 from agent.model.service import Service, ServicePort
 from agent.model.starting import StartingPod
-from agent.model.workload import Workload
+from agent.model.workload import NOWHERE, Locality, Workload
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from agent.model.pod import Address
     from agent.model.policy import AnyPolicy, Labels
 
+REGION_LABEL, ZONE_LABEL = "topology.kubernetes.io/region", "topology.kubernetes.io/zone"
 SERVICE_LABEL = "kubernetes.io/service-name"
 SIDECAR_STATUS = "sidecar.istio.io/status"
 BYPASS_INBOUND = "ambient.istio.io/bypass-inbound-capture"
@@ -62,6 +64,7 @@ STATIC_UID = re.compile("[0-9a-f]{32}", re.ASCII)
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+CLUSTER_KINDS = ("Namespace", "Node")  # which are in no namespace themselves
 # On a pod or, for all its pods, on a namespace; the pod's own word counts.
 DIRECT_PATH = "sidestep.io/direct-path"
 DIRECT_PATH_WORDS = {"": None, "enabled": True, "disabled": False}
@@ -119,6 +122,10 @@ class _Pod:
     def uid(self) -> str:
         return self.workload.uid
 
+    def at(self, locality: Locality) -> _Pod:
+        """Return the same pod, on a node that is there."""
+        return replace(self, workload=replace(self.workload, locality=locality))
+
 
 class Translator:
     """Keeps what each object means, and never the object itself: a cluster has many."""
@@ -134,10 +141,12 @@ class Translator:
         self._pod_by_uid: dict[str, str] = {}
         self._pods: dict[str, _Pod] = {}
         self._namespaces: dict[str, _Namespace] = {}
+        self._localities: dict[str, Locality] = {}  # by the Node's name
         self._services = Joiner()
         self._policies: dict[str, AnyPolicy] = {}
         # What need not be worked out again, by the objects that it came from.
         self._local_pods: dict[str, tuple[_Namespace, LocalPod | None]] = {}
+        self.changes = 0  # of what is known: a Node that says again what it said makes none
 
     def put(self, source: SourcedObject, *, is_new: bool = False) -> ObjectProblem | None:
         """Take an object in place of what is known of it, unless it should be new.
@@ -162,14 +171,19 @@ class Translator:
             if not is_new and self._origins.get(named, ("", None))[1] != _uid_of(source.body):
                 self.remove(named)
             return ObjectProblem(source.file, named, wrong.path, wrong.detail)
-        self.remove(named)
+        is_said = isinstance(found, Locality) and self._localities.get(named) == found
+        if not is_said:
+            self.remove(named)
+            self.changes += 1
+            self._keep(named, found)
         self._origins[named] = (source.file, _uid_of(source.body))
-        self._keep(named, found)
         return None
 
     def remove(self, named: str) -> None:
         """Forget an object, if it is known; `named` is what `describe` says of it."""
-        self._origins.pop(named, None)
+        if self._origins.pop(named, None) is None:
+            return
+        self.changes += 1
         self._namespaces.pop(named, None)
         self._policies.pop(named, None)
         self._local_pods.pop(named, None)
@@ -177,6 +191,8 @@ class Translator:
         if pod is not None:
             del self._pod_by_uid[pod.uid]
         self._services.remove(named)
+        if self._localities.pop(named, None) is not None:
+            self._move_pods(named, NOWHERE)
 
     def names(self, kind: str) -> set[str]:
         """List what is known of a kind, as `describe` names it."""
@@ -186,8 +202,11 @@ class Translator:
         match found:
             case None:
                 pass
+            case Locality():
+                self._localities[named] = found
+                self._move_pods(named, found)
             case _Pod():
-                self._pods[named] = found
+                self._pods[named] = found.at(self._locality(found))
                 self._pod_by_uid[found.uid] = named
                 if found.is_ready and found.workload.addresses:
                     self._services.put_ready_pod(named, found.workload)
@@ -201,6 +220,11 @@ class Translator:
                 self._services.put_slice(named, found)
             case _:
                 self._policies[named] = found
+
+    def _move_pods(self, node: str, locality: Locality) -> None:
+        for named, pod in self._pods.items():
+            if f"Node {pod.workload.node}" == node and pod.workload.locality != locality:
+                self._pods[named] = pod.at(locality)
 
     def snapshot(self) -> Snapshot:
         """Say what all objects mean together."""
@@ -236,7 +260,11 @@ class Translator:
         namespace = self._namespaces.get(f"Namespace {pod.local.namespace}") if pod else None
         if pod is None or namespace is None:
             return None
-        return StartingPod(pod.workload, self._judge(pod, namespace))
+        placed = pod.at(self._locality(pod))
+        return StartingPod(placed.workload, self._judge(pod, namespace))
+
+    def _locality(self, pod: _Pod) -> Locality:
+        return self._localities.get(f"Node {pod.workload.node}", NOWHERE)
 
     def _local_pod(self, named: str, pod: _Pod) -> LocalPod | None:
         namespace = self._namespaces.get(f"Namespace {pod.local.namespace}", NO_NAMESPACE)
@@ -280,7 +308,7 @@ def describe(body: dict[str, object]) -> str:
     if not isinstance(metadata, dict):
         metadata = {}
     name = metadata.get("name") or "?"
-    if kind != "Namespace":
+    if kind not in CLUSTER_KINDS:
         name = f"{metadata.get('namespace') or 'default'}/{name}"
     return f"{kind or 'object'} {name}"
 
@@ -300,6 +328,13 @@ def _read_namespace(body: Field, _root_namespace: str) -> _Namespace:
     return _Namespace(
         read_labels(metadata.get("labels")), _read_direct_path(metadata.get("annotations"))
     )
+
+
+def _read_node(body: Field, _root_namespace: str) -> Locality:
+    metadata = body.get("metadata")
+    metadata.get("name").name(SUBDOMAIN_NAME)
+    labels = metadata.get("labels")
+    return Locality(labels.get(REGION_LABEL).text(""), labels.get(ZONE_LABEL).text(""))
 
 
 def _read_direct_path(annotations: Field) -> bool | None:
@@ -425,11 +460,22 @@ def _read_endpoint_slice(body: Field, _root_namespace: str) -> Slice | None:
     return Slice((namespace, service), endpoints)
 
 
-_Read = _Pod | _Namespace | ReadService | EntryWorkload | Slice | Policy | PeerAuthentication | None
+_Read = (
+    _Pod
+    | _Namespace
+    | Locality
+    | ReadService
+    | EntryWorkload
+    | Slice
+    | Policy
+    | PeerAuthentication
+    | None
+)
 
 READERS: dict[tuple[str, str], Callable[[Field, str], _Read]] = {
     ("v1", "Pod"): _read_pod,
     ("v1", "Namespace"): _read_namespace,
+    ("v1", "Node"): _read_node,
     ("v1", "Service"): _read_service,
     ("discovery.k8s.io/v1", "EndpointSlice"): _read_endpoint_slice,
     **{

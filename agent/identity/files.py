@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import watchfiles
 
+from agent.errors import ConfigError
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncIterator, Iterable
@@ -13,9 +15,20 @@ if TYPE_CHECKING:
 
 
 async def changes(directories: Iterable[Path], stop: asyncio.Event) -> AsyncIterator[None]:
-    """Yield once the watch is armed and after each change, until `stop`."""
+    """Yield once the watch is armed and after each change, until `stop`.
+
+    Raises:
+        ConfigError: a directory is not there.
+    """
+    followed = set(directories)
+    for directory in sorted(followed):
+        if not directory.is_dir():
+            raise ConfigError(
+                f"{directory} is no directory, and a file in it is to be followed: make it, or "
+                "name another file"
+            )
     watch = watchfiles.awatch(
-        *set(directories),
+        *followed,
         # A volume that Kubernetes mounts changes by a link beside the file: every change counts.
         watch_filter=None,
         debounce=50,

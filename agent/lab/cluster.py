@@ -1,6 +1,6 @@
 """The description of a lab: Kubernetes objects in one YAML file, checked and given addresses.
 
-    Node   metadata.name; at least one
+    Node   metadata.name; at least one; passed to the agents as well
     Pod    spec.nodeName, spec.containers[0].command: a program of this machine; without one the pod
            only waits
     other  passed to the agents as it is
@@ -85,7 +85,7 @@ class Cluster:
 
     nodes: tuple[LabNode, ...]
     pods: tuple[LabPod, ...]
-    others: tuple[Object, ...]
+    others: tuple[Object, ...]  # and the Nodes: what agents get as it is
 
 
 def _text(value: object, file: str, named: str, path: str) -> str:
@@ -111,6 +111,7 @@ def parse_cluster(documents: list[Any], file: str, lab: str) -> Cluster:
         name = _text(metadata.get("name"), file, f"{kind} in document {position}", "metadata.name")
         if kind == "Node":
             nodes[name] = LabNode(name, len(nodes) + 1)
+            others.append(body)
         elif kind == "Pod":
             pod_bodies.append(body)
         else:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,27 @@ class OpenConnection:
             "bytes_received": self.received,
             "age_seconds": self.age_seconds,
         }
+
+    @staticmethod
+    def parse(row: Mapping[str, Any]) -> OpenConnection:
+        """Read what `row` has made; there may be more in it (LookupError: something is missing)."""
+        namespace, _separator, pod = str(row["pod"]).partition("/")
+        return OpenConnection(
+            namespace=namespace,
+            pod=pod,
+            direction=row["direction"],
+            path=row["path"],
+            state=row["state"],
+            source=row["source"],
+            original=row["original_destination"],
+            destination=row["destination"],
+            service=row["service"],
+            source_pod=row["source_pod"],
+            destination_pod=row["destination_pod"],
+            source_identity=row["source_identity"],
+            destination_identity=row["destination_identity"],
+            policy=row["policy"],
+            sent=row["bytes_sent"],
+            received=row["bytes_received"],
+            age_seconds=row["age_seconds"],
+        )

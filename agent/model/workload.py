@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Locality:
+    """Where something runs, in the cloud's words; empty where nobody says."""
+
+    region: str = ""
+    zone: str = ""
+
+
+NOWHERE = Locality()
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """One pod that has addresses of its own and has not ended, or a machine outside the cluster.
 
@@ -34,6 +45,7 @@ class Workload:
     is_hbone: bool
     labels: Labels = NO_LABELS
     owner: str = ""  # the Deployment, Job or the like that made the pod; empty if nothing did
+    locality: Locality = NOWHERE  # of its node
 
     def identity(self, trust_domain: str) -> SpiffeId:
         """Name the identity that the workload must prove."""

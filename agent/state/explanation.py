@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from agent.errors import NameUnknown
 from agent.model.capture import LISTENER_PORTS
 from agent.model.condition import Connection
+from agent.model.endpoint import endpoint
 from agent.model.policy import Action, PeerAuthentication, Policy
 from agent.model.verdict import Basis, Verdict
 
@@ -181,7 +182,7 @@ class Explainer:
 
     def _explain(self, source: _End, destination: _End, port: int) -> Explanation:
         target = destination.workload
-        named = f"{destination} {_endpoint(destination.address, port)}"
+        named = f"{destination} {endpoint(str(destination.address), port)}"
         if target is not None and target == source.workload:
             reason = "a pod's connection to itself stays inside the pod"
             return Explanation(str(source), named, "passthrough", reason)
@@ -304,7 +305,3 @@ def _names_of(service: Service) -> set[str]:
     full = f"{service.name}.{service.namespace}.svc"
     short = {service.name, f"{service.namespace}/{service.name}", full.removesuffix(".svc")}
     return short | {full, f"{full}.cluster.local"}
-
-
-def _endpoint(address: Address, port: int) -> str:
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"

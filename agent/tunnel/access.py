@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 from agent.loglines import ACCESS
 from agent.model.capture import HBONE_PORT
+from agent.model.endpoint import endpoint
 from agent.model.flag import Flag, flag_of
 from agent.model.open_connection import OpenConnection
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import Party, build_labels
 from agent.tunnel.limiter import Limiter
-from agent.tunnel.served import LOG, endpoint, log
+from agent.tunnel.served import LOG, log
 
 if TYPE_CHECKING:
     from typing import Protocol

@@ -20,12 +20,13 @@ from agent.errors import SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
+from agent.model.endpoint import endpoint
 from agent.tunnel import sockets, tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import SCOPE, TOO_MANY, endpoint, log
+from agent.tunnel.served import SCOPE, TOO_MANY, log
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 

@@ -48,6 +48,18 @@ NAMES = (
     "source_workload_namespace",
     "source_zone",
 )
+# What a workload says of an end, beside what it has proved.
+OF_WORKLOAD = (
+    "app",
+    "canonical_revision",
+    "canonical_service",
+    "cluster",
+    "region",
+    "version",
+    "workload",
+    "workload_namespace",
+    "zone",
+)
 # The first of these labels of a pod that it has; the last resort is its workload's name.
 CANONICAL_NAME = ("service.istio.io/canonical-name", "app.kubernetes.io/name", "app")
 CANONICAL_REVISION = (
@@ -116,12 +128,9 @@ def _describe(party: Party) -> dict[str, str]:
     workload = party.workload
     described = {
         "principal": party.identity.removeprefix(SCHEME) if party.identity else UNKNOWN,
-        "region": UNKNOWN,
-        "zone": UNKNOWN,
     }
     if workload is None:
-        names = ("app", "canonical_revision", "canonical_service", "cluster", "version")
-        return described | dict.fromkeys((*names, "workload", "workload_namespace"), UNKNOWN)
+        return described | dict.fromkeys(OF_WORKLOAD, UNKNOWN)
     labels = dict(workload.labels)
     name = workload.owner or workload.name
     canonical = next((labels[key] for key in CANONICAL_NAME if labels.get(key)), name)
@@ -131,7 +140,9 @@ def _describe(party: Party) -> dict[str, str]:
         "canonical_revision": revision,
         "canonical_service": canonical,
         "cluster": CLUSTER,
+        "region": workload.locality.region or UNKNOWN,
         "version": labels.get("version") or revision,
         "workload": name,
         "workload_namespace": workload.namespace,
+        "zone": workload.locality.zone or UNKNOWN,
     }

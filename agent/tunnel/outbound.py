@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 from agent.errors import SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import OUTBOUND_PORT
+from agent.model.endpoint import endpoint
 from agent.model.flag import Flag
 from agent.tunnel import sockets, tcp
 from agent.tunnel.frames import ErrorCode
 from agent.tunnel.labels import ServiceName
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import TOO_MANY, endpoint
+from agent.tunnel.served import TOO_MANY
 from agent.tunnel.tcp import TcpChannel
 
 if TYPE_CHECKING:

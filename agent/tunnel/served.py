@@ -58,8 +58,3 @@ def log(message: str, *, level: str = "info", scope: str = SCOPE, **fields: obje
     entry = {"time": moment, "level": level, "scope": scope, "message": message}
     with suppress(OSError):
         sys.stderr.write(build_line(LOG.form, entry | fields) + "\n")
-
-
-def endpoint(host: str, port: int) -> str:
-    """Format an address and port as in `:authority` (RFC 3986 §3.2.2)."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

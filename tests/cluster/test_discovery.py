@@ -17,6 +17,7 @@ from agent.discovery.api import Api
 from agent.discovery.kubernetes import KubernetesSource
 from agent.discovery.translate import EXCLUDE_OUTBOUND_PORTS, READERS
 from agent.model.enrollment import MODE_LABEL
+from agent.model.workload import NOWHERE, Locality
 from tests.support.cluster_objects import (
     definition,
     endpoint_slice,
@@ -70,12 +71,18 @@ class WatchedApi(Api):
         self.asked: list[tuple[str, str]] = []
         self.has_watched_again = threading.Event()
 
-    def get(self, path: str, query: Mapping[str, str], read_seconds: float = 15.0) -> Any:
+    def get(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        read_seconds: float = 15.0,
+        accept: str = "application/json",
+    ) -> Any:
         verb = "watch" if "watch" in query else "list"
         self.asked.append((verb, path))
         if self.asked.count(("watch", "/api/v1/pods")) == 3:
             self.has_watched_again.set()
-        return super().get(path, query, read_seconds)
+        return super().get(path, query, read_seconds, accept)
 
 
 def test_every_kind_that_the_translator_reads_is_followed() -> None:
@@ -85,6 +92,31 @@ def test_every_kind_that_the_translator_reads_is_followed() -> None:
         for version in resource.versions
     }
     assert followed == set(READERS)
+
+
+def test_pods_are_known_to_be_where_the_labels_of_their_node_say(api_server: ApiServer) -> None:
+    labels = {"topology.kubernetes.io/region": "eu", "topology.kubernetes.io/zone": "eu-1"}
+    bare = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"}}
+    placed = bare | {"metadata": {"name": "node-1", "labels": labels}}
+    api_server.apply(namespace("places"))
+    api_server.apply(pod("places/a", "10.7.0.1"))
+    api_server.apply(placed)
+
+    def are_at(locality: Locality, snapshot: Snapshot) -> bool:
+        found = {each.locality for each in snapshot.workloads if each.namespace == "places"}
+        return found == {locality}
+
+    async def run() -> None:
+        async with following(source_of(api_server)) as seen:
+            await seen.until(partial(are_at, Locality("eu", "eu-1")))  # from the list
+            api_server.apply(bare)
+            await seen.until(partial(are_at, NOWHERE))  # from the watch
+            api_server.apply(placed)
+            await seen.until(partial(are_at, Locality("eu", "eu-1")))
+            api_server.delete(bare)
+            await seen.until(partial(are_at, NOWHERE))
+
+    asyncio.run(run())
 
 
 def test_created_changed_and_deleted_objects_are_followed(api_server: ApiServer) -> None:

@@ -97,13 +97,53 @@ def test_agent_follows_and_says_on_the_pod_whether_it_is_captured(
 
 @pytest.mark.parametrize(
     "path",
-    ["/api/v1/secrets", "/api/v1/nodes", "/apis/apps/v1/deployments", "/api/v1/serviceaccounts"],
+    [
+        "/api/v1/secrets",
+        "/api/v1/configmaps",
+        "/apis/apps/v1/deployments",
+        "/api/v1/serviceaccounts",
+    ],
 )
 def test_agent_may_read_nothing_else(agent_api: Api, path: str) -> None:
     with pytest.raises(StatusError) as raised, agent_api.get(path, {}):
         pass
     assert raised.value.status == 403
     assert "may the service account do so?" in str(raised.value)
+
+
+def test_agent_that_may_not_read_nodes_goes_on_without(
+    installed: ApiServer, agent_api: Api
+) -> None:
+    (role,) = (
+        body
+        for body in MANIFESTS
+        if (body["kind"], body["metadata"]["name"]) == ("ClusterRole", "sidestep-agent")
+    )
+    rules = [rule for rule in role["rules"] if rule["resources"] != ["nodes"]]
+    assert len(rules) == len(role["rules"]) - 1
+    installed.apply(namespace("rights"))
+    installed.apply(pod("rights/d", "10.6.0.4"))
+
+    async def run() -> None:
+        async with following(KubernetesSource(agent_api)) as seen:
+            await seen.until(lambda found: "d" in enrolled(found, "rights"))
+
+    try:
+        installed.apply(role | {"rules": rules})
+        wait_until(lambda: _is_forbidden(agent_api, "/api/v1/nodes"))
+        asyncio.run(run())
+    finally:
+        installed.apply(role)
+        installed.delete(pod("rights/d", ""))
+
+
+def _is_forbidden(api: Api, path: str) -> bool:
+    try:
+        with api.get(path, {}) as response:
+            response.read()
+    except StatusError as error:
+        return error.status == 403
+    return False
 
 
 def test_agent_may_not_change_a_pod_beyond_its_status(installed: ApiServer, agent_api: Api) -> None:
@@ -197,7 +237,7 @@ def test_nobody_reads_or_writes_what_is_not_his(installed: ApiServer, account_na
         if group not in ("authorization.k8s.io", "authentication.k8s.io") or "self" not in resource
     }
     followed = {
-        "": ("pods", "namespaces", "services"),
+        "": ("pods", "namespaces", "nodes", "services"),
         "discovery.k8s.io": ("endpointslices",),
         "security.istio.io": ("authorizationpolicies", "peerauthentications"),
         "networking.istio.io": ("serviceentries", "workloadentries"),

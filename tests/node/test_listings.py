@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tests.support.labs import PodEnd, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -71,11 +73,49 @@ def test_flow_of_an_open_connection_is_told_with_its_pod(lab: Lab) -> None:
     assert (flow["pod"], flow["destination"]) == ("shop/client", "10.244.2.3")
 
 
+def test_changes_of_a_map_are_shown_until_somebody_interrupts(lab: Lab) -> None:
+    command = [sys.executable, "-m", "agent.cli", "maps", "dump", "ss_origin_flow", "--watch"]
+    command += ["--pod", "shop/client", "-o", "json", "--pins", str(lab.pins)]
+    with ExitStack() as stack:
+        PodEnd(lab, "server", stack).echo(9001)
+        client = PodEnd(lab, "client", stack)
+        watching = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+
+        def wait_for(change: str) -> None:
+            for line in watching.stdout or ():
+                found = json.loads(line)
+                if (found["change"], found["entry"]["destination_port"]) == (change, 9001):
+                    return
+            raise AssertionError(f"the entry was not {change}")
+
+        with client.connect("10.244.2.3", 9001) as connection:
+            assert is_alive(connection)
+            wait_for("added")
+        wait_for("removed")
+        watching.send_signal(signal.SIGINT)
+        assert (watching.wait(5), watching.stderr.read()) == (0, "")
+
+
 def test_every_map_is_listed(dead: Lab) -> None:
     found = rows(dead, "maps", "list")
     nodes = len(dead.cluster().nodes)
     assert sorted(row["name"] for row in found) == sorted((*MAPS, *RING_BUFFERS) * nodes)
     assert [row for row in found if row["type"].isdecimal()] == []  # types without a name
+
+
+def test_what_is_about_one_pod_is_picked_out(dead: Lab) -> None:
+    found = rows(dead, "maps", "list", "--pod", "shop/client")
+    assert {row["node"] for row in found} == {"east"}
+    assert {row["name"]: row["entries"] for row in found}["ss_pods"] == 1
+    attached = rows(dead, "programs", "--pod", "shop/server")
+    assert {row["node"] for row in attached} == {"west"}
+    (lookup,) = [row for row in attached if row["name"] == "ss_lookup"]
+    assert lookup["pods"] == ["shop/server"]
+    assert rows(dead, "programs", "-n", "shop", "--node", "west") == attached
 
 
 def test_pods_have_their_names_and_addresses(dead: Lab) -> None:
@@ -94,6 +134,25 @@ def test_programs_tell_where_they_are_attached(dead: Lab) -> None:
     lookups = [row["attached"] or "" for row in found if row["type"] == "sk_lookup"]
     for pod in dead.cluster().pods:
         assert any(f"pod {pod.namespace}/{pod.name}" in place for place in lookups), lookups
+
+
+def test_archive_of_dead_agents_has_the_pins_and_says_what_is_missing(
+    dead: Lab, tmp_path: Path
+) -> None:
+    path = tmp_path / "bundle.tar.gz"
+    done = run("bundle", "-f", str(path), "--lab", dead.name)
+    assert done.returncode == 1
+    missing = done.stderr.splitlines()
+    with tarfile.open(path) as archive:
+        content = {
+            member.name.partition("/")[2]: archive.extractfile(member).read()  # type: ignore[union-attr]  # they are files
+            for member in archive
+        }
+    assert [f"missing: {line}" for line in content["problems.txt"].decode().splitlines()] == missing
+    for node in dead.cluster().nodes:
+        assert any(line.startswith(f"missing: agents/{node.name}/state.json: ") for line in missing)
+        assert json.loads(content[f"pins/{dead.name}/{node.name}/ss_pods.json"])
+        assert b"pod enrolled" in content[f"agents/{node.name}/agent.log"]
 
 
 def test_every_map_can_be_dumped_or_says_why_not(dead: Lab) -> None:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ from agent.lab.lab import Lab
 from agent.model.capture import HBONE_PORT, OUTBOUND_PORT
 from agent.question import ask
 from tests.support.labs import PodEnd, is_alive, wait_for_entry
+from tests.support.prometheus import prometheus
 from tests.support.queries import (
+    RULES,
     dashboard_queries,
     grouping_of,
     metrics_of,
@@ -47,6 +50,8 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 COMPLETE, OPENED = "connection complete", "connection opened"
 SECONDS = 10.0
 Sample = dict[str, set[str]]
+# How the queries of panels end that show pods in trouble, and nothing else.
+TROUBLE = ('{state!="enrolled"} == 1', "sidestep_pod_dropped_packets_total[5m])) > 0")
 
 
 def pod(name: str, node: str, owner: str = "") -> dict[str, Any]:
@@ -61,7 +66,11 @@ def pod(name: str, node: str, owner: str = "") -> dict[str, Any]:
 
 
 CLUSTER = [
-    {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "east"}},
+    {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "east", "labels": {"topology.kubernetes.io/zone": "eu-1"}},
+    },
     {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "west"}},
     {
         "apiVersion": "v1",
@@ -237,8 +246,18 @@ def test_open_connections_show_identities_bytes_path_and_worker(watched: Watched
         assert inbound["service"] == "web.shop.svc.cluster.local"
         table = watched.command("connections").stdout
         assert f"shop/client:{port}" in table
+        assert f"shop/client:{watched.client.address}" not in table  # no port came by the tunnel
         assert max(map(len, table.splitlines())) <= 120
     assert watched.rows("connections", "--pod", "shop/nobody") == []
+
+
+def test_services_are_listed_by_the_pods_that_they_lead_to(watched: Watched) -> None:
+    (row,) = watched.rows("services")
+    assert (row["service"], row["pods"], row["nodes"]) == ("shop/web", ["shop/server"], ["west"])
+    for wanted in (("--pod", "shop/server"), ("-n", "shop"), ("--node", "west")):
+        assert watched.rows("services", *wanted) == [row]
+    for wanted in (("--pod", "client"), ("-n", "bank"), ("--node", "east")):
+        assert watched.rows("services", *wanted) == []
 
 
 def test_direct_connections_are_listed_with_the_bytes_of_their_end(watched: Watched) -> None:
@@ -417,6 +436,35 @@ def test_dashboard_and_alerts_name_what_an_agent_exposes(watched: Watched) -> No
         assert shown_labels(shown) <= (grouping_of(expression) or known), (expression, shown)
 
 
+def test_real_prometheus_has_something_for_every_panel_and_every_rule(
+    watched: Watched, tmp_path: Path
+) -> None:
+    provoke_failures(watched)
+    watched.wait_for_sample(watched.west, "sidestep_peers_refused_total")
+    watched.wait_for_sample(watched.east, "istio_tcp_connections_failed_total")
+    pages = {
+        node.name: partial(_metrics_page, watched, node) for node in (watched.east, watched.west)
+    }
+    with prometheus(tmp_path, pages, RULES) as found:
+        missing = {expression for expression, _shown in dashboard_queries()}
+        deadline = time.monotonic() + SECONDS
+        while missing and time.monotonic() < deadline:
+            missing -= {expression for expression in missing if found.query(expression)}
+        # Only what is no trouble has no data.
+        assert missing == {
+            expression for expression, _shown in dashboard_queries() if expression.endswith(TROUBLE)
+        }
+        rules = [rule for group in found.ask("rules")["groups"] for rule in group["rules"]]
+        assert len(rules) > 10
+        assert [rule for rule in rules if rule["health"] != "ok"] == []
+
+
+def _metrics_page(watched: Watched, node: LabNode) -> bytes:
+    status, body = watched.page("/metrics", node, port=15020)
+    assert status == 200
+    return body
+
+
 def test_metrics_carry_istios_labels_and_workloads_by_their_owner(watched: Watched) -> None:
     talk(watched.client, "10.96.0.10", 80, b"z" * 100)
     labels = {
@@ -425,6 +473,8 @@ def test_metrics_carry_istios_labels_and_workloads_by_their_owner(watched: Watch
         "source_workload_namespace": "shop",
         "source_principal": "cluster.local/ns/shop/sa/client",
         "source_app": "client",
+        "source_zone": "eu-1",
+        "destination_zone": "unknown",
         "destination_workload": "server",
         "destination_principal": "cluster.local/ns/shop/sa/server",
         "destination_service": "web.shop.svc.cluster.local",

@@ -13,16 +13,22 @@ import pytest
 
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from cni import installer
 from tests.support import footprint
 from tests.support.labs import PodEnd, is_alive
 from tests.support.load import Load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from agent.lab.cluster import LabNode
 
 pytestmark = pytest.mark.root
+# As somebody wrote it by hand: every blank stays.
+CONFLIST = """{"cniVersion": "1.0.0", "name": "pods",
+   "plugins": [ {"type": "ptp",  "mtu": 1400} ]}
+"""
 
 
 @pytest.fixture
@@ -36,6 +42,19 @@ def lab() -> Iterator[Lab]:
         built.down()
 
 
+def of_runtime(lab: Lab, node: LabNode) -> Path:
+    """Return the directory that stands for what a container runtime has on a node."""
+    return lab.run / f"runtime-{node.name}"
+
+
+def install_plugin(lab: Lab, node: LabNode) -> None:
+    """Have the plugin on a node, as `sidestep cni install` does."""
+    top = of_runtime(lab, node)
+    socket = lab.run / node.name / "cni.sock"
+    installer.install(installer.Places(top / "net.d", top / "bin", top / "state", socket))
+    assert (top / "bin/sidestep").exists()
+
+
 def uninstall(lab: Lab, node: LabNode) -> str:
     """Run the command as a chart's hook does, in the node's namespace; return what it says."""
     command = [
@@ -45,10 +64,13 @@ def uninstall(lab: Lab, node: LabNode) -> str:
         "--run-dir", str(lab.run / node.name),
         "--pins", str(lab.pins / node.name),
         "--pod-cgroups", str(lab.pod_cgroups(node)),
+        "--networks", str(of_runtime(lab, node) / "net.d"),
+        "--plugins", str(of_runtime(lab, node) / "bin"),
+        "--state", str(of_runtime(lab, node) / "state"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def of_node(lab: Lab, node: LabNode) -> dict[str, object]:
@@ -60,6 +82,7 @@ def of_node(lab: Lab, node: LabNode) -> dict[str, object]:
     return {
         "namespaces": footprint.namespaces([lab.node_netns(node), *paths]),
         "files": footprint.files(lab.pins / node.name, lab.run / node.name),
+        "runtime": footprint.contents(of_runtime(lab, node)),
         "published": {name for name in own if (status / f"{name}.yaml").exists()},
     }
 
@@ -71,10 +94,15 @@ def test_everything_is_as_before_the_first_agent(lab: Lab, has_crashed: bool) ->
         uninstall(lab, node)
     for node in (east, west):
         (lab.run / node.name / "notify.sock").unlink(missing_ok=True)
+        (of_runtime(lab, node) / "net.d").mkdir(parents=True)
+        (of_runtime(lab, node) / "bin").mkdir()
+        (of_runtime(lab, node) / "net.d/10-pods.conflist").write_text(CONFLIST)
     before = {node.name: of_node(lab, node) for node in (east, west)}
     objects = footprint.bpf_objects()
     lab.up(DEFAULT_CLUSTER, print)
     lab.label_namespace("shop", "ambient")
+    for node in (east, west):
+        install_plugin(lab, node)
     with ExitStack() as stack:
         client = PodEnd(lab, "client", stack)
         loads = [Load(client, PodEnd(lab, name, stack), stack) for name in ("server", "cache")]
@@ -92,6 +120,7 @@ def test_everything_is_as_before_the_first_agent(lab: Lab, has_crashed: bool) ->
         said = {node.name: uninstall(lab, node) for node in (east, west)}
         for node in (east, west):
             assert ("has taken its pods out" in said[node.name]) != has_crashed
+            assert ("kubectl annotate pods" in said[node.name]) == has_crashed
             (lab.run / node.name / "notify.sock").unlink(missing_ok=True)
             after = of_node(lab, node)
             if has_crashed:  # nobody was there to take the words back

@@ -10,11 +10,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from agent.datapath import listing
 from agent.errors import LabError
 from agent.handover import SOCKET_NAME, Predecessor
 from agent.lab import machine
+from agent.question import ask
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
 from tests.support.load import Load
 from tests.support.modules import ROOT
@@ -89,6 +91,44 @@ def test_nothing_fails_through_five_upgrades_in_a_row(lab: Lab, other_version: P
     for node in (east, west):
         assert len(lab.agent_processes(node)) <= 3  # itself, its worker, a caller that ends
         assert not entries(lab, node, "connections are cut, the time to drain is over")
+
+
+def test_what_an_agent_before_still_carries_is_listed_and_counted(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    kept = {"reporter": "source", "source_workload": "client", "destination_workload": "server"}
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        with client.open(server.address, PORT) as connection:
+            assert is_alive(connection, b"x" * 1000)
+            (worker,) = next(lab.agent_states(east, "state"))["workers"]
+            first = lab.upgrade_agent(east)
+            lab.upgrade_agent(east)  # it hears of the first from the second
+            assert {"pid": first} in next(lab.agent_states(east, "state"))["elders"]
+            (row,) = ask(lab.admin_socket(east), "connections", pod="client")
+            assert row["worker"] == worker["pid"]
+            assert row["source"].endswith(f":{connection.getsockname()[1]}")
+            assert samples(lab, east, "sidestep_connections_open", path="hbone") == 1
+            assert is_alive(connection, b"y" * 1000)
+        for state in lab.agent_states(east):
+            if not state["elders"]:
+                break
+        # Counted to the last byte, and as one series from before the first upgrade on.
+        assert samples(lab, east, "istio_tcp_connections_opened_total", **kept) == 1
+        assert samples(lab, east, "istio_tcp_connections_closed_total", **kept) == 1
+        assert samples(lab, east, "istio_tcp_received_bytes_total", **kept) == 2000
+    assert not list((lab.run / east.name).glob("agent-*.sock"))
+
+
+def samples(lab: Lab, node: LabNode, name: str, **labels: str) -> float:
+    """Return the sum of a metric's series."""
+    text = ask(lab.admin_socket(node), "metrics")["text"]
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 def test_pod_that_leaves_while_the_agent_before_still_serves_it_keeps_its_connections(

@@ -6,7 +6,6 @@ No controller and no kubelet runs: what they would write, a test writes.
 from __future__ import annotations
 
 import json
-import socket
 import ssl
 import subprocess
 import time
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from kubernetes import client
 
 from tests.support.modules import ROOT
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,14 +28,6 @@ Body = dict[str, Any]
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 BUILD = ROOT / "tests/cluster/build.sh"
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class ApiServer:
@@ -180,6 +172,7 @@ PLURALS = {
     "ClusterRoleBinding": "clusterrolebindings",
     "CustomResourceDefinition": "customresourcedefinitions",
     "Namespace": "namespaces",
+    "Node": "nodes",
     "Pod": "pods",
     "Service": "services",
     "ServiceAccount": "serviceaccounts",

@@ -24,6 +24,7 @@ COMMANDS = (
     ("ip", "-4", "route", "show", "table", "all"),
     ("ip", "-6", "route", "show", "table", "all"),
     ("tc", "qdisc", "show"),
+    ("nft", "list", "ruleset"),
 )
 SYSCTLS = Path("/proc/sys/net")
 
@@ -89,7 +90,7 @@ def _namespace() -> dict[str, str]:
 
 
 def namespaces(paths: Iterable[Path]) -> dict[str, dict[str, str]]:
-    """Return rules, routes, qdiscs, filters and sysctls of each namespace."""
+    """Return rules, routes, qdiscs, filters, nftables and sysctls of each namespace."""
     found = {}
     for path in paths:
         fd = netns.open_netns(path)
@@ -98,6 +99,11 @@ def namespaces(paths: Iterable[Path]) -> dict[str, dict[str, str]]:
         finally:
             os.close(fd)
     return found
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    """Return what is below a directory, with the content of each file."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 def files(*roots: Path) -> set[str]:

@@ -23,13 +23,15 @@ import hpack
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-from agent import web
+from agent import inheritance, web
 from agent.admin import Admin
 from agent.discovery.directory import read_objects
 from agent.discovery.selector_pairs import parse_pairs
 from agent.discovery.translate import SourcedObject, Translator
+from agent.elders import parse_counts
 from agent.errors import (
     ConfigError,
+    HandoverFailed,
     ManifestError,
     RequestInvalid,
     RevocationInvalid,
@@ -38,12 +40,17 @@ from agent.errors import (
 from agent.identity import custody, der, keys, revocation, wire
 from agent.identity.verify import Part, verify_peer
 from agent.loglines import Format, build_line, parse_levels
+from agent.metrics import understood
 from agent.model.identity import SpiffeId
+from agent.model.pod import LocalPod
+from agent.tally import Tally
 from agent.tunnel import frames
 from agent.tunnel.connection import Connection, Role
 from agent.tunnel.events import ConnectRequested
 from agent.tunnel.inbound import forwarded_host, parse_authority
 from agent.tunnel.labels import service_name
+from cni.conflist import PLUGIN_TYPE, Write, plan_install, plan_uninstall
+from cni.protocol import MAGIC, SPEC_VERSION, CniError, Code, build_error, parse_request
 from tests.support.certificates import Maker
 from tests.support.modules import ROOT
 
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.identity.authority import Authority
+    from cni.conflist import Change
 
 KEPT = ROOT / "tests/property/kept"
 IDENTITY = SpiffeId("cluster.local", "shop", "client")
@@ -188,10 +196,56 @@ def api_object(data: bytes) -> None:
         translator.snapshot()
 
 
+def cni_request(data: bytes) -> None:
+    """What the plugin passes on of its environment and its input; an answer is always possible."""
+    version, name = SPEC_VERSION, ""
+    with contextlib.suppress(CniError):
+        request = parse_request(data)
+        version, name = request.cni_version, request.name
+    answer = build_error(CniError(Code.NOT_CAPTURED, name), version)
+    assert json.loads(answer.removeprefix(b"1\n"))["cniVersion"] == version
+
+
+ENTRY = {"type": PLUGIN_TYPE, "agentSocket": "/run/sidestep/cni.sock"}
+
+
+def network_files(data: bytes) -> None:
+    """The network configurations of a node, which are others'; each gets back what it was."""
+    for name in ("10-pods.conflist", "10-pods.conf"):
+        files = {name: data, "20-next.json": data}
+        if plan_uninstall(files):
+            continue  # our entry is in there already
+        installed = dict(files)
+        _change(installed, plan_install(files, ENTRY))
+        assert plan_install(installed, ENTRY) == []
+        _change(installed, plan_uninstall(installed))
+        assert installed == files
+
+
+def _change(files: dict[str, bytes], changes: list[Change]) -> None:
+    for change in changes:
+        if isinstance(change, Write):
+            files[change.name] = change.content
+        else:
+            del files[change.name]
+
+
+def handover(data: bytes) -> None:
+    """What an agent of another version says of a pod and of what it has counted."""
+    with contextlib.suppress(HandoverFailed):
+        found = inheritance.decode(data)
+        assert inheritance.decode(inheritance.encode(found)) == found
+    tally = Tally()
+    tally.add(understood(parse_counts(data)), 0.0)
+
+
 def admin_socket(data: bytes) -> None:
     """What a client may write to the agent's socket; the next one is answered as ever."""
 
     async def run() -> None:
+        failures: list[dict[str, object]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: failures.append(context))
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "agent.sock"
 
@@ -209,6 +263,7 @@ def admin_socket(data: bytes) -> None:
                 assert json.loads(answer) == {"ready": True}
             finally:
                 admin.stop()
+        assert failures == []
 
     asyncio.run(run())
 
@@ -304,6 +359,24 @@ POLICY = {
         ],
     },
 }
+CNI_ENVIRONMENT = MAGIC + b"\0".join(
+    (
+        b"CNI_COMMAND=ADD",
+        b"CNI_CONTAINERID=c1",
+        b"CNI_NETNS=/run/netns/n",
+        b"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=a;K8S_POD_UID=u\0",
+        b"",
+    )
+)
+NETWORK = {
+    "cniVersion": "1.0.0",
+    "name": "pods",
+    "type": "ptp",
+    "prevResult": {
+        "interfaces": [{"name": "eth0", "sandbox": "/run/netns/n"}],
+        "ips": [{"address": "10.0.0.1/24", "interface": 0}],
+    },
+}
 TARGETS = {
     "http2_server": Target(http2_server, lambda: _http2_samples(frames.PREFACE)),
     "http2_client": Target(http2_client, lambda: _http2_samples(b"")),
@@ -328,6 +401,23 @@ TARGETS = {
     "manifest": Target(manifest, lambda: _files("deploy/lab/*.yaml")),
     "api_object": Target(
         api_object, lambda: [json.dumps(POD).encode(), json.dumps(POLICY).encode()]
+    ),
+    "cni_request": Target(cni_request, lambda: [CNI_ENVIRONMENT + json.dumps(NETWORK).encode()]),
+    "network_files": Target(
+        network_files,
+        lambda: [
+            json.dumps(NETWORK).encode(),
+            b'{"name": "n",\n "plugins" : [ {"type": "ptp"} ,{"type":"x"} ]}\n',
+        ],
+    ),
+    "handover": Target(
+        handover,
+        lambda: [
+            inheritance.encode(
+                inheritance.Inheritance(LocalPod("u", "shop", "a", "a", ()), 7, (15008,))
+            ),
+            b'{"counts": [["connections_denied", [["policy", "p"]], 3]]}',
+        ],
     ),
     "admin_socket": Target(
         admin_socket,

@@ -84,6 +84,7 @@ def test_workloads_have_the_fields_that_istioctl_prints() -> None:
     assert (cart["canonicalName"], cart["canonicalRevision"]) == ("cart", "v2")
     assert (stock["workloadName"], stock["canonicalRevision"]) == ("stock", "latest")
     assert (cart["status"], cart["node"], cart["capacity"]) == ("Healthy", "east", 1)
+    assert cart["locality"] == {"region": "", "zone": ""}
 
 
 def test_services_have_endpoints_by_workload_and_ports() -> None:
@@ -178,7 +179,12 @@ def test_pods_have_their_state_and_connections() -> None:
     assert states["u-9"]["state"] == "Pending"
     cart = states["u-1"]
     assert cart["state"] == "Up"
-    assert cart["info"] == {"name": "cart-abc-1", "namespace": "shop", "serviceAccount": "cart"}
+    assert cart["info"] == {
+        "name": "cart-abc-1",
+        "namespace": "shop",
+        "trustDomain": "cluster.local",
+        "serviceAccount": "cart",
+    }
     common = {"src": "10.0.0.1:4", "actualDst": "10.0.0.2:8080", "protocol": "HBONE"}
     assert cart["connections"]["outbound"] == [common | {"originalDst": "10.96.0.1:80"}]
     assert cart["connections"]["inbound"] == [common | {"originalDst": None}]

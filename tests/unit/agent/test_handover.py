@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
+from agent.elders import Elders
 from agent.errors import HandoverFailed
-from agent.handover import Elders, HandoverServer, Predecessor
+from agent.handover import HandoverServer, Predecessor
 from agent.inheritance import Inheritance
 from agent.model.pod import LocalPod
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+    from agent.tunnel.counts import Counted
 
 PODS = [Inheritance(LocalPod(f"uid-{n}", "a", f"p{n}", "s", ()), n, (15008,)) for n in range(40)]
 
@@ -112,16 +114,27 @@ def test_nobody_is_found_where_nobody_listens(tmp_path: Path) -> None:
     with_server(tmp_path, check)
 
 
-def test_elder_is_watched_until_its_end() -> None:
-    async def check() -> None:
-        gone = asyncio.Event()
-        elders = Elders(gone.set)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        elders.add(ours)
-        assert elders.fds == [ours.fileno()]
-        theirs.close()
-        async with asyncio.timeout(5):
-            await gone.wait()
-        assert elders.fds == []
+def test_counts_are_given_to_the_successor_and_to_nobody_else(tmp_path: Path) -> None:
+    labels = tuple((f"label_{number}", "v" * 60) for number in range(27))
+    counts = tuple((f"name_{number}", labels, number) for number in range(100))
 
-    asyncio.run(check())
+    async def check(server: HandoverServer, _turn: asyncio.Lock, _said: list[str]) -> None:
+        assert await server.give(counts) == counts
+        found = Predecessor.find(tmp_path / "handover.sock")
+        assert found is not None
+        close_all(*(await found.begin()))
+        await found.commit()
+        heard: asyncio.Queue[Counted] = asyncio.Queue()
+        elders = Elders(tmp_path, heard.put_nowait, lambda: None)
+        elders.add(found.connection)
+        found.close()
+        assert await server.give(counts) == ()
+        arrived: Counted = ()
+        async with asyncio.timeout(5):
+            while len(arrived) < len(counts):
+                arrived += await heard.get()
+        assert arrived == counts
+        elders.stop()
+        assert await server.give(counts) == counts  # nobody is there any more
+
+    with_server(tmp_path, check)

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.errors import ConfigError
-from agent.metrics import COUNTERS, Metrics, families, gauge_families, is_gone
+from agent.metrics import COUNTERS, Metrics, families, gauge_families, is_gone, understood
 from agent.model.flag import Flag
 from agent.model.workload import Workload
 from agent.tunnel.labels import NAMES, Party, build_labels
@@ -106,6 +106,20 @@ def test_counts_of_workers_are_summed() -> None:
         metrics.add((("peers_refused", labels, 3),))
     key = ("sidestep_peers_refused_total", frozenset(labels))
     assert samples(metrics)[key] == 6
+
+
+def test_counts_of_another_version_are_left_out() -> None:
+    direction, path = ("direction", "inbound"), ("path", "hbone")
+    good = (
+        ("sent_bytes", (direction, path), 3),
+        ("connections_open", (path, ("reporter", "source")), 1),
+    )
+    others = (
+        ("sent_bytes", (direction,), 3),
+        ("sent_bytes", (direction, path, ("pod", "cart")), 3),
+        ("sent_words", (direction, path), 3),
+    )
+    assert understood((*others, *good)) == good
 
 
 def test_what_is_read_is_there() -> None:

@@ -16,6 +16,16 @@ def test_amounts_are_summed_by_name_and_labels() -> None:
     assert dict(tally.of("nothing")) == {}
 
 
+def test_all_is_taken_once() -> None:
+    tally = Tally()
+    tally.add((("bytes", A, 3), ("connections", B, 1)), 10.0)
+    taken = tally.take()
+    assert taken == (("bytes", A, 3), ("connections", B, 1))
+    assert tally.take() == ()
+    tally.add((*taken, ("bytes", A, 4)), 20.0)
+    assert tally.expire(30.0, lambda _labels: True) == 2
+
+
 def test_only_what_is_gone_and_has_not_changed_is_forgotten() -> None:
     tally = Tally()
     tally.add((("bytes", A, 3), ("bytes", B, 1)), 10.0)

@@ -16,20 +16,21 @@ ROWS: list[dict[str, object]] = [
     {"node": "west", "service": "shop/web"},
     {"node": "west", "namespace": "shop"},
     {"node": "east", "source": "10.0.0.1:4", "pod": None},
+    {"service": "mail/smtp", "pods": ["shop/cart"], "nodes": ["east", "west"]},
 ]
 
 
 @pytest.mark.parametrize(
     ("wanted", "left"),
     [
-        (Filter(), range(8)),
-        (Filter(node="west"), (1, 5, 6)),
-        (Filter(pod="cart"), (0, 1, 2)),
-        (Filter(pod="cart", namespace="shop"), (0, 2)),
-        (Filter(pod="shop/cart"), (0, 2)),
+        (Filter(), range(9)),
+        (Filter(node="west"), (1, 5, 6, 8)),
+        (Filter(pod="cart"), (0, 1, 2, 8)),
+        (Filter(pod="cart", namespace="shop"), (0, 2, 8)),
+        (Filter(pod="shop/cart"), (0, 2, 8)),
         (Filter(pod="bank/vault"), (2, 3)),
-        (Filter(namespace="shop"), (0, 2, 3, 4, 5, 6)),
-        (Filter(namespace="shop", node="east"), (0, 2, 3, 4)),
+        (Filter(namespace="shop"), (0, 2, 3, 4, 5, 6, 8)),
+        (Filter(namespace="shop", node="east"), (0, 2, 3, 4, 8)),
         (Filter(pod="nobody"), ()),
     ],
 )

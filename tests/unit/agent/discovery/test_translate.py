@@ -34,7 +34,7 @@ from agent.model.enrollment import (
 )
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.service import Endpoint, Service, ServicePort
-from agent.model.workload import Workload
+from agent.model.workload import NOWHERE, Locality, Workload
 
 POD4, POD6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 Body = dict[str, Any]
@@ -603,3 +603,32 @@ def test_pod_is_judged_alone_beside_what_is_known() -> None:
     optout = translator.judge(pod("cart-0", {MODE_LABEL: "none"}))
     assert optout is not None
     assert optout.local is None
+
+
+def node(region: str = "", zone: str = "") -> Body:
+    labels = {"topology.kubernetes.io/region": region, "topology.kubernetes.io/zone": zone}
+    given = {name: value for name, value in labels.items() if value}
+    return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "east", "labels": given}}
+
+
+def test_pods_are_where_their_node_is_whatever_comes_first() -> None:
+    translator = Translator()
+    elsewhere = pod("stock", spec={"nodeName": "west"})
+
+    def localities() -> dict[str, Locality]:
+        return {each.name: each.locality for each in translator.snapshot().workloads}
+
+    assert put(translator, pod(spec={"nodeName": "east"}), elsewhere) == []
+    assert localities() == {"cart-0": NOWHERE, "stock": NOWHERE}
+    assert put(translator, node("eu", "eu-1"), pod("cart-1", spec={"nodeName": "east"})) == []
+    here = Locality("eu", "eu-1")
+    assert localities() == {"cart-0": here, "cart-1": here, "stock": NOWHERE}
+    changes = translator.changes
+    assert put(translator, node("eu", "eu-1")) == []  # as a kubelet says again and again
+    assert translator.changes == changes
+    assert put(translator, node("eu")) == []
+    assert translator.changes > changes
+    assert localities() == {"cart-0": Locality("eu"), "cart-1": Locality("eu"), "stock": NOWHERE}
+    translator.remove("Node east")
+    translator.remove("Node east")
+    assert set(localities().values()) == {NOWHERE}

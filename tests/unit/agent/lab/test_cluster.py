@@ -76,9 +76,9 @@ def test_pod_of_no_namespace_is_of_the_default_one() -> None:
     assert found.key == "default/cart"
 
 
-def test_other_objects_are_passed_on() -> None:
+def test_other_objects_and_nodes_are_passed_on() -> None:
     service = {"kind": "Service", "metadata": {"name": "cart"}}
-    assert parse_cluster([service, node()], "f", "lab").others == (service,)
+    assert parse_cluster([service, node()], "f", "lab").others == (service, node())
 
 
 @pytest.mark.parametrize(

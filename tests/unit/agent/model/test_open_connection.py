@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from agent.model.open_connection import OpenConnection
 
 
-def test_row_names_both_ends() -> None:
-    row = OpenConnection(
+def test_row_names_both_ends_and_is_read_again() -> None:
+    connection = OpenConnection(
         namespace="shop",
         pod="cart",
         direction="outbound",
@@ -24,8 +26,12 @@ def test_row_names_both_ends() -> None:
         sent=1,
         received=2,
         age_seconds=3.5,
-    ).row()
+    )
+    row = connection.row()
     assert row["pod"] == "shop/cart"
     assert row["original_destination"] == "10.96.0.1:80"
     assert (row["bytes_sent"], row["bytes_received"], row["age_seconds"]) == (1, 2, 3.5)
     assert (row["source_pod"], row["destination_pod"]) == ("shop/cart", "shop/stock")
+    assert OpenConnection.parse(row | {"worker": 5}) == connection
+    with pytest.raises(LookupError):
+        OpenConnection.parse({"pod": "shop/cart"})

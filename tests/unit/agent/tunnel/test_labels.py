@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.model.flag import Flag
-from agent.model.workload import Workload
+from agent.model.workload import Locality, Workload
 from agent.tunnel.labels import NAMES, Party, ServiceName, build_labels, service_name
 
 WEB = ServiceName("shop", "web", "web.shop.svc.cluster.local")
@@ -13,7 +13,8 @@ WEB = ServiceName("shop", "web", "web.shop.svc.cluster.local")
 
 def workload(name: str, owner: str = "", **labels: str) -> Workload:
     pairs = frozenset((key.replace("__", "/").replace("_", "-"), labels[key]) for key in labels)
-    return Workload(name, "shop", name, "east", name, (), True, pairs, owner)
+    locality = Locality("eu", "eu-1")
+    return Workload(name, "shop", name, "east", name, (), True, pairs, owner, locality)
 
 
 def labels(
@@ -34,6 +35,7 @@ def test_both_ends_are_named_by_owner_and_labels() -> None:
     assert found["source_version"] == "v2"
     assert found["source_canonical_revision"] == "v2"
     assert found["source_principal"] == "td/x"
+    assert (found["source_region"], found["source_zone"]) == ("eu", "eu-1")
     assert found["destination_workload"] == "stock"
     assert found["destination_app"] == "stock"
     assert found["destination_version"] == "latest"
