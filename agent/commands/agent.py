@@ -14,6 +14,7 @@ from agent import logs
 from agent.app import Agent
 from agent.commands.examples import examples
 from agent.datapath import features, links, pins
+from agent.descriptors import raise_limit
 from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
@@ -240,6 +241,7 @@ def agent(
     except ValueError as error:
         raise ConfigError(f"--exclude-outbound-network: {error}") from error
     keep_memory_private()
+    raise_limit()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     exclusions = Exclusions(
         frozenset(exclude_outbound_port), networks, frozenset(exclude_inbound_port)

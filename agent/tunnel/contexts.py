@@ -6,7 +6,6 @@ is told so, once. A certificate that has ended is as good as none.
 
 from __future__ import annotations
 
-import ssl
 import time
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from agent.identity import der
 from agent.tunnel import tls
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
 
     from agent.tunnel.messages import PutCertificate
@@ -107,7 +107,7 @@ class Contexts:
                 self._contexts[key] = tls.build_context(
                     self._certificates[identity], is_server=is_server
                 )
-            except ssl.SSLError as error:
+            except OSError as error:  # ssl.SSLError is one; so is the want of a descriptor
                 on_context(None, f"the certificate of {identity} cannot be used: {error}")
                 return
         on_context(self._contexts[key], "")

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from agent.loglines import Format, Levels, build_line
 
 if TYPE_CHECKING:
-    import socket
-
     from agent.model.identity import SpiffeId
     from agent.model.pod import LocalPod
+    from agent.tunnel.listening import Listening
 
 SCOPE = "tunnel"
 
@@ -41,7 +40,7 @@ class ServedPod:
     identity: SpiffeId
     netns_fd: int
     netns_cookie: int
-    listeners: list[tuple[int, socket.socket]]  # with their ports
+    listeners: list[tuple[int, Listening]] = field(default_factory=list)  # with their ports
     is_leaving: bool = False
     connections: int = 0  # open ones of the pod, both directions, in this worker
 

@@ -92,7 +92,7 @@ class Scene:
             bounds,
         )
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.0.0.2"),))
-        self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
+        self.served = ServedPod(pod, CLIENT, netns_fd, 1)
         self.listener = netns.run_in(netns_fd, socket.socket)
         netns.run_in(netns_fd, lambda: self.listener.bind(("127.0.0.1", HBONE_PORT)))
         self.listener.listen()

@@ -71,7 +71,7 @@ class Setup:
         # Nothing captures in this namespace, so nothing must be exempt.
         self.bound()
         pod = LocalPod("uid-client", "shop", "client-0", "client", (OTHER_LOOPBACK,))
-        self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
+        self.served = ServedPod(pod, CLIENT, netns_fd, 1)
         self.answers: list[tuple[Session | None, str]] = []
 
     def bound(self, first_spare: int | None = None, **limits: Any) -> None:
@@ -152,7 +152,7 @@ def test_those_who_ask_while_it_is_dialed_share_the_tunnel(setup: Setup) -> None
 
 def test_tunnel_is_not_shared_beyond_pod_identity_destination_and_address(setup: Setup) -> None:
     twin = replace(setup.served.pod, uid="uid-twin")
-    other_pod = ServedPod(twin, CLIENT, setup.served.netns_fd, 1, [])
+    other_pod = ServedPod(twin, CLIENT, setup.served.netns_fd, 1)
     setup.ask()
     setup.ask(served=other_pod)
     setup.ask(workload=replace(WORKLOAD, uid="uid-server-2"))
@@ -270,9 +270,7 @@ def test_idle_tunnel_is_closed_and_a_used_one_is_not(setup: Setup) -> None:
 
 
 def test_pod_that_leaves_closes_its_tunnels_when_they_are_idle(setup: Setup) -> None:
-    twin = ServedPod(
-        replace(setup.served.pod, uid="uid-twin"), CLIENT, setup.served.netns_fd, 1, []
-    )
+    twin = ServedPod(replace(setup.served.pod, uid="uid-twin"), CLIENT, setup.served.netns_fd, 1)
     setup.ask()
     setup.ask(address=OTHER_LOOPBACK)
     setup.ask(served=twin)
