@@ -37,6 +37,7 @@ from agent.sampling import Sampler
 from agent.secrecy import keep_memory_private
 from agent.tunnel import messages, sockets
 from agent.tunnel.access import Ledger
+from agent.tunnel.buffers import BUFFERS, FULL
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
@@ -46,7 +47,7 @@ from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
-from agent.tunnel.served import LOG, SCOPE, ServedPod
+from agent.tunnel.served import LOG, SCOPE, ServedPod, log
 from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
@@ -124,8 +125,14 @@ class Worker:
             self._reactor.call_later(COUNT_SECONDS, self._tell_counts)
 
         COUNTS.on_first = on_first
+        BUFFERS.call_later = self._reactor.call_later
+        BUFFERS.on_full = partial(log, FULL, level="warning")
+        BUFFERS.on_relieved = self._log_relieved
         self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
         self._reactor.run()
+
+    def _log_relieved(self, count: int) -> None:
+        log("connections reset to make room in the buffers", level="error", count=count)
 
     def _on_message(self) -> None:
         try:
@@ -187,6 +194,7 @@ class Worker:
         maps = Path(message.pin_directory) / "maps"
         self._trust_domain = message.trust_domain
         self._bounds = bounds = message.bounds
+        BUFFERS.set_limit(bounds.process_buffer_bytes)
         self._sockets = pod_sockets = PodSockets(
             partial(exempt, Map(maps / "ss_exempt")), raise_limit() - bounds.spare_descriptors
         )

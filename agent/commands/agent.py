@@ -122,6 +122,11 @@ def default_workers() -> int:
     help="What a peer may send ahead of a slow reader, for each connection.",
 )  # fmt: skip
 @click.option(
+    "--process-buffer-bytes", type=click.IntRange(1 << 20, 1 << 40),
+    default=DEFAULT_BOUNDS.process_buffer_bytes, show_default=True,
+    help="What each worker keeps for slow readers, of all connections together.",
+)  # fmt: skip
+@click.option(
     "--connections-per-pod", type=click.IntRange(1, 1 << 20),
     default=DEFAULT_BOUNDS.connections_per_pod, show_default=True,
     help="Both directions together, in each worker.",
@@ -214,6 +219,7 @@ def agent(
     tunnels_per_peer: int,
     header_bytes: int,
     stream_buffer_bytes: int,
+    process_buffer_bytes: int,
     connections_per_pod: int,
     spare_descriptors: int,
     exclude_outbound_port: tuple[int, ...],
@@ -268,6 +274,7 @@ def agent(
             tunnels_per_peer,
             header_bytes,
             stream_buffer_bytes,
+            process_buffer_bytes,
             connections_per_pod,
             spare_descriptors,
         ),

@@ -25,7 +25,7 @@ from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import SCOPE, TOO_MANY, endpoint
+from agent.tunnel.served import SCOPE, endpoint, refusal
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -108,9 +108,9 @@ class Inbound:
             self._ledger.refuse(served, "inbound", *ends, f"port {port} is the agent's own")
             return
         access = self._ledger.inbound(served, ends[0], source, ends[1], "plaintext")
-        if served.connections > self._bounds.connections_per_pod:
+        if reason := refusal(served, self._bounds):
             sockets.abort(accepted)
-            access.complete(TOO_MANY)
+            access.complete(reason)
             return
         if accepted.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == REPLY_MARK:
             # Inherited from the SYN, which is our own: to serve it would dial it once more.
@@ -215,8 +215,8 @@ class Inbound:
         if port in LISTENER_PORTS:
             refuse(503, f"port {port} is the agent's own")
             return
-        if served.connections > self._bounds.connections_per_pod:
-            refuse(503, TOO_MANY)
+        if reason := refusal(served, self._bounds):
+            refuse(503, reason)
             return
         connection = Connection(source, session.peer, address, port)
         admission = self._gate.admit(served.pod.uid, connection)

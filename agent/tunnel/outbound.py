@@ -20,7 +20,7 @@ from agent.tunnel import sockets, tcp
 from agent.tunnel.frames import ErrorCode
 from agent.tunnel.labels import ServiceName
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import TOO_MANY, endpoint
+from agent.tunnel.served import endpoint, refusal
 from agent.tunnel.tcp import TcpChannel
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ class Outbound:
             )
             return
         access = self._ledger.outbound(served, (source, port), (origin.address, origin.port))
-        if served.connections > self._bounds.connections_per_pod:
+        if reason := refusal(served, self._bounds):
             sockets.abort(accepted)
-            access.complete(TOO_MANY)
+            access.complete(reason)
             return
         route = self._mesh.resolve(origin.address, origin.port, partial(_choose, origin.endpoint))
         if route is None:

@@ -1,0 +1,135 @@
+"""The account of buffered bytes: when a worker is full, and who has to give way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.tunnel.buffers import FULL_SECONDS, HIGH_WATER, Buffers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Keeper:
+    """Keeps bytes, and notes when it had to give up."""
+
+    def __init__(self, scene: Scene, name: str) -> None:
+        self.scene = scene
+        self.name = name
+        self.buffered = 0
+
+    def keep(self, count: int) -> None:
+        self.buffered += count
+        self.scene.buffers.change(self, count)
+
+    def give_up(self) -> None:
+        self.scene.given_up.append(self.name)
+        self.keep(-self.buffered)
+
+
+class Scene:
+    """An account of 100 bytes, and what it did."""
+
+    def __init__(self) -> None:
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        self.told: list[object] = []
+        self.given_up: list[str] = []
+        self.buffers = Buffers()
+        self.buffers.set_limit(100)
+        self.buffers.call_later = lambda seconds, call: self.timers.append((seconds, call))
+        self.buffers.on_full = lambda: self.told.append("full")
+        self.buffers.on_relieved = self.told.append
+
+    def is_full(self) -> bool:
+        return self.buffers.is_full
+
+    def keeper(self, name: str, count: int = 0) -> Keeper:
+        made = Keeper(self, name)
+        made.keep(count)
+        return made
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene()
+
+
+def test_account_is_full_at_its_limit_until_a_quarter_is_free(scene: Scene) -> None:
+    one, other = scene.keeper("one", 60), scene.keeper("other", 39)
+    assert not scene.is_full()
+    other.keep(1)
+    assert (scene.buffers.is_full, scene.buffers.high_water) == (True, 0)
+    one.keep(-24)
+    assert scene.is_full()
+    one.keep(20)
+    one.keep(-21)
+    assert (scene.buffers.is_full, scene.buffers.high_water) == (False, HIGH_WATER)
+    assert scene.buffers.held == 75
+    assert scene.told == ["full"]
+
+
+def test_who_waits_for_room_is_called_once(scene: Scene) -> None:
+    calls: list[str] = []
+    only = scene.keeper("only", 100)
+
+    def on_room() -> None:
+        calls.append("room")
+
+    scene.buffers.wait_room(on_room)
+    scene.buffers.wait_room(on_room)
+    only.keep(-10)
+    assert calls == []
+    only.keep(-90)
+    assert calls == ["room"]
+    only.keep(100)
+    only.keep(-100)
+    assert calls == ["room"]
+
+
+def test_those_that_moved_nothing_give_up_first_and_the_largest_of_them(scene: Scene) -> None:
+    moving = scene.keeper("moving", 60)
+    scene.keeper("small", 10)
+    scene.keeper("large", 30)
+    moving.keep(-2)
+    ((seconds, relieve),) = scene.timers
+    assert seconds == FULL_SECONDS
+    relieve()
+    assert scene.given_up == ["large"]  # which was enough
+    assert scene.told == ["full", 1]
+    assert not scene.is_full()
+
+
+def test_those_that_move_too_little_give_up_in_the_end(scene: Scene) -> None:
+    keepers = [scene.keeper(name, size) for name, size in (("a", 30), ("b", 40), ("c", 30))]
+    for keeper in keepers:
+        keeper.keep(-1)
+    scene.timers[0][1]()
+    assert scene.given_up == ["b"]
+
+
+def test_nobody_gives_up_for_what_is_over(scene: Scene) -> None:
+    only = scene.keeper("only", 100)
+    only.keep(-50)
+    only.keep(50)  # full once more: this time has a deadline of its own
+    first, second = (call for _seconds, call in scene.timers)
+    first()
+    assert scene.given_up == []
+    second()
+    assert scene.given_up == ["only"]
+    second()
+    assert scene.told == ["full", "full", 1]
+
+
+def test_account_without_a_clock_or_a_limit_still_counts() -> None:
+    scene = Scene()
+    scene.buffers = Buffers()
+    keeper = scene.keeper("one", 1 << 40)
+    assert not scene.is_full()
+    scene.buffers.set_limit(10)
+    keeper.keep(1)
+    assert scene.is_full()
+    scene.buffers.on_relieved(1)
+    keeper.keep(-keeper.buffered)
+    assert scene.buffers.held == 0
