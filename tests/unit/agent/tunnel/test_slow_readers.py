@@ -166,8 +166,8 @@ def test_stalled_readers_together_cost_what_the_worker_may_keep(
         flood = Flood(wires, 10)
         flood.run()
         assert is_full()
-        # What is beyond: a read for each connection that nobody was behind until then.
-        assert 4 * MIB <= flood.peak < 5 * MIB
+        # What may be beyond: the last large read, and what the tunnels had taken until then.
+        assert 4 * MIB <= flood.peak < 7 * MIB
         flood.read_all()
         assert not is_full()
         assert [wire.ended for wire in wires] == [[], []]
@@ -223,7 +223,8 @@ def test_peers_that_take_nothing_cost_their_tunnels_once_there_is_no_room(
             wire.reactor.forget(wire.server.session._fd)
         flood.run()
         assert is_full()
-        assert flood.peak < 3 * MIB
+        tunnels = [wire.client.session for wire in wires]
+        assert sum(len(each._unsent) + each._outgoing.pending for each in tunnels) < 3 * MIB
         run_until(other.reactor, lambda: not is_full())
         exchange(other.reactor, bystander)
         for wire in wires:
