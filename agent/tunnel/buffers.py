@@ -8,7 +8,7 @@ worker may keep, it is full until a quarter is free again:
     who still reads reads little at once, and stops at the first byte that cannot be passed on
     a tunnel with a stalled reader is not read at all: TCP makes the peer wait
     after five seconds connections are reset until there is room: those first that moved nothing in
-    that time, and of these the largest
+    that time, the largest of them before others; then tunnels whose peer takes nothing
 
 A tunnel that is not read does not see its peer's answers to pings, which is one more reason for the
 five seconds. There is one account for each worker process, as there is one memory.
@@ -29,7 +29,9 @@ FULL = "the worker buffers as many bytes as it may for slow readers (--process-b
 
 
 class Holder(Protocol):
-    """Who keeps bytes."""
+    """Who keeps bytes; `is_shared` if several connections end with it."""
+
+    is_shared: bool
 
     @property
     def buffered(self) -> int:
@@ -91,7 +93,11 @@ class Buffers:
         if not self.is_full or episode != self._episode:
             return
         unmoved, count = self._unmoved, 0
-        for holder in sorted(self._holders, key=lambda each: (each not in unmoved, -each.buffered)):
+
+        def rank(holder: Holder) -> tuple[bool, bool, int]:
+            return holder not in unmoved, holder.is_shared, -holder.buffered
+
+        for holder in sorted(self._holders, key=rank):
             if self.is_full:
                 holder.give_up()
                 count += 1

@@ -71,6 +71,8 @@ def _nothing() -> None:
 class StreamChannel:
     """One stream as a relay.Channel."""
 
+    is_shared = False
+
     def __init__(self, session: Session, stream_id: int) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = self._drop
         self.on_end: Callable[[], None] = _nothing
@@ -191,6 +193,7 @@ class Session:
     each CONNECT (server). The answer to our own CONNECT goes to `channel.on_response`.
     """
 
+    is_shared = True
     open_count = 0  # of this worker, from the constructor to the end
 
     def __init__(
@@ -297,7 +300,9 @@ class Session:
         """Encrypt what is in the output, and write as much as the socket takes."""
         if self._is_established and not self.is_closed:
             self._encrypt()
-            if not self._unsent:
+            if self._unsent:
+                self._note(len(self._unsent) + self._outgoing.pending)
+            else:
                 self._write()
 
     def _encrypt(self) -> None:

@@ -42,6 +42,8 @@ class TcpChannel:
     take what arrived until then for all.
     """
 
+    is_shared = False
+
     def __init__(self, reactor: Reactor, own: socket.socket) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = _no_data
         self.on_end = self.on_abort = self.on_drained = _nothing

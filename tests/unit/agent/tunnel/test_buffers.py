@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Keeper:
     """Keeps bytes, and notes when it had to give up."""
 
-    def __init__(self, scene: Scene, name: str) -> None:
+    def __init__(self, scene: Scene, name: str, *, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
         self.scene = scene
         self.name = name
         self.buffered = 0
@@ -45,8 +46,8 @@ class Scene:
     def is_full(self) -> bool:
         return self.buffers.is_full
 
-    def keeper(self, name: str, count: int = 0) -> Keeper:
-        made = Keeper(self, name)
+    def keeper(self, name: str, count: int = 0, *, is_shared: bool = False) -> Keeper:
+        made = Keeper(self, name, is_shared=is_shared)
         made.keep(count)
         return made
 
@@ -99,6 +100,21 @@ def test_those_that_moved_nothing_give_up_first_and_the_largest_of_them(scene: S
     assert scene.given_up == ["large"]  # which was enough
     assert scene.told == ["full", 1]
     assert not scene.is_full()
+
+
+def test_what_several_connections_share_is_kept_as_long_as_single_ones_are_enough(
+    scene: Scene,
+) -> None:
+    moving = scene.keeper("moving", 15)
+    scene.keeper("tunnel", 45, is_shared=True)
+    scene.keeper("single", 40)
+    moving.keep(-1)
+    moving.keep(1)
+    scene.timers[0][1]()
+    assert scene.given_up == ["single"]
+    scene.keeper("heavy", 90, is_shared=True)
+    scene.timers[1][1]()
+    assert scene.given_up == ["single", "moving", "heavy"]
 
 
 def test_those_that_move_too_little_give_up_in_the_end(scene: Scene) -> None:

@@ -221,8 +221,11 @@ def test_peers_that_take_nothing_cost_their_tunnels_once_there_is_no_room(
         flood = Flood(wires, 2)
         for wire in wires:
             wire.reactor.forget(wire.server.session._fd)
+            wire.client.session._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            wire.server.session._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         flood.run()
         assert is_full()
+        assert flood.peak < 3 * MIB
         tunnels = [wire.client.session for wire in wires]
         assert sum(len(each._unsent) + each._outgoing.pending for each in tunnels) < 3 * MIB
         run_until(other.reactor, lambda: not is_full())
