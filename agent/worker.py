@@ -199,7 +199,7 @@ class Worker:
             partial(exempt, Map(maps / "ss_exempt")), raise_limit() - bounds.spare_descriptors
         )
         self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
-        self._pool = Pool(self._reactor, pod_sockets, self._trust, bounds)
+        self._pool = Pool(self._reactor, pod_sockets, self._trust, self._contexts, bounds)
         outbound = Outbound(
             self._reactor,
             pod_sockets,
@@ -335,6 +335,8 @@ class Worker:
         self._reactor.call_later(DRAIN_SECONDS, leave)
 
     def _retire(self, has_successor: bool) -> None:
+        if self._pool is not None:
+            self._pool.is_retiring = True
         for served in self._served.values():
             for _port, listener in served.listeners:
                 if has_successor:

@@ -125,14 +125,19 @@ class Outbound:
             sockets.abort(accepted)
             access.complete(reason)
             return
-        route = self._mesh.resolve(origin.address, origin.port, partial(_choose, origin.endpoint))
+        network = self._mesh.network(served.pod.uid)
+        choose = partial(_choose, origin.endpoint)
+        route = self._mesh.resolve(origin.address, origin.port, choose, network)
         if route is None:
             sockets.abort(accepted)
             access.complete("the service has no ready endpoint")
             return
         if route.service is not None:
             access.service = _named(route.service)
-        if route.workload is None:
+        if route.unreachable:
+            sockets.abort(accepted)
+            access.complete(route.unreachable)
+        elif route.workload is None:
             self._pass_through(served, accepted, route, access)
         else:
             self._tunnel(served, accepted, route, access)

@@ -190,7 +190,8 @@ class Session:
 
     Callbacks: `on_ready(session)` once, when streams may be opened (client) or the peer is known
     (server); `on_closed(session, reason)` once, whatever happened; `on_request(session, event)` for
-    each CONNECT (server). The answer to our own CONNECT goes to `channel.on_response`.
+    each CONNECT (server); `on_draining(session)` when the tunnel takes no new streams any more and
+    those that are open go on (client). The answer to our own CONNECT goes to `channel.on_response`.
     """
 
     is_shared = True
@@ -210,6 +211,7 @@ class Session:
         self.on_closed: Callable[[Session, str], None] = lambda _session, _reason: None
         self.on_request: Callable[[Session, ConnectRequested], None] = lambda _session, _event: None
         self.on_idle: Callable[[Session], None] = lambda _session: None
+        self.on_draining: Callable[[Session], None] = lambda _session: None
         self.connection = Connection(
             role,
             Limits(
@@ -506,6 +508,7 @@ class Session:
             case ConnectionTerminated():
                 self.fail(f"the peer broke HTTP/2: {event.reason}")
             case GoAwayReceived():
+                self.on_draining(self)
                 if not self.channels:
                     self.on_idle(self)
 
@@ -551,6 +554,7 @@ class Session:
             self.wants_write()
             return
         self.connection.is_draining = True
+        self.on_draining(self)
         if not self.channels:
             self.on_idle(self)
 

@@ -14,6 +14,7 @@ from agent.discovery.translate import (
     EXCLUDE_INBOUND_PORTS,
     EXCLUDE_OUTBOUND_NETWORKS,
     EXCLUDE_OUTBOUND_PORTS,
+    NETWORK,
     REDIRECTION,
     SERVICE_LABEL,
     SIDECAR_STATUS,
@@ -591,3 +592,17 @@ def test_pod_is_judged_alone_beside_what_is_known() -> None:
     optout = translator.judge(pod("cart-0", {MODE_LABEL: "none"}))
     assert optout is not None
     assert optout.local is None
+
+
+def test_network_of_a_pod_is_its_label_unless_that_is_the_clusters_own() -> None:
+    own = namespace() | {"metadata": {"name": "istio-system", "labels": {NETWORK: "east"}}}
+    bodies = (
+        pod("near", labels={NETWORK: "east"}),
+        pod("far", labels={NETWORK: "west"}),
+        pod("silent"),
+    )
+    for more, near in (((own,), ""), ((), "east")):
+        found = translated(*bodies, *more).snapshot.workloads
+        assert {each.name: each.network for each in found} == {
+            "near": near, "far": "west", "silent": "",
+        }  # fmt: skip

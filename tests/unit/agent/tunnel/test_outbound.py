@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel.access import Ledger
+from agent.tunnel.buffers import BUFFERS, FULL
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.frames import ErrorCode
@@ -32,6 +34,7 @@ from agent.tunnel.tls import build_context
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_until
 from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN
+from tests.support.wire import buffer_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,10 +77,10 @@ class Scene:
         trust = Trust(self.reactor, TRUST_DOMAIN)
         contexts = Contexts(self.reactor, lambda _identity: None)
         contexts.put(self.certificates[CLIENT])
-        mesh = Mesh()
+        self.mesh = mesh = Mesh()
         mesh.put_workload(SERVER_POD)
         pod_sockets = PodSockets(lambda _own: None)
-        self.pool = Pool(self.reactor, pod_sockets, trust, bounds)
+        self.pool = Pool(self.reactor, pod_sockets, trust, contexts, bounds)
         self.sessions: list[Session] = []
         asked = Asked()
         self.outbound = Outbound(
@@ -226,3 +229,43 @@ def test_pod_gets_no_more_connections_than_it_may_have(
     run_until(stage.reactor, lambda: not stage.served.connections)
     with stage.connect():
         run_until(stage.reactor, lambda: stage.requests == 2)
+
+
+class Stalled:
+    """Somebody whose bytes nobody takes."""
+
+    is_shared = False
+    buffered = 1
+
+    def give_up(self) -> None:
+        """Nothing is theirs."""
+
+
+def test_worker_that_buffers_all_it_may_gets_no_more_connections(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene()
+    stalled = Stalled()
+    with buffer_limit(stage.reactor, 1):
+        BUFFERS.change(stalled, 1)
+        with stage.connect() as refused:
+            assert refused.recv(1) == b""
+        stalled.buffered = 0
+        BUFFERS.change(stalled, -1)
+        assert FULL in capsys.readouterr().err
+        assert stage.requests == 0
+        with stage.connect():
+            run_until(stage.reactor, lambda: stage.requests)
+
+
+def test_pod_in_another_network_is_not_dialed(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene()
+    stage.mesh.put_workload(replace(SERVER_POD, network="west"))
+    with stage.connect() as refused:
+        assert refused.recv(1) == b""
+    assert "shop/server-0 is in network 'west', and there is no gateway" in capsys.readouterr().err
+    stage.mesh.put_workload(replace(SERVER_POD, uid="uid-client", addresses=(), network="west"))
+    with stage.connect():
+        run_until(stage.reactor, lambda: stage.requests)
