@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.gate import Admission, Gate
-    from agent.tunnel.reactor import Reactor
+    from agent.tunnel.reactor import Reactor, Timer
     from agent.tunnel.relay import Channel
     from agent.tunnel.served import ServedPod
     from agent.tunnel.sockets import PodSockets
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 
 LONGEST_HOST = 253  # of a name in DNS
+# Of the idle time: our peers close their idle tunnels themselves, and before we do.
+IDLE_TURN = 1.5
 
 
 def parse_authority(authority: str) -> tuple[Address, int]:
@@ -94,6 +96,7 @@ class Inbound:
         self._ledger = ledger
         self._bounds = bounds
         self.tunnels = 0  # that are open, or on the way
+        self._idle_timers: dict[Session, Timer] = {}
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -163,6 +166,7 @@ class Inbound:
                 bounds=self._bounds,
             )
             self.tunnels += 1
+            session.on_ready = self._watch_idle
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -172,8 +176,28 @@ class Inbound:
 
         self._contexts.server(str(served.identity), on_context)
 
+    def _watch_idle(self, session: Session) -> None:
+        """Close a tunnel that carries nothing from one look to the next."""
+        last: int | None = None
+
+        def look() -> None:
+            nonlocal last
+            found = None if session.channels else session.connection.last_peer_stream_id
+            if found is not None and found == last:
+                del self._idle_timers[session]
+                session.close()
+                return
+            last = found
+            self._idle_timers[session] = self._reactor.call_later(
+                IDLE_TURN * self._bounds.idle_seconds, look
+            )
+
+        look()
+
     def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
         self.tunnels -= 1
+        if session in self._idle_timers:
+            self._idle_timers.pop(session).cancel()
         if session.refusal:
             COUNTS.add("peers_refused", direction="inbound", reason=session.refusal)
         if session.handshake_failure:

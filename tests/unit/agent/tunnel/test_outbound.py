@@ -18,7 +18,7 @@ from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel.access import Ledger
-from agent.tunnel.buffers import BUFFERS, FULL
+from agent.tunnel.buffers import FULL
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.frames import ErrorCode
@@ -33,6 +33,7 @@ from agent.tunnel.sockets import PodSockets
 from agent.tunnel.tls import build_context
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_until
+from tests.support.stalled import Stalled
 from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN
 from tests.support.wire import buffer_limit
 
@@ -231,27 +232,16 @@ def test_pod_gets_no_more_connections_than_it_may_have(
         run_until(stage.reactor, lambda: stage.requests == 2)
 
 
-class Stalled:
-    """Somebody whose bytes nobody takes."""
-
-    is_shared = False
-    buffered = 1
-
-    def give_up(self) -> None:
-        """Nothing is theirs."""
-
-
 def test_worker_that_buffers_all_it_may_gets_no_more_connections(
     scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = scene()
     stalled = Stalled()
     with buffer_limit(stage.reactor, 1):
-        BUFFERS.change(stalled, 1)
+        stalled.keep(1)
         with stage.connect() as refused:
             assert refused.recv(1) == b""
-        stalled.buffered = 0
-        BUFFERS.change(stalled, -1)
+        stalled.keep(-1)
         assert FULL in capsys.readouterr().err
         assert stage.requests == 0
         with stage.connect():

@@ -139,6 +139,9 @@ def setup(authority: Authority) -> Iterator[Setup]:
         for session, _reason in made.answers:
             if session is not None:
                 session.fail("the test is over")
+        for entries in list(made.pool._entries.values()):  # those that nobody has asked for
+            for session in [entry.session for entry in entries if entry.session is not None]:
+                session.fail("the test is over")
         for tunnel in made.peer.tunnels:
             tunnel.session.fail("the test is over")
 
@@ -361,7 +364,7 @@ def test_tunnel_in_use_that_ends_has_the_next_one_ready_before_anybody_asks(
     if not has_stream:  # as between two short connections
         setup.end_streams(first)
     goodbye(setup.peer.tunnels[0])
-    setup.until(lambda: setup.pool.count()["idle"])
+    setup.until(lambda: not first.connection.may_open and setup.pool.count()["idle"])
     setup.ask()
     second, _reason = setup.answers[1]  # at once
     assert second is not None
