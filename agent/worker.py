@@ -248,6 +248,7 @@ class Worker:
         for (reporter, path), count in self._ledger.count().items():
             yield "istio_tcp_sockets_open", (("reporter", reporter),), count
             yield "connections_open", (("path", path), ("reporter", reporter)), count
+        yield "buffered_bytes", (), BUFFERS.held
         for state, count in (self._pool.count() if self._pool else {}).items():
             yield "tunnels", (("direction", "outbound"), ("state", state)), count
         count = self._inbound.tunnels if self._inbound else 0

@@ -19,9 +19,7 @@ def test_table_has_every_limit_with_its_default() -> None:
     options = {
         each.opts[0]: each.default for each in agent.params if isinstance(each, click.Option)
     }
-    assert {name: float(default) for name, default in rows} == {
-        name: options[name] for name, _default in rows
-    }
-    assert sorted(options[name] for name, _default in rows) == sorted(
-        getattr(Bounds(), each.name) for each in fields(Bounds)
-    )
+    found = {name: float(default) for name, default in rows}
+    assert found == {name: options[name] for name in found}
+    bounds = [float(getattr(Bounds(), each.name)) for each in fields(Bounds)]
+    assert sorted(found.values()) == sorted(bounds)

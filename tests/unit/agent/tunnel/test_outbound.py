@@ -17,6 +17,7 @@ from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel import session as session_module
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import FULL
 from agent.tunnel.connection import Role
@@ -195,6 +196,23 @@ def test_request_that_was_not_heard_is_made_again(
         run_until(stage.reactor, has_answer)
     assert received == [b"question"]
     assert stage.requests == 2
+
+
+def test_request_to_a_peer_that_has_died_is_made_again(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.05)
+    stage = scene()
+    stage.answer = lambda session, stream_id: session.respond(stream_id, 200)
+    with stage.connect():
+        run_until(stage.reactor, lambda: stage.requests == 1)
+        ((entry,),) = stage.pool._entries.values()
+        stage.reactor.forget(stage.sessions[0]._fd)  # it hears nothing any more
+        with stage.connect():
+            assert entry.session is not None
+            entry.session._ping()  # as its timer does, after ten seconds
+            run_until(stage.reactor, lambda: stage.requests == 2)
+            assert len(stage.sessions) == 2
 
 
 def test_request_that_the_peer_reset_is_not_made_again(scene: Callable[..., Scene]) -> None:
