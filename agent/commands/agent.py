@@ -129,7 +129,7 @@ def default_workers() -> int:
 @click.option(
     "--connections-per-pod", type=click.IntRange(1, 1 << 20),
     default=DEFAULT_BOUNDS.connections_per_pod, show_default=True,
-    help="Both directions together, in each worker.",
+    help="Both directions together, and as many accepted tunnels, in each worker.",
 )  # fmt: skip
 @click.option(
     "--spare-descriptors", type=click.IntRange(16, 1 << 16),

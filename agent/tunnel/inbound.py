@@ -25,7 +25,7 @@ from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import SCOPE, endpoint, refusal
+from agent.tunnel.served import SCOPE, TOO_MANY, endpoint, refusal
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -152,6 +152,8 @@ class Inbound:
         source = plain(peer[0])
 
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
+            if served.tunnels >= self._bounds.connections_per_pod:
+                context, reason = None, TOO_MANY
             if context is None:
                 sockets.abort(accepted)
                 ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
@@ -166,6 +168,7 @@ class Inbound:
                 bounds=self._bounds,
             )
             self.tunnels += 1
+            served.tunnels += 1
             session.on_ready = self._watch_idle
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
@@ -196,6 +199,7 @@ class Inbound:
 
     def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
         self.tunnels -= 1
+        served.tunnels -= 1
         if session in self._idle_timers:
             self._idle_timers.pop(session).cancel()
         if session.refusal:

@@ -45,6 +45,7 @@ class ServedPod:
     listeners: list[tuple[int, Listening]] = field(default_factory=list)  # with their ports
     is_leaving: bool = False
     connections: int = 0  # open ones of the pod, both directions, in this worker
+    tunnels: int = 0  # accepted for the pod, in this worker
 
 
 def refusal(served: ServedPod, bounds: Bounds) -> str:

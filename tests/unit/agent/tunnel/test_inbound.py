@@ -13,6 +13,7 @@ import pytest
 from agent import netlink, netns
 from agent.model.bounds import Bounds
 from agent.model.pod import LocalPod
+from agent.model.workload import Workload
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import BUFFERS, FULL
 from agent.tunnel.connection import Role
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.root
 
 ADDRESS = ip_address("127.0.0.1")
 PORT = 8080
+WORKLOAD = Workload("uid-server", "shop", "server-0", "node-2", "server", (ADDRESS,), is_hbone=True)
+LOGGED = 2  # times: a line of the log has a reason as its result, and as its error
 
 
 class Scene:
@@ -48,6 +51,9 @@ class Scene:
         self._authority = authority
         self.reactor = Reactor()
         mesh = Mesh()
+        mesh.put_workload(WORKLOAD)
+        gate = Gate(mesh)
+        gate.enforce()
         contexts = Contexts(self.reactor, lambda _identity: None)
         contexts.put(authority.certificate(SERVER))
         self.inbound = Inbound(
@@ -55,7 +61,7 @@ class Scene:
             PodSockets(lambda _own: None),
             Trust(self.reactor, TRUST_DOMAIN),
             contexts,
-            Gate(mesh),
+            gate,
             Ledger(self.reactor, mesh),
             bounds,
         )
@@ -155,10 +161,24 @@ def test_pod_gets_no_more_connections_than_it_may_have(
     assert stage.wait(stage.ask(tunnel)) == 200
     assert stage.wait(stage.ask(tunnel)) == 503
     assert is_reset(stage.plaintext())
-    assert capsys.readouterr().err.count(TOO_MANY) == 2
+    assert capsys.readouterr().err.count(TOO_MANY) == 2 * LOGGED
     next(iter(tunnel.session.channels.values())).abort()
     run_until(stage.reactor, lambda: not stage.served.connections)
     assert stage.wait(stage.ask(tunnel)) == 200
+
+
+def test_pod_gets_no_more_tunnels_than_connections(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene(connections_per_pod=1)
+    only = stage.tunnel()
+    ours, theirs = tcp_pair()
+    with ours:
+        stage.inbound.serve_tunnel(stage.served, theirs, (str(ADDRESS), 40000))
+        assert is_reset(ours)
+    assert TOO_MANY in capsys.readouterr().err
+    stage.end(only)
+    assert stage.wait(stage.ask(stage.tunnel())) == 200
 
 
 def test_worker_that_buffers_all_it_may_refuses_both_kinds(
@@ -172,7 +192,7 @@ def test_worker_that_buffers_all_it_may_refuses_both_kinds(
         assert stage.wait(stage.ask(tunnel)) == 503
         assert is_reset(stage.plaintext())
         stalled.keep(-1)
-    assert capsys.readouterr().err.count(FULL) == 2
+    assert capsys.readouterr().err.count(FULL) == 2 * LOGGED
     assert not BUFFERS.is_full
     assert stage.wait(stage.ask(tunnel)) == 200
 
