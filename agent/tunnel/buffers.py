@@ -98,7 +98,7 @@ class Buffers:
             return holder not in unmoved, holder.is_shared, -holder.buffered
 
         for holder in sorted(self._holders, key=rank):
-            if self.is_full:
+            if self.is_full and holder in self._holders:  # it may have ended with another one
                 holder.give_up()
                 count += 1
         self.on_relieved(count)
@@ -111,3 +111,32 @@ class Buffers:
 
 
 BUFFERS = Buffers()
+
+
+class Kept:
+    """Bytes of a connection that has nobody yet to pass them to; `on_give_up` ends it."""
+
+    is_shared = False
+
+    def __init__(self, on_give_up: Callable[[], None]) -> None:
+        self.buffered = 0
+        self._on_give_up = on_give_up
+        self._parts: list[bytes] = []
+
+    def keep(self, data: bytes | memoryview) -> None:
+        """Keep a copy."""
+        self._parts.append(bytes(data))
+        self.buffered += len(data)
+        BUFFERS.change(self, len(data))
+
+    def take(self) -> list[bytes]:
+        """Return all, and keep nothing."""
+        parts, self._parts = self._parts, []
+        held, self.buffered = self.buffered, 0
+        BUFFERS.change(self, -held)
+        return parts
+
+    def give_up(self) -> None:
+        """Forget them, and end the connection."""
+        self.take()
+        self._on_give_up()

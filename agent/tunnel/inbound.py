@@ -21,6 +21,7 @@ from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
 from agent.tunnel import sockets, tcp
+from agent.tunnel.buffers import FULL, Kept
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import service_name
@@ -249,9 +250,16 @@ class Inbound:
         connection = Connection(source, session.peer, address, port)
         admission = self._gate.admit(served.pod.uid, connection)
 
+        is_gone = False
+
         def end(status: int, reason: str) -> None:
+            nonlocal is_gone
+            is_gone = True
+            early.take()
             session.respond(event.stream_id, status)
             _complete(admission, access, f"{status}: {reason}")
+
+        early = Kept(lambda: end(503, FULL))
 
         if not admission.verdict.is_allowed:
             end(401, str(admission.verdict))
@@ -259,9 +267,7 @@ class Inbound:
         admission.on_revoked = lambda verdict: end(401, f"closed: {verdict}")
         channel = session.channels[event.stream_id]
         channel.pause()
-        early: list[bytes] = []
         has_ended = False
-        is_gone = False
 
         def on_early_end() -> None:
             nonlocal has_ended
@@ -270,14 +276,15 @@ class Inbound:
         def on_early_abort() -> None:
             nonlocal is_gone
             is_gone = True
+            early.take()
             _complete(admission, access, "reset")
 
-        channel.on_data = lambda data: early.append(bytes(data))
+        channel.on_data = early.keep
         channel.on_end = on_early_end
         channel.on_abort = on_early_abort
 
         def on_dialed(dialed: TcpChannel | None, reason: str) -> None:
-            if is_gone or not admission.verdict.is_allowed:
+            if is_gone:
                 if dialed is not None:
                     dialed.abort()
             elif dialed is None:
@@ -285,7 +292,7 @@ class Inbound:
             else:
                 session.respond(event.stream_id, 200)
                 _join(admission, access, channel, dialed)
-                for data in early:
+                for data in early.take():
                     channel.on_data(data)
                 channel.resume()
                 if has_ended:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tunnel.buffers import FULL_SECONDS, HIGH_WATER, Buffers
+from agent.tunnel.buffers import BUFFERS, FULL_SECONDS, HIGH_WATER, Buffers, Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,7 @@ class Keeper:
 
     def __init__(self, scene: Scene, name: str, *, is_shared: bool = False) -> None:
         self.is_shared = is_shared
+        self.partner: Keeper | None = None  # ends with it
         self.scene = scene
         self.name = name
         self.buffered = 0
@@ -28,6 +29,8 @@ class Keeper:
     def give_up(self) -> None:
         self.scene.given_up.append(self.name)
         self.keep(-self.buffered)
+        if self.partner is not None:
+            self.partner.keep(-self.partner.buffered)
 
 
 class Scene:
@@ -125,6 +128,16 @@ def test_those_that_move_too_little_give_up_in_the_end(scene: Scene) -> None:
     assert scene.given_up == ["b"]
 
 
+def test_who_ended_with_another_one_is_not_asked_again(scene: Scene) -> None:
+    both = scene.keeper("left", 45), scene.keeper("right", 44)
+    scene.keeper("other", 80, is_shared=True)
+    for one, other in (both, both[::-1]):
+        one.partner = other
+    scene.timers[0][1]()
+    assert scene.given_up == ["left", "other"]
+    assert scene.told == ["full", 2]
+
+
 def test_nobody_gives_up_for_what_is_over(scene: Scene) -> None:
     only = scene.keeper("only", 100)
     only.keep(-50)
@@ -149,3 +162,16 @@ def test_account_without_a_clock_or_a_limit_still_counts() -> None:
     scene.buffers.on_relieved(1)
     keeper.keep(-keeper.buffered)
     assert scene.buffers.held == 0
+
+
+def test_bytes_that_wait_for_somebody_are_in_the_account_until_they_are_taken() -> None:
+    ended: list[str] = []
+    kept = Kept(lambda: ended.append("ended"))
+    kept.keep(memoryview(b"one "))
+    kept.keep(b"two")
+    assert BUFFERS.held == 7
+    assert kept.take() == [b"one ", b"two"]
+    assert (BUFFERS.held, kept.take(), ended) == (0, [], [])
+    kept.keep(b"three")
+    kept.give_up()
+    assert (BUFFERS.held, kept.take(), ended) == (0, [], ["ended"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from agent import netlink, netns
 from agent.model.bounds import Bounds
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel import buffers as buffers_module
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import BUFFERS, FULL
 from agent.tunnel.connection import Role
@@ -93,6 +94,13 @@ class Scene:
         answers: list[int] = []
         stream_id = tunnel.session.open_stream(f"{ADDRESS}:{PORT}", headers or {})
         tunnel.session.channels[stream_id].on_response = answers.append
+        return answers
+
+    def wait_some(self, answers: list[int]) -> list[int]:
+        """Wait for an answer, for a quarter of a second."""
+        timer = self.reactor.call_later(0.25, lambda: None)
+        run_until(self.reactor, lambda: answers or timer.callback is None)
+        timer.cancel()
         return answers
 
     def wait(self, answers: list[int]) -> int:
@@ -193,8 +201,43 @@ def test_worker_that_buffers_all_it_may_refuses_both_kinds(
         assert is_reset(stage.plaintext())
         stalled.keep(-1)
     assert capsys.readouterr().err.count(FULL) == 2 * LOGGED
-    assert not BUFFERS.is_full
+    assert not is_full()
     assert stage.wait(stage.ask(tunnel)) == 200
+
+
+def test_bytes_for_an_application_that_does_not_accept_cost_the_stream_once_there_is_no_room(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(buffers_module, "FULL_SECONDS", 0.1)
+    stage = scene()
+    stage.application.listen(0)
+    stage.application.setblocking(False)
+    tunnel = stage.tunnel()
+    count = 1
+    while stage.wait_some(answers := stage.ask(tunnel)):
+        count += 1  # until its queue is full
+    with buffer_limit(stage.reactor, 1000):
+        *_, waiting = tunnel.session.channels.values()
+        waiting.write(bytes(1000))
+        run_until(stage.reactor, is_full)
+        assert stage.wait(answers) == 503
+        assert not is_full()
+    assert f"503: {FULL}" in capsys.readouterr().err
+    accepted: list[socket.socket] = []
+
+    def accept() -> bool:
+        with suppress(BlockingIOError):
+            accepted.append(stage.application.accept()[0])
+        return len(accepted) == count
+
+    run_until(stage.reactor, accept)  # the last one, too, which has nobody by now
+    run_until(stage.reactor, lambda: is_reset(accepted[-1]))
+    for each in accepted:
+        each.close()
+
+
+def is_full() -> bool:
+    return BUFFERS.is_full
 
 
 def test_peer_that_is_silent_is_hung_up_in_time(scene: Callable[..., Scene]) -> None:
