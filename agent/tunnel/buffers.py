@@ -72,7 +72,7 @@ class Buffers:
             self._holders.pop(holder, None)
         if by < 0:
             self._unmoved.pop(holder, None)
-            if self.is_full and self.held * 4 <= self._limit * 3:
+            if self.is_full and not self._has_no_room():
                 self._end()
         elif self.held >= self._limit and not self.is_full:
             self._begin()
@@ -80,6 +80,9 @@ class Buffers:
     def wait_room(self, callback: Callable[[], None]) -> None:
         """Call back once, when there is room again."""
         self._waiting[callback] = None
+
+    def _has_no_room(self) -> bool:
+        return self.held * 4 > self._limit * 3
 
     def _begin(self) -> None:
         self.is_full, self.high_water = True, 0
@@ -98,7 +101,9 @@ class Buffers:
             return holder not in unmoved, holder.is_shared, -holder.buffered
 
         for holder in sorted(self._holders, key=rank):
-            if self.is_full and holder in self._holders:  # it may have ended with another one
+            if (
+                self._has_no_room() and holder in self._holders
+            ):  # it may have ended with another one
                 holder.give_up()
                 count += 1
         self.on_relieved(count)
