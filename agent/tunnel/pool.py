@@ -104,10 +104,12 @@ class Pool:
             elif not entry.is_ready and len(entry.waiters) < limit:
                 entry.waiters.append(on_session)
                 return
-        if len(entries) >= self._bounds.tunnels_per_peer:
+        # Those that drain are full for good, and end by themselves.
+        count = sum(_state(entry) != "draining" for entry in entries)
+        if count >= self._bounds.tunnels_per_peer:
             on_session(
                 None,
-                f"all {len(entries)} tunnels to {workload.namespace}/{workload.name}"
+                f"all {count} tunnels to {workload.namespace}/{workload.name}"
                 " are full (--tunnels-per-peer)",
             )
             return

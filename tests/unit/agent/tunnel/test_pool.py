@@ -386,6 +386,18 @@ def test_next_tunnel_after_a_renewal_has_the_new_certificate(
     assert proofs[0].fingerprint != proofs[1].fingerprint
 
 
+def test_tunnel_that_drains_leaves_its_place_to_the_next_one(setup: Setup) -> None:
+    setup.bound(tunnels_per_peer=1)
+    first = use(setup)
+    setup.pool.is_retiring = True  # so that nothing is dialed before it is asked for
+    first.drain()
+    setup.ask()
+    second = setup.wait_answers(2)[1]
+    assert second is not None
+    assert second is not first
+    assert not first.is_closed
+
+
 def test_several_tunnels_that_end_have_one_next_one(setup: Setup) -> None:
     setup.bound(streams_per_tunnel=1)
     setup.ask(3)
