@@ -50,7 +50,8 @@ class Flood:
         self.reactor = wires[0].reactor
         self.ends: list[Ends] = [wire.connect() for wire in wires for _ in range(count)]
         self.sent = [0] * len(self.ends)
-        self.peak = 0  # of what is buffered
+        self._before = BUFFERS.held
+        self.peak = 0  # of what is buffered for them
 
     def run(self) -> None:
         """Send until nothing moves any more."""
@@ -64,7 +65,7 @@ class Flood:
                     self.sent[number] += near.send(BLOCK[self.sent[number] % MIB :])
                 except BlockingIOError:
                     continue
-            self.peak = max(self.peak, BUFFERS.held)
+            self.peak = max(self.peak, BUFFERS.held - self._before)
             quiet = 0 if sum(self.sent) > before else quiet + 1
             return quiet > QUIET_ROUNDS
 

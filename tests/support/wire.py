@@ -6,7 +6,7 @@ import socket
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from agent.tunnel.buffers import BUFFERS
+from agent.tunnel.buffers import BUFFERS, Buffers
 from agent.tunnel.connection import Role
 from agent.tunnel.relay import Relay
 from agent.tunnel.tcp import TcpChannel
@@ -80,7 +80,11 @@ class Wire:
 
 @contextmanager
 def buffer_limit(reactor: Reactor, limit: int) -> Iterator[None]:
-    """Let this process buffer so many bytes; at the end nothing must be left."""
+    """Let this process buffer so many bytes; at the end nothing must be left.
+
+    The account begins anew: other tests have left channels that nobody closed.
+    """
+    BUFFERS.__dict__.update(vars(Buffers()))
     BUFFERS.set_limit(limit)
     BUFFERS.call_later = reactor.call_later
     try:
