@@ -139,6 +139,7 @@ class Answers:
                 "addresses": [str(address) for address in each.addresses],
                 "protocol": "hbone" if each.is_hbone else "tcp",
                 "identity": str(each.identity(trust_domain)),
+                "network": each.network or None,
                 "owner": each.owner or None,
                 "labels": dict(sorted(each.labels)),
             }

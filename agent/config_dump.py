@@ -107,6 +107,7 @@ def _workload(workload: Workload, trust_domain: str) -> Json:
         "workloadType": "deployment" if workload.owner else "pod",
         "canonicalName": _first(labels, CANONICAL_NAME, name),
         "canonicalRevision": _first(labels, CANONICAL_REVISION, NO_REVISION),
+        "network": workload.network,
         "clusterId": CLUSTER,
         "locality": {"region": workload.locality.region, "zone": workload.locality.zone},
         "node": workload.node,

@@ -1,19 +1,19 @@
-"""As many open files as a process may have, for processes that need several for each pod.
+"""The limit of open files: as many as the kernel lets a process have.
 
-The soft limit is low by tradition, for programs that use select(2); none of ours does. A worker
-takes two descriptors for a connection, the control process half a dozen for a pod.
-
-Called first thing by both.
+Most systems give 1,024 (the soft limit), which programs that call select() rely on. Ours use epoll.
+Called first thing by the agent, whose pods each take several, and by the workers, whose connections
+each take two.
 """
 
 from __future__ import annotations
 
-import contextlib
 import resource
+from contextlib import suppress
 
 
-def allow_all() -> None:
-    """Raise the soft limit to the hard one."""
+def raise_limit() -> int:
+    """Raise the soft limit to the hard one where the kernel lets us; return what holds now."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError):  # the kernel's own limit was lowered meanwhile
+    with suppress(ValueError):  # it is above fs.nr_open, which was lowered since
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -73,6 +73,7 @@ COUNTERS = {
 GAUGES = {
     "istio_tcp_sockets_open": ("Connections that are open and pass a worker.", ("reporter",)),
     "sidestep_connections_open": ("Connections that are open, by path.", ("path", "reporter")),
+    "sidestep_buffered_bytes": ("Bytes that workers keep for slow readers.", ()),
     "sidestep_tunnels": (
         "Tunnels by the state of the pool: dialing, idle, in_use, draining.",
         ("direction", "state"),

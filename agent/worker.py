@@ -13,8 +13,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
-import select
 import socket
 import sys
 import time
@@ -23,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent import descriptors
 from agent.datapath.direct import Verdicts
 from agent.datapath.exemption import exempt
 from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
+from agent.descriptors import raise_limit
 from agent.errors import SidestepError
 from agent.identity.verify import FINGERPRINT_BYTES
 from agent.log_sink import never_stall
@@ -39,16 +37,17 @@ from agent.sampling import Sampler
 from agent.secrecy import keep_memory_private
 from agent.tunnel import messages, sockets
 from agent.tunnel.access import Ledger
+from agent.tunnel.buffers import BUFFERS, FULL
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.gate import Gate
 from agent.tunnel.inbound import Inbound
-from agent.tunnel.limiter import Limiter
+from agent.tunnel.listening import Listening
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
-from agent.tunnel.served import LOG, ServedPod, log
+from agent.tunnel.served import LOG, SCOPE, ServedPod, log
 from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
@@ -61,12 +60,7 @@ if TYPE_CHECKING:
 
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
-ACCEPTS_PER_TURN = 64
-# A listener is ready as long as somebody waits in its queue: without a pause, a worker that cannot
-# accept would do nothing but try.
-ACCEPT_PAUSE_SECONDS = 0.2
 CONNECTIONS_AT_ONCE = 100  # in one answer, which has to fit into one datagram
-QUEUE_LENGTH = 2048  # more than a listener keeps
 COUNT_SECONDS = 1.0  # between two messages with counts
 RETIRE_TURN_SECONDS = 0.1  # between two looks at what is left
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
@@ -125,7 +119,6 @@ class Worker:
         self._trust: Trust | None = None
         self._inbound: Inbound | None = None
         self._sampler: Sampler | None = None
-        self._accept_errors = Limiter(1)
 
     def run(self) -> None:
         """Serve until the control process goes away."""
@@ -134,9 +127,15 @@ class Worker:
             self._reactor.call_later(COUNT_SECONDS, self._tell_counts)
 
         COUNTS.on_first = on_first
+        BUFFERS.call_later = self._reactor.call_later
+        BUFFERS.on_full = partial(log, FULL, level="warning")
+        BUFFERS.on_relieved = self._log_relieved
         self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
         self._reactor.run()
         self._tell_counts()  # those of the connections that have ended just now
+
+    def _log_relieved(self, count: int) -> None:
+        log("connections reset to make room in the buffers", level="error", count=count)
 
     def _on_message(self) -> None:
         try:
@@ -198,12 +197,12 @@ class Worker:
         maps = Path(message.pin_directory) / "maps"
         self._trust_domain = message.trust_domain
         self._bounds = bounds = message.bounds
-        soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        BUFFERS.set_limit(bounds.process_buffer_bytes)
         self._sockets = pod_sockets = PodSockets(
-            partial(exempt, Map(maps / "ss_exempt")), soft - bounds.spare_descriptors
+            partial(exempt, Map(maps / "ss_exempt")), raise_limit() - bounds.spare_descriptors
         )
         self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
-        self._pool = Pool(self._reactor, pod_sockets, self._trust, bounds)
+        self._pool = Pool(self._reactor, pod_sockets, self._trust, self._contexts, bounds)
         outbound = Outbound(
             self._reactor,
             pod_sockets,
@@ -252,6 +251,7 @@ class Worker:
         for (reporter, path), count in self._ledger.count().items():
             yield "istio_tcp_sockets_open", (("reporter", reporter),), count
             yield "connections_open", (("path", path), ("reporter", reporter)), count
+        yield "buffered_bytes", (), BUFFERS.held
         for state, count in (self._pool.count() if self._pool else {}).items():
             yield "tunnels", (("direction", "outbound"), ("state", state)), count
         count = self._inbound.tunnels if self._inbound else 0
@@ -289,63 +289,40 @@ class Worker:
         self._remove_pod(message.pod.uid)
         pod = message.pod
         identity = SpiffeId(self._trust_domain, pod.namespace, pod.service_account)
-        listeners = [socket.socket(fileno=fd) for fd in fds[1:]]
-        ported = list(zip(message.listener_ports, listeners, strict=True))
-        served = ServedPod(pod, identity, fds[0], message.netns_cookie, ported)
+        served = ServedPod(pod, identity, fds[0], message.netns_cookie)
+        for port, fd in zip(message.listener_ports, fds[1:], strict=True):
+            own = socket.socket(fileno=fd)
+            serve = partial(self._serve, served, self._serve_by_port[port])
+            failed = partial(self._log_failure, served, "accept failed")
+            served.listeners.append((port, Listening(self._reactor, own, serve, failed)))
         self._served[pod.uid] = served
-        for port, listener in ported:
-            listener.setblocking(False)
-            self._watch_listener(served, listener, self._serve_by_port[port])
+        self._keep_spare()
 
-    def _watch_listener(self, served: ServedPod, listener: socket.socket, serve: Serve) -> None:
-        def on_ready(_ready: int) -> None:
-            if not self._accept(served, listener, serve, ACCEPTS_PER_TURN):
-                self._reactor.forget(listener.fileno())
-                self._reactor.call_later(ACCEPT_PAUSE_SECONDS, watch)
-
-        def watch() -> None:
-            if listener.fileno() >= 0:  # else it was closed meanwhile
-                # Workers share the listener: one of them is enough for one connection.
-                self._reactor.watch(listener.fileno(), READ | select.EPOLLEXCLUSIVE, on_ready)
-
-        watch()
-
-    def _accept(
-        self, served: ServedPod, listener: socket.socket, serve: Serve, limit: int = QUEUE_LENGTH
-    ) -> bool:
-        """Serve what is in a listener's queue, and no more than `limit` at once.
-
-        Returns:
-            False if the kernel gives no connection though there is one: no descriptor is left, or
-            no memory.
-        """
-        for _ in range(limit):
-            try:
-                accepted, peer = listener.accept()
-            except BlockingIOError:
-                break
-            except ConnectionAbortedError:
-                continue  # it went while it waited
-            except OSError as error:
-                if self._accept_errors.may_pass(time.monotonic()):
-                    log("accept failed", level="error", pod=served.pod.name, reason=str(error))
-                return False
-            accepted.setblocking(False)
+    def _serve(
+        self, served: ServedPod, serve: Serve, accepted: socket.socket, peer: tuple[str, int]
+    ) -> None:
+        try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                if self._sockets is not None:
-                    self._sockets.require_room(accepted)
-                serve(served, accepted, peer)
-            except (SidestepError, OSError) as error:
-                # One connection's failure is its own.
-                sockets.abort(accepted)
-                log(
-                    "connection failed",
-                    level="error",
-                    pod=f"{served.pod.namespace}/{served.pod.name}",
-                    error=str(error),
-                )
-        return True
+            if self._sockets is not None:
+                self._sockets.require_room(accepted)
+            serve(served, accepted, peer)
+        except (SidestepError, OSError) as error:
+            # One connection's failure is its own.
+            sockets.abort(accepted)
+            self._log_failure(served, "connection failed", error)
+
+    def _log_failure(self, served: ServedPod, message: str, error: Exception) -> None:
+        if self._ledger.may_log("error", SCOPE):
+            pod = f"{served.pod.namespace}/{served.pod.name}"
+            log(message, level="error", pod=pod, error=str(error))
+
+    def _keep_spare(self) -> None:
+        if self._sockets is not None:
+            self._sockets.keep_spare(
+                fd
+                for served in self._served.values()
+                for fd in (served.netns_fd, *(each.socket.fileno() for _, each in served.listeners))
+            )
 
     def _drain_pod(self, uid: str) -> None:
         served = self._served.get(uid)
@@ -353,7 +330,6 @@ class Worker:
             return
         for port, listener in served.listeners:
             if port != HBONE_PORT:
-                self._reactor.forget(listener.fileno())
                 listener.close()
         served.listeners = [found for found in served.listeners if found[0] == HBONE_PORT]
 
@@ -364,12 +340,13 @@ class Worker:
         self._reactor.call_later(DRAIN_SECONDS, leave)
 
     def _retire(self, has_successor: bool) -> None:
+        if self._pool is not None:
+            self._pool.is_retiring = True
         for served in self._served.values():
-            for port, listener in served.listeners:
-                self._reactor.forget(listener.fileno())
+            for _port, listener in served.listeners:
                 if has_successor:
                     # The kernel may have told us alone (EPOLLEXCLUSIVE) of what is in the queue.
-                    self._accept(served, listener, self._serve_by_port[port])
+                    listener.serve_queue()
                 listener.close()
             served.listeners = []
         hears_until = time.monotonic() + (DRAIN_SECONDS if has_successor else 0.0)
@@ -397,11 +374,11 @@ class Worker:
         if served is None:
             return
         for _port, listener in served.listeners:
-            self._reactor.forget(listener.fileno())
             listener.close()
         if self._pool is not None:
             self._pool.close_pod(uid)
         os.close(served.netns_fd)
+        self._keep_spare()
 
 
 def main() -> None:
@@ -411,7 +388,6 @@ def main() -> None:
     # Where memory ends, a worker and its connections do, and not the agent with all workers.
     OOM_SCORE.write_text(str(min(int(OOM_SCORE.read_text()) + OOM_HANDICAP, OOM_MOST)))
     channel = socket.socket(fileno=int(sys.argv[1]))
-    descriptors.allow_all()
     # glibc gives large blocks back to the kernel at once, and takes a page fault for every page of
     # the next one. Ciphertext of a bulk flow is such a block, many times a millisecond.
     libc = ctypes.CDLL(None)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent import descriptors, logs
+from agent import logs
 from agent.app import Agent
 from agent.commands.examples import examples
 from agent.datapath import features, links, pins
+from agent.descriptors import raise_limit
 from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
@@ -121,9 +122,14 @@ def default_workers() -> int:
     help="What a peer may send ahead of a slow reader, for each connection.",
 )  # fmt: skip
 @click.option(
+    "--process-buffer-bytes", type=click.IntRange(1 << 20, 1 << 40),
+    default=DEFAULT_BOUNDS.process_buffer_bytes, show_default=True,
+    help="What each worker keeps for slow readers, of all connections together.",
+)  # fmt: skip
+@click.option(
     "--connections-per-pod", type=click.IntRange(1, 1 << 20),
     default=DEFAULT_BOUNDS.connections_per_pod, show_default=True,
-    help="Both directions together, in each worker.",
+    help="Both directions together, and as many accepted tunnels, in each worker.",
 )  # fmt: skip
 @click.option(
     "--spare-descriptors", type=click.IntRange(16, 1 << 16),
@@ -228,6 +234,7 @@ def agent(
     tunnels_per_peer: int,
     header_bytes: int,
     stream_buffer_bytes: int,
+    process_buffer_bytes: int,
     connections_per_pod: int,
     spare_descriptors: int,
     exclude_outbound_port: tuple[int, ...],
@@ -258,6 +265,7 @@ def agent(
     except ValueError as error:
         raise ConfigError(f"--exclude-outbound-network: {error}") from error
     keep_memory_private()
+    raise_limit()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     exclusions = Exclusions(
         frozenset(exclude_outbound_port), networks, frozenset(exclude_inbound_port)
@@ -284,6 +292,7 @@ def agent(
             tunnels_per_peer,
             header_bytes,
             stream_buffer_bytes,
+            process_buffer_bytes,
             connections_per_pod,
             spare_descriptors,
         ),
@@ -305,7 +314,6 @@ def agent(
     own = None if daemonset is None else parse_place(daemonset, "--daemonset")
     followed = _open_source(source, objects, root_namespace, rules, own)
     never_stall()
-    descriptors.allow_all()
     logs.set_up(settings.log_format, settings.log_levels)
 
     async def run() -> None:

@@ -64,6 +64,8 @@ STATIC_UID = re.compile("[0-9a-f]{32}", re.ASCII)
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+# On a pod, or on the root namespace for the whole cluster.
+NETWORK = "topology.istio.io/network"
 CLUSTER_KINDS = ("Namespace", "Node")  # which are in no namespace themselves
 # On a pod or, for all its pods, on a namespace; the pod's own word counts.
 DIRECT_PATH = "sidestep.io/direct-path"
@@ -237,7 +239,12 @@ class Translator:
                 starting.append(StartingPod(pod.workload, local))
             elif local is not None:
                 local_pods.setdefault(pod.workload.node, []).append(local)
-        workloads = tuple(pod.workload for _named, pod in pods if pod.workload.addresses)
+        own = self._own_network()
+        workloads = tuple(
+            replace(pod.workload, network="") if pod.workload.network == own else pod.workload
+            for _named, pod in pods
+            if pod.workload.addresses
+        )
         outside, services = self._services.settle(workloads)
         return Snapshot(
             workloads=workloads + outside,
@@ -246,6 +253,10 @@ class Translator:
             policies=tuple(sorted(self._policies.values(), key=lambda policy: policy.key)),
             starting=tuple(starting),
         )
+
+    def _own_network(self) -> str | None:
+        root = self._namespaces.get(f"Namespace {self._root_namespace}", NO_NAMESPACE)
+        return dict(root.labels).get(NETWORK)
 
     def judge(self, body: dict[str, object]) -> StartingPod | None:
         """Say what one pod means beside all that is known, and keep nothing of it.
@@ -360,6 +371,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
     if is_on_host or has_ended:
         return None
     addresses = _read_pod_addresses(status)
+    labels = read_labels(metadata.get("labels"))
     workload = Workload(
         uid=uid,
         namespace=namespace,
@@ -368,7 +380,8 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         service_account=account,
         addresses=addresses,
         is_hbone=annotations.get(REDIRECTION).text("") == "enabled",
-        labels=read_labels(metadata.get("labels")),
+        labels=labels,
+        network=dict(labels).get(NETWORK, ""),
         owner=read_owner(metadata),
     )
     local = LocalPod(

@@ -33,7 +33,8 @@ NOWHERE = Locality()
 class Workload:
     """One pod that has addresses of its own and has not ended, or a machine outside the cluster.
 
-    A machine has no node (an empty name), and its uid is no pod's.
+    A machine has no node (an empty name), and its uid is no pod's. A network, in the sense of the
+    mesh, is where addresses can be reached from one another; empty is that of the cluster.
     """
 
     uid: str
@@ -46,6 +47,7 @@ class Workload:
     labels: Labels = NO_LABELS
     owner: str = ""  # the Deployment, Job or the like that made the pod; empty if nothing did
     locality: Locality = NOWHERE  # of its node
+    network: str = ""
 
     def identity(self, trust_domain: str) -> SpiffeId:
         """Name the identity that the workload must prove."""

@@ -186,6 +186,10 @@ class Explainer:
         if target is not None and target == source.workload:
             reason = "a pod's connection to itself stays inside the pod"
             return Explanation(str(source), named, "passthrough", reason)
+        network = source.workload.network if source.workload else ""
+        if target is not None and source.is_enrolled and target.network != network:
+            reason = f"{destination} is in another network, and there is no gateway to it"
+            return Explanation(str(source), named, "denied", reason)
         if target is None or not destination.is_enrolled:
             reason = f"{destination} is not in the mesh, so nobody judges who connects"
             hint = (f"enroll {destination}: {MODE_HINT}",) if target is not None else ()

@@ -141,6 +141,11 @@ class Connection:
         return len(self._streams)
 
     @property
+    def last_peer_stream_id(self) -> int:
+        """The last stream that the peer has opened; 0 if none."""
+        return self._last_peer_stream_id
+
+    @property
     def may_open(self) -> bool:
         """Whether `open_stream` is allowed now."""
         return (

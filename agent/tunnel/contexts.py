@@ -7,7 +7,6 @@ the clock was set back.
 
 from __future__ import annotations
 
-import ssl
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from agent.identity import der
 from agent.tunnel import tls
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
 
     from agent.tunnel.messages import PutCertificate
@@ -109,7 +109,7 @@ class Contexts:
                 self._contexts[key] = tls.build_context(
                     self._certificates[identity], is_server=is_server
                 )
-            except ssl.SSLError as error:
+            except OSError as error:  # ssl.SSLError is one; so is the want of a descriptor
                 on_context(None, f"the certificate of {identity} cannot be used: {error}")
                 return
         on_context(self._contexts[key], "")

@@ -22,11 +22,12 @@ from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
 from agent.model.endpoint import endpoint
 from agent.tunnel import sockets, tcp
+from agent.tunnel.buffers import FULL, Kept
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import SCOPE, TOO_MANY, log
+from agent.tunnel.served import SCOPE, TOO_MANY, log, refusal
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.gate import Admission, Gate
-    from agent.tunnel.reactor import Reactor
+    from agent.tunnel.reactor import Reactor, Timer
     from agent.tunnel.relay import Channel
     from agent.tunnel.served import ServedPod
     from agent.tunnel.sockets import PodSockets
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 
 LONGEST_HOST = 253  # of a name in DNS
+# Of the idle time: our peers close their idle tunnels themselves, and before we do.
+IDLE_TURN = 1.5
 
 
 def parse_authority(authority: str) -> tuple[Address, int]:
@@ -95,6 +98,7 @@ class Inbound:
         self._ledger = ledger
         self._bounds = bounds
         self.tunnels = 0  # that are open, or on the way
+        self._idle_timers: dict[Session, Timer] = {}
 
     def serve_plaintext(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -109,9 +113,9 @@ class Inbound:
             self._ledger.refuse(served, "inbound", *ends, f"port {port} is the agent's own")
             return
         access = self._ledger.inbound(served, ends[0], source, ends[1], "plaintext")
-        if served.connections > self._bounds.connections_per_pod:
+        if reason := refusal(served, self._bounds):
             sockets.abort(accepted)
-            access.complete(TOO_MANY)
+            access.complete(reason)
             return
         if accepted.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == REPLY_MARK:
             # Inherited from the SYN, which is our own: to serve it would dial it once more.
@@ -150,6 +154,8 @@ class Inbound:
         source = plain(peer[0])
 
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
+            if served.tunnels >= self._bounds.connections_per_pod:
+                context, reason = None, TOO_MANY
             if context is None:
                 sockets.abort(accepted)
                 ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
@@ -164,6 +170,8 @@ class Inbound:
                 bounds=self._bounds,
             )
             self.tunnels += 1
+            served.tunnels += 1
+            session.on_ready = self._watch_idle
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -173,8 +181,29 @@ class Inbound:
 
         self._contexts.server(str(served.identity), on_context)
 
+    def _watch_idle(self, session: Session) -> None:
+        """Close a tunnel that carries nothing from one look to the next."""
+        last: int | None = None
+
+        def look() -> None:
+            nonlocal last
+            found = None if session.channels else session.connection.last_peer_stream_id
+            if found is not None and found == last:
+                del self._idle_timers[session]
+                session.close()
+                return
+            last = found
+            self._idle_timers[session] = self._reactor.call_later(
+                IDLE_TURN * self._bounds.idle_seconds, look
+            )
+
+        look()
+
     def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
         self.tunnels -= 1
+        served.tunnels -= 1
+        if session in self._idle_timers:
+            self._idle_timers.pop(session).cancel()
         if session.refusal:
             COUNTS.add("peers_refused", direction="inbound", reason=session.refusal)
         if session.handshake_failure:
@@ -218,15 +247,22 @@ class Inbound:
         if port in LISTENER_PORTS:
             refuse(503, f"port {port} is the agent's own")
             return
-        if served.connections > self._bounds.connections_per_pod:
-            refuse(503, TOO_MANY)
+        if reason := refusal(served, self._bounds):
+            refuse(503, reason)
             return
         connection = Connection(source, session.peer, address, port)
         admission = self._gate.admit(served.pod.uid, connection)
 
+        is_gone = False
+
         def end(status: int, reason: str) -> None:
+            nonlocal is_gone
+            is_gone = True
+            early.take()
             session.respond(event.stream_id, status)
             _complete(admission, access, f"{status}: {reason}")
+
+        early = Kept(lambda: end(503, FULL))
 
         if not admission.verdict.is_allowed:
             end(401, str(admission.verdict))
@@ -234,9 +270,7 @@ class Inbound:
         admission.on_revoked = lambda verdict: end(401, f"closed: {verdict}")
         channel = session.channels[event.stream_id]
         channel.pause()
-        early: list[bytes] = []
         has_ended = False
-        is_gone = False
 
         def on_early_end() -> None:
             nonlocal has_ended
@@ -245,14 +279,15 @@ class Inbound:
         def on_early_abort() -> None:
             nonlocal is_gone
             is_gone = True
+            early.take()
             _complete(admission, access, "reset")
 
-        channel.on_data = lambda data: early.append(bytes(data))
+        channel.on_data = early.keep
         channel.on_end = on_early_end
         channel.on_abort = on_early_abort
 
         def on_dialed(dialed: TcpChannel | None, reason: str) -> None:
-            if is_gone or not admission.verdict.is_allowed:
+            if is_gone:
                 if dialed is not None:
                     dialed.abort()
             elif dialed is None:
@@ -260,7 +295,7 @@ class Inbound:
             else:
                 session.respond(event.stream_id, 200)
                 _join(admission, access, channel, dialed)
-                for data in early:
+                for data in early.take():
                     channel.on_data(data)
                 channel.resume()
                 if has_ended:

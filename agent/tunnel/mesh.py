@@ -1,7 +1,8 @@
 """Where a connection goes: a worker's view of workloads and services. Pure.
 
 Kept up to date by messages. Workload before service, as ambient mesh resolves it; an address that
-nobody claims passes through as plain TCP.
+nobody claims passes through as plain TCP. Nothing leads into another network: that would take a
+gateway, which Sidestep has not.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 class Route:
     """Dial `address`:`port`; through a tunnel if `workload` is set.
 
-    `service` is what the address belonged to that was asked for.
+    `service` is what the address belonged to that was asked for. If `unreachable` says why, there
+    is nothing to dial.
     """
 
     address: Address
     port: int
     workload: Workload | None
     service: Service | None = None
+    unreachable: str = ""
 
 
 class Mesh:
@@ -38,6 +41,7 @@ class Mesh:
     def __init__(self) -> None:
         self._workloads: dict[str, Workload] = {}
         self._by_address: dict[Address, Workload] = {}
+        self._elsewhere: set[str] = set()  # uids of workloads in other networks than the cluster's
         self._services: dict[tuple[str, str, ServiceKind], Service] = {}
         self._service_by_address: dict[Address, Service] = {}
 
@@ -45,12 +49,15 @@ class Mesh:
         """Add or replace a workload."""
         self.remove_workload(workload.uid)
         self._workloads[workload.uid] = workload
+        if workload.network:
+            self._elsewhere.add(workload.uid)
         for address in workload.addresses:
             self._by_address[address] = workload
 
     def remove_workload(self, uid: str) -> None:
         """Forget a workload, if it is known."""
         known = self._workloads.pop(uid, None)
+        self._elsewhere.discard(uid)
         for address in known.addresses if known else ():
             if self._by_address.get(address) is known:
                 del self._by_address[address]
@@ -77,15 +84,37 @@ class Mesh:
             if self._service_by_address.get(address) is known:
                 del self._service_by_address[address]
 
-    def resolve(self, address: Address, port: int, choose: Choose) -> Route | None:
-        """Return the route of a connection; None if it is to a service without an endpoint."""
+    def network(self, uid: str) -> str:
+        """Return the network of a workload; the cluster's own if it is not known."""
+        known = self._workloads.get(uid) if uid in self._elsewhere else None
+        return known.network if known else ""
+
+    def resolve(
+        self, address: Address, port: int, choose: Choose, network: str = ""
+    ) -> Route | None:
+        """Return the route of a connection from a network.
+
+        None if it is to a service without an endpoint. One in the same network comes first.
+        """
         service = None if address in self._by_address else self._service_by_address.get(address)
         if service is not None:
             endpoints = service.endpoints_for(port)
+            if self._elsewhere:
+                near = tuple(found for found in endpoints if self._is_near(found[0], network))
+                endpoints = near or endpoints
             same_family = [found for found in endpoints if found[0].version == address.version]
             if not endpoints:
                 return None
             address, port = choose(same_family or endpoints)
         workload = self._by_address.get(address)
+        if workload is not None and workload.network != network:
+            named = f"{workload.namespace}/{workload.name}"
+            where = f"network {workload.network!r}" if workload.network else "the cluster's network"
+            why = f"{named} is in {where}, and there is no gateway to it"
+            return Route(address, port, None, service, why)
         is_tunneled = workload is not None and workload.is_hbone
         return Route(address, port, workload if is_tunneled else None, service)
+
+    def _is_near(self, address: Address, network: str) -> bool:
+        workload = self._by_address.get(address)
+        return workload is None or workload.network == network

@@ -16,6 +16,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agent.errors import OutOfDescriptors
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 
 if TYPE_CHECKING:
@@ -300,13 +301,19 @@ def _datagrams(data: bytes) -> Iterator[bytes]:
 
 
 def receive(channel: socket.socket) -> tuple[ToWorker | FromWorker, list[int]] | None:
-    """Receive one message and its descriptors, now the caller's; None at the end."""
+    """Receive one message and its descriptors, now the caller's; None at the end.
+
+    Raises:
+        OutOfDescriptors: some did not fit into the process, and nobody can tell which.
+    """
     parts: list[bytes] = []
     all_fds: list[int] = []
     while True:
-        data, fds, _flags, _address = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
+        data, fds, flags, _address = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
         if not data:
             return None
+        if flags & socket.MSG_CTRUNC:
+            raise OutOfDescriptors("descriptors of a message are lost: this process has too many")
         all_fds += fds
         message = pickle.loads(data)
         if isinstance(message, Fragment):

@@ -21,7 +21,7 @@ from agent.tunnel import sockets, tcp
 from agent.tunnel.frames import ErrorCode
 from agent.tunnel.labels import ServiceName
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import TOO_MANY
+from agent.tunnel.served import refusal
 from agent.tunnel.tcp import TcpChannel
 
 if TYPE_CHECKING:
@@ -122,18 +122,23 @@ class Outbound:
             )
             return
         access = self._ledger.outbound(served, (source, port), (origin.address, origin.port))
-        if served.connections > self._bounds.connections_per_pod:
+        if reason := refusal(served, self._bounds):
             sockets.abort(accepted)
-            access.complete(TOO_MANY)
+            access.complete(reason)
             return
-        route = self._mesh.resolve(origin.address, origin.port, partial(_choose, origin.endpoint))
+        network = self._mesh.network(served.pod.uid)
+        choose = partial(_choose, origin.endpoint)
+        route = self._mesh.resolve(origin.address, origin.port, choose, network)
         if route is None:
             sockets.abort(accepted)
             access.complete("the service has no ready endpoint")
             return
         if route.service is not None:
             access.service = _named(route.service)
-        if route.workload is None:
+        if route.unreachable:
+            sockets.abort(accepted)
+            access.complete(route.unreachable)
+        elif route.workload is None:
             self._pass_through(served, accepted, route, access)
         else:
             self._tunnel(served, accepted, route, access)

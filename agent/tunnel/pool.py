@@ -1,13 +1,17 @@
 """Tunnels kept for use: one carries many streams, and a new one is dialed when all are full.
 
 A tunnel is shared only within one source pod and identity, so that the peer's view of who connects
-is exact, and only for one destination identity and address. Requests that come while a tunnel is
+is exact, and only for one destination, network and address. Requests that come while a tunnel is
 being dialed wait for it. An idle tunnel is closed after a while (`Bounds`).
+
+A tunnel in use that takes no new streams any more (its peer says GOAWAY, a certificate ends or was
+renewed) has the next one dialed before anybody asks for it.
 """
 
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,12 +31,18 @@ if TYPE_CHECKING:
 
     from agent.model.pod import Address
     from agent.model.workload import Workload
+    from agent.tunnel.contexts import Contexts
     from agent.tunnel.reactor import Reactor, Timer
     from agent.tunnel.served import ServedPod
     from agent.tunnel.sockets import PodSockets
     from agent.tunnel.trust import Trust
 
-Key = tuple[str, str, str, str]  # source pod, source identity, destination, its address
+# A tunnel without a stream is in use for so long after its last one: who opens one connection after
+# the other has none open in between.
+IN_USE_SECONDS = 10.0
+
+# Source pod, source identity, destination, its network and address.
+Key = tuple[str, str, str, str, str]
 
 
 @dataclass
@@ -42,6 +52,9 @@ class _Entry:
     session: Session | None = None
     is_ready: bool = False
     is_outdated: bool = False  # our certificate was renewed while it was dialed
+    is_last: bool = False  # its pod has left
+    was_used: bool = False
+    idle_since: float = 0.0
     waiters: list[Callable[[Session | None, str], None]] = field(default_factory=list)
     idle: Timer | None = None
 
@@ -54,13 +67,16 @@ class Pool:
         reactor: Reactor,
         pod_sockets: PodSockets,
         trust: Trust,
+        contexts: Contexts,
         bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
         self._trust = trust
+        self._contexts = contexts
         self._bounds = bounds
         self._entries: dict[Key, list[_Entry]] = {}
+        self.is_retiring = False  # tunnels that end have no successor
 
     def acquire(
         self,
@@ -71,7 +87,8 @@ class Pool:
         on_session: Callable[[Session | None, str], None],
     ) -> None:
         """Find or dial a tunnel for one stream; `on_session` opens it at once."""
-        key = (served.pod.uid, str(served.identity), workload.uid, str(address))
+        identity = str(served.identity)
+        key = (served.pod.uid, identity, workload.uid, workload.network, str(address))
         entries = self._entries.setdefault(key, [])
         limit = self._bounds.streams_per_tunnel
         for entry in entries:
@@ -81,15 +98,18 @@ class Pool:
                     if entry.idle is not None:
                         entry.idle.cancel()
                         entry.idle = None
+                    entry.was_used = True
                     on_session(entry.session, "")
                     return
             elif not entry.is_ready and len(entry.waiters) < limit:
                 entry.waiters.append(on_session)
                 return
-        if len(entries) >= self._bounds.tunnels_per_peer:
+        # Those that drain are full for good, and end by themselves.
+        count = sum(_state(entry) != "draining" for entry in entries)
+        if count >= self._bounds.tunnels_per_peer:
             on_session(
                 None,
-                f"all {len(entries)} tunnels to {workload.namespace}/{workload.name}"
+                f"all {count} tunnels to {workload.namespace}/{workload.name}"
                 " are full (--tunnels-per-peer)",
             )
             return
@@ -129,6 +149,9 @@ class Pool:
             entry.session.on_ready = on_ready
             entry.session.on_closed = on_closed
             entry.session.on_idle = lambda _session: self._on_idle(entry)
+            entry.session.on_draining = lambda _session: self._replace(
+                key, entry, served, workload, address
+            )
 
         def on_closed(session: Session, reason: str) -> None:
             if session.refusal:
@@ -150,13 +173,36 @@ class Pool:
             waiters, entry.waiters = entry.waiters, []
             for waiter in waiters:
                 if session.connection.may_open:
+                    entry.was_used = True
                     waiter(session, "")
                 else:
                     self.acquire(served, context, workload, address, waiter)
-            if entry.is_outdated:
+            if entry.is_outdated or entry.is_last:
                 session.drain()
+            elif not session.channels:
+                self._on_idle(entry)
 
         tcp.connect(self._reactor, own, (str(address), HBONE_PORT), on_connected)
+
+    def _replace(
+        self, key: Key, entry: _Entry, served: ServedPod, workload: Workload, address: Address
+    ) -> None:
+        """Dial the next tunnel, if this one is in use and nobody has dialed one yet."""
+        entries = self._entries.get(key, [])
+        if self.is_retiring or entry.is_last or not _is_in_use(entry):
+            return
+        if any(_state(other) != "draining" for other in entries):
+            return
+        successor = _Entry()
+        entries.append(successor)
+
+        def on_context(context: ssl.SSLContext | None, reason: str) -> None:
+            if context is None or successor.is_last:
+                self._fail(key, successor, reason)
+            else:
+                self._dial(key, successor, served, context, workload, address)
+
+        self._contexts.client(str(served.identity), on_context)
 
     def _fail(self, key: Key, entry: _Entry, reason: str) -> None:
         entries = self._entries.get(key, [])
@@ -185,6 +231,7 @@ class Pool:
         if session.connection.is_draining:
             session.close()
         elif entry.idle is None:
+            entry.idle_since = time.monotonic()
             entry.idle = self._reactor.call_later(self._bounds.idle_seconds, session.close)
 
     def renew(self, identity: str) -> None:
@@ -201,10 +248,17 @@ class Pool:
         for key, entries in self._entries.items():
             if key[0] == uid:
                 for entry in entries:
+                    entry.is_last = True
                     if entry.session is not None and entry.is_ready:
                         entry.session.connection.is_draining = True
                         if not entry.session.channels:
                             self._reactor.call_soon(entry.session.close)
+
+
+def _is_in_use(entry: _Entry) -> bool:
+    if entry.session is not None and entry.session.channels:
+        return True
+    return entry.was_used and time.monotonic() - entry.idle_since < IN_USE_SECONDS
 
 
 def _flag(session: Session) -> Flag:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from agent.tunnel.buffers import BUFFERS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# Bytes buffered for a slow side before the fast one pauses. What is buffered was copied, so a
-# bulk flow pauses after one read that did not go through.
-HIGH_WATER = 64 * 1024
 
 
 class Channel(Protocol):
@@ -84,14 +82,14 @@ class Relay:
     def _on_left_data(self, data: bytes | memoryview) -> None:
         self.sent += len(data)
         self._right.write(data)
-        if not self._is_left_paused and self._right.buffered > HIGH_WATER:
+        if not self._is_left_paused and self._right.buffered > BUFFERS.high_water:
             self._is_left_paused = True
             self._left.pause()
 
     def _on_right_data(self, data: bytes | memoryview) -> None:
         self.received += len(data)
         self._left.write(data)
-        if not self._is_right_paused and self._left.buffered > HIGH_WATER:
+        if not self._is_right_paused and self._left.buffered > BUFFERS.high_water:
             self._is_right_paused = True
             self._right.pause()
 

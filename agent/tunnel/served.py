@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from agent.loglines import Format, Levels, build_line
+from agent.tunnel.buffers import BUFFERS, FULL
 
 if TYPE_CHECKING:
-    import socket
-
+    from agent.model.bounds import Bounds
     from agent.model.identity import SpiffeId
     from agent.model.pod import LocalPod
+    from agent.tunnel.listening import Listening
 
 SCOPE = "tunnel"
 
@@ -41,9 +42,17 @@ class ServedPod:
     identity: SpiffeId
     netns_fd: int
     netns_cookie: int
-    listeners: list[tuple[int, socket.socket]]  # with their ports
+    listeners: list[tuple[int, Listening]] = field(default_factory=list)  # with their ports
     is_leaving: bool = False
     connections: int = 0  # open ones of the pod, both directions, in this worker
+    tunnels: int = 0  # accepted for the pod, in this worker
+
+
+def refusal(served: ServedPod, bounds: Bounds) -> str:
+    """Say why a pod's newest connection is one too many; empty if it is not."""
+    if served.connections > bounds.connections_per_pod:
+        return TOO_MANY
+    return FULL if BUFFERS.is_full else ""
 
 
 def log(message: str, *, level: str = "info", scope: str = SCOPE, **fields: object) -> None:

@@ -25,6 +25,7 @@ from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPe
 from agent.identity.verify import explain
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.tunnel import sockets
+from agent.tunnel.buffers import BUFFERS
 from agent.tunnel.connection import Connection, Limits, Role
 from agent.tunnel.events import (
     ConnectionTerminated,
@@ -39,7 +40,7 @@ from agent.tunnel.events import (
     WindowOpened,
 )
 from agent.tunnel.frames import ErrorCode
-from agent.tunnel.reactor import READ, WRITE
+from agent.tunnel.reactor import BROKEN, READ, WRITE
 
 if TYPE_CHECKING:
     import socket
@@ -69,6 +70,8 @@ def _nothing() -> None:
 
 class StreamChannel:
     """One stream as a relay.Channel."""
+
+    is_shared = False
 
     def __init__(self, session: Session, stream_id: int) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = self._drop
@@ -110,6 +113,7 @@ class StreamChannel:
     def _keep(self, data: bytes | memoryview) -> None:
         self._pending.append(memoryview(bytes(data)))
         self.buffered += len(data)
+        BUFFERS.change(self, len(data))
 
     def flush(self) -> None:
         """Send what is pending as far as it may go; called when a window opens."""
@@ -119,6 +123,7 @@ class StreamChannel:
             data = self._pending[0]
             sent = session.send(self._stream_id, data)
             self.buffered -= sent
+            BUFFERS.change(self, -sent)
             if sent < len(data):
                 self._pending[0] = data[sent:]
                 break
@@ -144,6 +149,7 @@ class StreamChannel:
         self._is_paused = False
         self._acknowledge()
         self._session.wants_write()
+        self._session.read_again()
 
     def received(self, data: memoryview) -> None:
         """Take bytes off the stream (called by the session)."""
@@ -162,8 +168,15 @@ class StreamChannel:
         if not self._is_closed:
             self._is_closed = True
             self._pending.clear()
+            held, self.buffered = self.buffered, 0
+            BUFFERS.change(self, -held)
             self._session.connection.reset(self._stream_id, code)
             self._session.forget_stream(self._stream_id)
+
+    def give_up(self) -> None:
+        """End with a reset at both sides: there is no room for what is buffered."""
+        self.abort()
+        self.on_abort()
 
     def close(self) -> None:
         """Both directions have ended."""
@@ -177,9 +190,11 @@ class Session:
 
     Callbacks: `on_ready(session)` once, when streams may be opened (client) or the peer is known
     (server); `on_closed(session, reason)` once, whatever happened; `on_request(session, event)` for
-    each CONNECT (server). The answer to our own CONNECT goes to `channel.on_response`.
+    each CONNECT (server); `on_draining(session)` when the tunnel takes no new streams any more and
+    those that are open go on (client). The answer to our own CONNECT goes to `channel.on_response`.
     """
 
+    is_shared = True
     open_count = 0  # of this worker, from the constructor to the end
 
     def __init__(
@@ -196,6 +211,7 @@ class Session:
         self.on_closed: Callable[[Session, str], None] = lambda _session, _reason: None
         self.on_request: Callable[[Session, ConnectRequested], None] = lambda _session, _event: None
         self.on_idle: Callable[[Session], None] = lambda _session: None
+        self.on_draining: Callable[[Session], None] = lambda _session: None
         self.connection = Connection(
             role,
             Limits(
@@ -221,9 +237,11 @@ class Session:
         )
         self._fd = own.fileno()
         self._unsent: bytes | memoryview = b""
+        self.buffered = 0  # of what the socket did not take
         self._room = UNSENT_BYTES  # for bytes of streams, until the socket has drained
         self._is_established = self._is_ready = self.is_closed = False
         self._watched = WRITE if role is Role.CLIENT else READ
+        self._reads = READ  # or 0 while it waits for room
         self._is_write_due = False
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
@@ -259,6 +277,9 @@ class Session:
         Less than all without a closed window puts the stream in the line for the socket. The output
         refers to `data` until the next `write_now`, which has to follow for a view of a buffer.
         """
+        if BUFFERS.is_full and self._unsent:
+            self._waiting.setdefault(stream_id)
+            return 0
         sent = self.connection.send_some(stream_id, data, self._room)
         self._room -= sent
         if not self._room:
@@ -281,7 +302,9 @@ class Session:
         """Encrypt what is in the output, and write as much as the socket takes."""
         if self._is_established and not self.is_closed:
             self._encrypt()
-            if not self._unsent:
+            if self._unsent:
+                self._note(len(self._unsent) + self._outgoing.pending)
+            else:
                 self._write()
 
     def _encrypt(self) -> None:
@@ -309,7 +332,9 @@ class Session:
     def _on_io(self, ready: int) -> None:
         try:
             if ready & ~WRITE:
-                self._read()
+                # A socket that has ended is reported for ever: it is read in any case.
+                if not (BUFFERS.is_full and not ready & BROKEN and self._waits_for_room()):
+                    self._read()
             elif not self._is_established:
                 self._handshake()
             if ready & WRITE and not self.is_closed:
@@ -352,7 +377,7 @@ class Session:
 
     def _read(self) -> None:
         try:
-            size = self._socket.recv_into(_raw)
+            size = self._socket.recv_into(_raw[:RECORD_BYTES] if BUFFERS.is_full else _raw)
         except BlockingIOError:
             return
         if not size:
@@ -405,15 +430,37 @@ class Session:
                 return
             if sent < len(self._unsent):
                 self._unsent = memoryview(self._unsent)[sent:]
-                self._watch(READ | WRITE)
+                self._watch(self._reads | WRITE)
+                self._note(len(self._unsent) + self._outgoing.pending)
                 return
             self._unsent = b""
             self._room = max(0, UNSENT_BYTES - self._outgoing.pending)
             if self._waiting:
                 self._serve_waiting()
-        self._watch(READ)
+        self._watch(self._reads)
+        if self.buffered:
+            self._note(0)
         if self.connection.is_terminated and self._is_established:
             self.fail("the tunnel was ended")
+
+    def _note(self, buffered: int) -> None:
+        by, self.buffered = buffered - self.buffered, buffered
+        BUFFERS.change(self, by)
+
+    def _waits_for_room(self) -> bool:
+        """Stop reading while there is no room and a stream's bytes would have to be kept."""
+        if not any(channel._is_paused for channel in self.channels.values()):
+            return False
+        self._reads = 0
+        self._watch(self._watched & ~READ)
+        BUFFERS.wait_room(self.read_again)
+        return True
+
+    def read_again(self) -> None:
+        """Go on reading if that was stopped: there is room, or a stream less that needs it."""
+        if not self._reads:
+            self._reads = READ
+            self._watch(self._watched | READ)
 
     def _serve_waiting(self) -> None:
         for stream_id in list(self._waiting):
@@ -461,6 +508,7 @@ class Session:
             case ConnectionTerminated():
                 self.fail(f"the peer broke HTTP/2: {event.reason}")
             case GoAwayReceived():
+                self.on_draining(self)
                 if not self.channels:
                     self.on_idle(self)
 
@@ -506,6 +554,7 @@ class Session:
             self.wants_write()
             return
         self.connection.is_draining = True
+        self.on_draining(self)
         if not self.channels:
             self.on_idle(self)
 
@@ -519,6 +568,10 @@ class Session:
         if not self.is_closed:
             self.refusal = error.reason
             self.fail(str(error))
+
+    def give_up(self) -> None:
+        """Close now: there is no room for what the peer does not take."""
+        self.fail("the peer took nothing while the worker's buffers were full")
 
     def fail(self, reason: str, code: str = "handshake_broken") -> None:
         """Close now; every open stream is aborted. `code` counts if TLS was not done."""
@@ -534,6 +587,7 @@ class Session:
                 self._tls.write(self.connection.take_output())
             self._socket.send(bytes(self._unsent) + self._outgoing.read())
         self.is_closed = True
+        self._note(0)
         Session.open_count -= 1
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}

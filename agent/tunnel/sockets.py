@@ -68,7 +68,7 @@ class PodSockets:
     def __init__(
         self, exempt: Callable[[socket.socket], None], first_spare: int | None = None
     ) -> None:
-        self._first_spare = first_spare
+        self._first_spare = self._limit = first_spare
         self._exempt = exempt
         self._ports = _borrowed_ports()
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -98,14 +98,20 @@ class PodSockets:
         """
         borrow_source(own, source, itertools.islice(self._ports, MOST_PORTS))
 
+    def keep_spare(self, lasting: Iterable[int]) -> None:
+        """Give connections fewer where some of the spare descriptors are taken for long."""
+        if self._first_spare is not None:
+            taken = sum(fd >= self._first_spare for fd in lasting)
+            self._limit = self._first_spare - taken
+
     def require_room(self, made: socket.socket) -> None:
         """Raise OutOfDescriptors if a new socket took one of the spare descriptors.
 
         The kernel gives the lowest free number, so a high one says that all below are in use.
         """
-        if self._first_spare is not None and made.fileno() >= self._first_spare:
+        if self._limit is not None and made.fileno() >= self._limit:
             raise OutOfDescriptors(
-                f"{self._first_spare} descriptors are in use: raise the hard limit of open files"
+                f"{self._limit} descriptors are in use: raise the hard limit of open files"
             )
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from agent.tunnel import sockets
+from agent.tunnel.buffers import BUFFERS
 from agent.tunnel.reactor import BROKEN, READ, WRITE
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class TcpChannel:
     Whatever ends it but `close` is a reset, the death of this process too: an application must not
     take what arrived until then for all.
     """
+
+    is_shared = False
 
     def __init__(self, reactor: Reactor, own: socket.socket) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = _no_data
@@ -94,7 +97,7 @@ class TcpChannel:
 
     def _read(self) -> None:
         try:
-            if self._is_large:
+            if self._is_large and not BUFFERS.is_full:
                 size = self._socket.recv_into(_scratch)
                 data: bytes | memoryview = _scratch[:size]
             else:
@@ -130,6 +133,7 @@ class TcpChannel:
             data = data[sent:]
         self._pending.append(bytes(data))
         self.buffered += len(data)
+        BUFFERS.change(self, len(data))
         self._update()
 
     def _flush(self) -> None:
@@ -143,6 +147,7 @@ class TcpChannel:
                 self._fail()
                 return
             self.buffered -= sent
+            BUFFERS.change(self, -sent)
             if sent < len(data):
                 self._pending[0] = memoryview(data)[sent:]
                 return
@@ -180,11 +185,17 @@ class TcpChannel:
             self.abort()
             self._reactor.call_soon(self.on_abort)
 
+    def give_up(self) -> None:
+        """End with a reset at both sides: there is no room for what is buffered."""
+        self._fail()
+
     def abort(self) -> None:
         """Close with RST."""
         if not self._is_closed:
             self._is_closed = True
             self._pending.clear()
+            held, self.buffered = self.buffered, 0
+            BUFFERS.change(self, -held)
             self._reactor.forget(self._fd)
             sockets.abort(self._socket)
 

@@ -1,9 +1,10 @@
-"""Processes that can open nothing more."""
+"""Processes that can open nothing more, or only so much, as with thousands of connections."""
 
 from __future__ import annotations
 
-import contextlib
+import os
 import resource
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 STANDARD = 3  # input, output and errors, which all have
 
 
-@contextlib.contextmanager
+@contextmanager
 def none_left(pids: Iterable[int]) -> Iterator[None]:
     """Leave some processes no number for what they open; what is open stays so."""
     before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
@@ -23,3 +24,17 @@ def none_left(pids: Iterable[int]) -> Iterator[None]:
     finally:
         for pid, limits in before.items():
             resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open `count` more files, and no others, while the block runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = [os.open("/dev/null", os.O_RDONLY) for _ in range(count + 1)]
+    for fd in found:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (found[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -33,10 +33,12 @@ class Authority:
     def __init__(self, directory: Path) -> None:
         self._authority = LocalAuthority.create(directory, TRUST_DOMAIN)
 
-    def context(self, identity: SpiffeId, role: Role) -> ssl.SSLContext:
+    def certificate(self, identity: SpiffeId) -> PutCertificate:
         issued = self._authority.issue(identity)
-        certificate = PutCertificate(str(identity), issued.chain, issued.key, issued.roots)
-        return tls.build_context(certificate, is_server=role is Role.SERVER)
+        return PutCertificate(str(identity), issued.chain, issued.key, issued.roots)
+
+    def context(self, identity: SpiffeId, role: Role) -> ssl.SSLContext:
+        return tls.build_context(self.certificate(identity), is_server=role is Role.SERVER)
 
 
 def make_session(

@@ -83,6 +83,7 @@ def test_workloads_have_the_fields_that_istioctl_prints() -> None:
     assert (cart["workloadName"], cart["workloadType"]) == ("cart", "deployment")
     assert (cart["canonicalName"], cart["canonicalRevision"]) == ("cart", "v2")
     assert (stock["workloadName"], stock["canonicalRevision"]) == ("stock", "latest")
+    assert cart["network"] == ""
     assert (cart["status"], cart["node"], cart["capacity"]) == ("Healthy", "east", 1)
     assert cart["locality"] == {"region": "", "zone": ""}
 

@@ -44,7 +44,7 @@ MAPS: list[dict[str, object]] = [
     {"name": "ss_meta", "type": "array", "entries": 1, "max_entries": 1},
 ]
 GAUGED: list[Counted] = [
-    (("tunnels", (("direction", "inbound"), ("state", "in_use")), 2),),
+    (("tunnels", (("direction", "inbound"), ("state", "in_use")), 2), ("buffered_bytes", (), 7)),
     (
         ("tunnels", (("direction", "inbound"), ("state", "in_use")), 3),
         ("istio_tcp_sockets_open", (("reporter", "source"),), 4),
@@ -141,6 +141,7 @@ def test_what_is_read_is_there() -> None:
     assert value("map_max_entries", map="ss_pods") == 1024
     assert ("sidestep_map_entries", frozenset({("map", "ss_meta")})) not in found
     assert value("tunnels", direction="inbound", state="in_use") == 5
+    assert value("buffered_bytes") == 7
     assert value("workers_replaced_total") == 1
     assert value("lost_flow_ends_total") == 5
     assert found["istio_build", frozenset({("component", "sidestep"), ("tag", "1.2.3")})] == 1

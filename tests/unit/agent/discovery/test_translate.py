@@ -15,6 +15,7 @@ from agent.discovery.translate import (
     EXCLUDE_OUTBOUND_NETWORKS,
     EXCLUDE_OUTBOUND_PORTS,
     MIRROR,
+    NETWORK,
     REDIRECTION,
     SERVICE_LABEL,
     SIDECAR_STATUS,
@@ -632,3 +633,17 @@ def test_pods_are_where_their_node_is_whatever_comes_first() -> None:
     translator.remove("Node east")
     translator.remove("Node east")
     assert set(localities().values()) == {NOWHERE}
+
+
+def test_network_of_a_pod_is_its_label_unless_that_is_the_clusters_own() -> None:
+    own = namespace() | {"metadata": {"name": "istio-system", "labels": {NETWORK: "east"}}}
+    bodies = (
+        pod("near", labels={NETWORK: "east"}),
+        pod("far", labels={NETWORK: "west"}),
+        pod("silent"),
+    )
+    for more, near in (((own,), ""), ((), "east")):
+        found = translated(*bodies, *more).snapshot.workloads
+        assert {each.name: each.network for each in found} == {
+            "near": near, "far": "west", "silent": "",
+        }  # fmt: skip

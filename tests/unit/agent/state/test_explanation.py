@@ -70,12 +70,17 @@ ONLY_NEAR = authorization("only-near", "ALLOW", from_account("near", "80"))
 
 
 def explain(
-    source: str, destination: str, *policies: AnyPolicy, port: int = 80, has_direct: bool = True
+    source: str,
+    destination: str,
+    *policies: AnyPolicy,
+    port: int = 80,
+    has_direct: bool = True,
+    snapshot: Snapshot = SNAPSHOT,
 ) -> list[Explanation]:
     rulebook = Rulebook()
     for policy in policies:
         rulebook.put(policy)
-    explainer = Explainer(SNAPSHOT, rulebook, "cluster.local", Exclusions(), has_direct)
+    explainer = Explainer(snapshot, rulebook, "cluster.local", Exclusions(), has_direct)
     return explainer.explain(source, destination, port)
 
 
@@ -130,6 +135,17 @@ def test_path_and_verdict(
 def test_direct_path_may_be_off() -> None:
     (found,) = explain("client", "near", has_direct=False)
     assert found.path == "tunnel"
+
+
+def test_nothing_leads_into_another_network() -> None:
+    west = replace(workload("far"), network="west")
+    others = tuple(each for each in SNAPSHOT.workloads if each.name != "far")
+    snapshot = replace(SNAPSHOT, workloads=(*others, west))
+    for source, path in (("client", "denied"), ("far", "passthrough"), ("bare", "plaintext")):
+        (found,) = explain(source, "far", snapshot=snapshot)
+        assert found.path == path
+    (found,) = explain("client", "far", snapshot=snapshot)
+    assert found.reason == "default/far is in another network, and there is no gateway to it"
 
 
 def test_identities_are_those_of_the_tunnel() -> None:

@@ -42,7 +42,7 @@ class Setup:
         mesh.put_workload(CART)
         mesh.put_workload(STOCK)
         self.ledger = Ledger(self.reactor, mesh)
-        self.served = ServedPod(POD, SpiffeId("td", "shop", "cart"), -1, 1, [])
+        self.served = ServedPod(POD, SpiffeId("td", "shop", "cart"), -1, 1)
 
     def outbound(self, port: int = 40000) -> Access:
         return self.ledger.outbound(self.served, (CART4, port), (STOCK4, 80))

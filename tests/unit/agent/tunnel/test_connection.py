@@ -153,7 +153,9 @@ def test_streams_beyond_the_limit_are_refused_alone() -> None:
     server = Connection(Role.SERVER, Limits(concurrent_streams=2))
     server.receive(frames.PREFACE + frames.build_settings({}))
     server.take_output()
+    assert server.last_peer_stream_id == 0
     asked = [event for n in (1, 3, 5) for event in server.receive(request(n))]
+    assert server.last_peer_stream_id == 5
     assert [event.stream_id for event in asked if isinstance(event, ConnectRequested)] == [1, 3]
     assert server.take_output() == frames.build_reset(5, ErrorCode.REFUSED_STREAM)
 

@@ -13,6 +13,7 @@ from agent.tunnel import contexts as contexts_module
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.messages import PutCertificate
 from agent.tunnel.reactor import Reactor
+from tests.support.descriptors import descriptors_left
 from tests.support.loop import run_until
 from tests.support.tunnel import CLIENT, TRUST_DOMAIN
 
@@ -125,3 +126,15 @@ def test_a_certificate_that_fits_no_key_is_told(authority: LocalAuthority, tmp_p
     assert context is None
     assert "cannot be used" in reason
     assert "PRIVATE KEY" not in reason
+
+
+def test_context_that_finds_no_descriptor_is_made_the_next_time(authority: LocalAuthority) -> None:
+    asking = Asking()
+    asking.contexts.put(certificate(authority))
+    with descriptors_left(0):
+        asking.ask()
+    ((context, reason),) = asking.given
+    assert context is None
+    assert "Too many open files" in reason
+    asking.ask()
+    assert asking.given[1][0] is not None

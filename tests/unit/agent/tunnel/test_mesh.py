@@ -120,3 +120,41 @@ def test_service_and_entry_of_one_name_are_two(mesh: Mesh) -> None:
     mesh.remove_service(*SERVICE.key)
     assert mesh.resolve(VIP4, 80, first) == Route(VIP4, 80, None)
     assert mesh.resolve(OTHER4, 80, first) == Route(POD4, 8080, WORKLOAD, entry)
+
+
+def test_pod_in_another_network_is_unreachable_with_a_reason(mesh: Mesh) -> None:
+    elsewhere = replace(WORKLOAD, network="west")
+    mesh.put_workload(elsewhere)
+    assert mesh.network("u-1") == "west"
+    assert mesh.network("u-2") == ""
+    why = "shop/cart-0 is in network 'west', and there is no gateway to it"
+    assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None, None, why)
+    assert mesh.resolve(POD4, 80, first, "west") == Route(POD4, 80, elsewhere)
+    assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, None, SERVICE, why)
+    mesh.put_workload(WORKLOAD)
+    why = "shop/cart-0 is in the cluster's network, and there is no gateway to it"
+    assert mesh.resolve(POD4, 80, first, "west") == Route(POD4, 80, None, None, why)
+    mesh.remove_workload("u-1")
+    assert mesh.network("u-1") == ""
+
+
+def test_service_leads_to_the_endpoints_of_the_clients_network(mesh: Mesh) -> None:
+    west = replace(WORKLOAD, uid="u-2", addresses=(OTHER4,), network="west")
+    mesh.put_workload(west)
+    both = (SERVICE.endpoints[0], Endpoint(OTHER4, (("web", 8080),)))
+    mesh.put_service(service := replace(SERVICE, endpoints=both))
+    seen: list[Sequence[tuple[Address, int]]] = []
+
+    def only(endpoints: Sequence[tuple[Address, int]]) -> tuple[Address, int]:
+        seen.append(endpoints)
+        return endpoints[0]
+
+    assert mesh.resolve(VIP4, 80, only) == Route(POD4, 8080, WORKLOAD, service)
+    assert mesh.resolve(VIP4, 80, only, "west") == Route(OTHER4, 8080, west, service)
+    assert [len(each) for each in seen] == [1, 1]
+
+
+def test_endpoint_that_is_no_workload_is_in_every_network(mesh: Mesh) -> None:
+    mesh.put_workload(replace(WORKLOAD, uid="u-2", addresses=(OTHER4,), network="west"))
+    mesh.remove_workload("u-1")
+    assert mesh.resolve(VIP4, 80, first, "west") == Route(POD4, 8080, None, SERVICE)

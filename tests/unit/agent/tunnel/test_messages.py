@@ -6,7 +6,11 @@ import os
 import socket
 import threading
 
+import pytest
+
+from agent.errors import OutOfDescriptors
 from agent.tunnel import messages
+from tests.support.descriptors import descriptors_left
 from tests.support.policies import authorization
 
 
@@ -32,3 +36,11 @@ def test_message_larger_than_a_datagram_arrives_whole_with_its_descriptors() -> 
         assert messages.receive(theirs) == (messages.Ask(7), [])
         ours.close()
         assert messages.receive(theirs) is None
+
+
+def test_descriptors_that_find_no_room_are_not_lost_in_silence() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        messages.send(ours, messages.Ask(7), [0, 1, 2])
+        with descriptors_left(0), pytest.raises(OutOfDescriptors):
+            messages.receive(theirs)

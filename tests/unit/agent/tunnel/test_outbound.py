@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel import session as session_module
 from agent.tunnel.access import Ledger
+from agent.tunnel.buffers import FULL
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.frames import ErrorCode
@@ -31,7 +34,9 @@ from agent.tunnel.sockets import PodSockets
 from agent.tunnel.tls import build_context
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_until
+from tests.support.stalled import Stalled
 from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN
+from tests.support.wire import buffer_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,10 +79,10 @@ class Scene:
         trust = Trust(self.reactor, TRUST_DOMAIN)
         contexts = Contexts(self.reactor, lambda _identity: None)
         contexts.put(self.certificates[CLIENT])
-        mesh = Mesh()
+        self.mesh = mesh = Mesh()
         mesh.put_workload(SERVER_POD)
         pod_sockets = PodSockets(lambda _own: None)
-        self.pool = Pool(self.reactor, pod_sockets, trust, bounds)
+        self.pool = Pool(self.reactor, pod_sockets, trust, contexts, bounds)
         self.sessions: list[Session] = []
         asked = Asked()
         self.outbound = Outbound(
@@ -92,7 +97,7 @@ class Scene:
             bounds,
         )
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.0.0.2"),))
-        self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
+        self.served = ServedPod(pod, CLIENT, netns_fd, 1)
         self.listener = netns.run_in(netns_fd, socket.socket)
         netns.run_in(netns_fd, lambda: self.listener.bind(("127.0.0.1", HBONE_PORT)))
         self.listener.listen()
@@ -193,6 +198,23 @@ def test_request_that_was_not_heard_is_made_again(
     assert stage.requests == 2
 
 
+def test_request_to_a_peer_that_has_died_is_made_again(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.05)
+    stage = scene()
+    stage.answer = lambda session, stream_id: session.respond(stream_id, 200)
+    with stage.connect():
+        run_until(stage.reactor, lambda: stage.requests == 1)
+        ((entry,),) = stage.pool._entries.values()
+        stage.reactor.forget(stage.sessions[0]._fd)  # it hears nothing any more
+        with stage.connect():
+            assert entry.session is not None
+            entry.session._ping()  # as its timer does, after ten seconds
+            run_until(stage.reactor, lambda: stage.requests == 2)
+            assert len(stage.sessions) == 2
+
+
 def test_request_that_the_peer_reset_is_not_made_again(scene: Callable[..., Scene]) -> None:
     stage = scene()
     stage.answer = lambda session, stream_id: session.channels[stream_id].abort()
@@ -226,3 +248,32 @@ def test_pod_gets_no_more_connections_than_it_may_have(
     run_until(stage.reactor, lambda: not stage.served.connections)
     with stage.connect():
         run_until(stage.reactor, lambda: stage.requests == 2)
+
+
+def test_worker_that_buffers_all_it_may_gets_no_more_connections(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene()
+    stalled = Stalled()
+    with buffer_limit(stage.reactor, 1):
+        stalled.keep(1)
+        with stage.connect() as refused:
+            assert refused.recv(1) == b""
+        stalled.keep(-1)
+        assert FULL in capsys.readouterr().err
+        assert stage.requests == 0
+        with stage.connect():
+            run_until(stage.reactor, lambda: stage.requests)
+
+
+def test_pod_in_another_network_is_not_dialed(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene()
+    stage.mesh.put_workload(replace(SERVER_POD, network="west"))
+    with stage.connect() as refused:
+        assert refused.recv(1) == b""
+    assert "shop/server-0 is in network 'west', and there is no gateway" in capsys.readouterr().err
+    stage.mesh.put_workload(replace(SERVER_POD, uid="uid-client", addresses=(), network="west"))
+    with stage.connect():
+        run_until(stage.reactor, lambda: stage.requests)

@@ -15,9 +15,12 @@ import pytest
 from agent import netlink, netns
 from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT
+from agent.model.identity import SpiffeId
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel import pool as pool_module
 from agent.tunnel.connection import Role
+from agent.tunnel.contexts import Contexts
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.served import ServedPod
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
+EMPTY = {"dialing": 0, "idle": 0, "in_use": 0, "draining": 0}
 LOOPBACK, OTHER_LOOPBACK = ip_address("127.0.0.1"), ip_address("127.0.0.2")
 WORKLOAD = Workload(
     "uid-server", "shop", "server-0", "node-2", "server", (LOOPBACK,), is_hbone=True
@@ -68,10 +72,12 @@ class Setup:
         self.reactor = Reactor()
         self.peer = Peer(self.reactor, listener, authority)
         self.context = authority.context(CLIENT, Role.CLIENT)
+        self.contexts = Contexts(self.reactor, lambda _identity: None)
+        self.contexts.put(authority.certificate(CLIENT))
         # Nothing captures in this namespace, so nothing must be exempt.
         self.bound()
         pod = LocalPod("uid-client", "shop", "client-0", "client", (OTHER_LOOPBACK,))
-        self.served = ServedPod(pod, CLIENT, netns_fd, 1, [])
+        self.served = ServedPod(pod, CLIENT, netns_fd, 1)
         self.answers: list[tuple[Session | None, str]] = []
 
     def bound(self, first_spare: int | None = None, **limits: Any) -> None:
@@ -80,6 +86,7 @@ class Setup:
             self.reactor,
             PodSockets(lambda _own: None, first_spare),
             Trust(self.reactor, TRUST_DOMAIN),
+            self.contexts,
             Bounds(**limits),
         )
 
@@ -132,6 +139,9 @@ def setup(authority: Authority) -> Iterator[Setup]:
         for session, _reason in made.answers:
             if session is not None:
                 session.fail("the test is over")
+        for entries in list(made.pool._entries.values()):  # those that nobody has asked for
+            for session in [entry.session for entry in entries if entry.session is not None]:
+                session.fail("the test is over")
         for tunnel in made.peer.tunnels:
             tunnel.session.fail("the test is over")
 
@@ -150,14 +160,26 @@ def test_those_who_ask_while_it_is_dialed_share_the_tunnel(setup: Setup) -> None
     assert setup.peer.tunnels[0].session.peer == CLIENT
 
 
-def test_tunnel_is_not_shared_beyond_pod_identity_destination_and_address(setup: Setup) -> None:
+def test_tunnel_is_not_shared_beyond_what_it_is_for(setup: Setup) -> None:
+    """Source pod and identity, destination, network and address."""
     twin = replace(setup.served.pod, uid="uid-twin")
-    other_pod = ServedPod(twin, CLIENT, setup.served.netns_fd, 1, [])
+    other_pod = ServedPod(twin, CLIENT, setup.served.netns_fd, 1)
     setup.ask()
     setup.ask(served=other_pod)
     setup.ask(workload=replace(WORKLOAD, uid="uid-server-2"))
     setup.ask(address=OTHER_LOOPBACK)
-    assert len(set(setup.wait_answers(4))) == 4
+    setup.ask(workload=replace(WORKLOAD, network="west"))
+    other_self = replace(setup.served, identity=SpiffeId(TRUST_DOMAIN, "shop", "other"))
+    setup.ask(served=other_self)
+    assert len(set(setup.wait_answers(6))) == 6
+
+
+def test_tunnels_are_dialed_beside_one_another_and_one_for_each_key(setup: Setup) -> None:
+    for number in range(5):
+        setup.ask(3, workload=replace(WORKLOAD, uid=f"uid-server-{number}"))
+    assert setup.pool.count()["dialing"] == 5
+    assert len(set(setup.wait_answers(15))) == 5
+    assert len(setup.peer.tunnels) == 5
 
 
 def test_full_tunnel_gets_a_second_beside_it(setup: Setup) -> None:
@@ -270,9 +292,7 @@ def test_idle_tunnel_is_closed_and_a_used_one_is_not(setup: Setup) -> None:
 
 
 def test_pod_that_leaves_closes_its_tunnels_when_they_are_idle(setup: Setup) -> None:
-    twin = ServedPod(
-        replace(setup.served.pod, uid="uid-twin"), CLIENT, setup.served.netns_fd, 1, []
-    )
+    twin = ServedPod(replace(setup.served.pod, uid="uid-twin"), CLIENT, setup.served.netns_fd, 1)
     setup.ask()
     setup.ask(address=OTHER_LOOPBACK)
     setup.ask(served=twin)
@@ -309,13 +329,130 @@ def test_renewed_certificate_gets_new_tunnels_and_open_streams_go_on(setup: Setu
     assert not setup.answers[3][0].is_closed
 
 
-def test_renewed_certificate_closes_a_tunnel_that_nobody_uses(setup: Setup) -> None:
+def test_renewed_certificate_closes_a_tunnel_that_nobody_uses(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "IN_USE_SECONDS", 0.0)
     setup.ask()
     (session,) = setup.wait_answers(1)
     assert session is not None
     setup.end_streams(session)
     setup.pool.renew(str(CLIENT))
     setup.until(lambda: session.is_closed)
+    assert setup.pool.count() == EMPTY
+
+
+def goodbye(tunnel: Witness) -> None:
+    """Say GOAWAY as an agent does that ends: streams on the way are served."""
+    tunnel.session.drain()
+
+
+def use(setup: Setup) -> Session:
+    """Return a tunnel whose peer has heard of its stream."""
+    setup.ask()
+    (session,) = setup.wait_answers(1)
+    assert session is not None
+    setup.until(lambda: setup.peer.tunnels[0].requests)
+    return session
+
+
+@pytest.mark.parametrize("has_stream", [True, False])
+def test_tunnel_in_use_that_ends_has_the_next_one_ready_before_anybody_asks(
+    setup: Setup, has_stream: bool
+) -> None:
+    first = use(setup)
+    if not has_stream:  # as between two short connections
+        setup.end_streams(first)
+    goodbye(setup.peer.tunnels[0])
+    setup.until(lambda: not first.connection.may_open and setup.pool.count()["idle"])
+    setup.ask()
+    second, _reason = setup.answers[1]  # at once
+    assert second is not None
+    assert second is not first
+    assert first.is_closed == (not has_stream)
+    setup.until(lambda: len(setup.peer.tunnels[1].requests) == 1)
+
+
+def test_next_tunnel_after_a_renewal_has_the_new_certificate(
+    setup: Setup, authority: Authority
+) -> None:
+    use(setup)
+    setup.contexts.put(authority.certificate(CLIENT))
+    setup.pool.renew(str(CLIENT))
+    setup.until(lambda: setup.pool.count()["idle"])
+    proofs = [tunnel.session.proof for tunnel in setup.peer.tunnels]
+    assert proofs[0] is not None
+    assert proofs[1] is not None
+    assert proofs[0].fingerprint != proofs[1].fingerprint
+
+
+def test_tunnel_that_drains_leaves_its_place_to_the_next_one(setup: Setup) -> None:
+    setup.bound(tunnels_per_peer=1)
+    first = use(setup)
+    setup.pool.is_retiring = True  # so that nothing is dialed before it is asked for
+    first.drain()
+    setup.ask()
+    second = setup.wait_answers(2)[1]
+    assert second is not None
+    assert second is not first
+    assert not first.is_closed
+
+
+def test_several_tunnels_that_end_have_one_next_one(setup: Setup) -> None:
+    setup.bound(streams_per_tunnel=1)
+    setup.ask(3)
+    setup.wait_answers(3)
+    setup.until(lambda: all(tunnel.requests for tunnel in setup.peer.tunnels))
+    for tunnel in setup.peer.tunnels[:3]:
+        goodbye(tunnel)
+    setup.until(lambda: setup.pool.count()["idle"])
+    run_rounds(setup.reactor, 10)
+    assert setup.pool.count() == EMPTY | {"draining": 3, "idle": 1}
+
+
+def test_peer_that_says_goodbye_to_every_tunnel_is_not_dialed_for_ever(setup: Setup) -> None:
+    use(setup)
+    goodbye(setup.peer.tunnels[0])
+    setup.until(lambda: setup.pool.count()["idle"])
+    setup.until(lambda: setup.peer.tunnels[1].is_ready)
+    goodbye(setup.peer.tunnels[1])  # nobody has used it
+    setup.until(lambda: not setup.pool.count()["idle"])
+    run_rounds(setup.reactor, 10)
+    assert setup.pool.count() == EMPTY | {"draining": 1}
+
+
+@pytest.mark.parametrize("how", ["pod left", "retiring"])
+def test_nothing_is_dialed_for_who_ends(setup: Setup, how: str) -> None:
+    use(setup)
+    if how == "pod left":
+        setup.pool.close_pod("uid-client")
+    else:
+        setup.pool.is_retiring = True
+    goodbye(setup.peer.tunnels[0])
+    setup.until(lambda: setup.pool.count()["draining"])
+    run_rounds(setup.reactor, 10)
+    assert setup.pool.count() == EMPTY | {"draining": 1}
+
+
+def test_tunnel_that_is_dialed_while_its_pod_leaves_is_closed(setup: Setup) -> None:
+    use(setup)
+    goodbye(setup.peer.tunnels[0])
+    setup.until(lambda: setup.pool.count()["dialing"])
+    setup.pool.close_pod("uid-client")
+    setup.until(lambda: setup.pool.count() == EMPTY | {"draining": 1})
+    setup.until(lambda: setup.peer.tunnels[1].reasons)
+
+
+def test_tunnel_that_waits_for_a_certificate_while_its_pod_leaves_is_not_dialed(
+    setup: Setup, authority: Authority
+) -> None:
+    use(setup)
+    setup.contexts.remove(str(CLIENT))
+    goodbye(setup.peer.tunnels[0])
+    setup.until(lambda: setup.pool.count()["dialing"])
+    setup.pool.close_pod("uid-client")
+    setup.contexts.put(authority.certificate(CLIENT))
+    assert setup.pool.count() == EMPTY | {"draining": 1}
 
 
 def test_tunnel_that_was_dialed_with_the_old_certificate_serves_who_waited_only(

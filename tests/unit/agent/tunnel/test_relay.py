@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agent.tunnel.relay import HIGH_WATER, Relay
+from agent.tunnel.buffers import HIGH_WATER
+from agent.tunnel.relay import Relay
 from tests.support.memory_channel import MemoryChannel
 
 

@@ -318,8 +318,12 @@ def test_peer_that_answers_no_ping_is_given_up(
 
 def test_warned_client_finishes_its_stream_and_then_says_it_is_idle(tunnel: Tunnel) -> None:
     near, far = tunnel.open()
+    told: list[bool] = []
+    session = tunnel.client.session
+    session.on_draining = lambda session: told.append(session.connection.may_open)
     tunnel.server.session.drain()
-    tunnel.until(lambda: not tunnel.client.session.connection.may_open)
+    tunnel.until(lambda: not session.connection.may_open)
+    assert told == [False]
     near.channel.write(b"after the warning")
     tunnel.until(lambda: far.received)
     assert bytes(far.received) == b"after the warning"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import netlink, netns
+from agent.errors import OutOfDescriptors
 from agent.model.capture import LISTENER_PORTS
 from agent.tunnel.sockets import BORROWED_PORTS, PodSockets, borrow_source
 from tests.support.namespaces import PEER4, POD4, Network
@@ -95,3 +96,17 @@ def test_without_a_port_the_kernel_chooses(network: Network, application: socket
     accepted.close()
     assert source[0] == PEER4
     assert source[1] not in BORROWED_PORTS
+
+
+def test_spare_descriptors_that_pods_took_are_made_up_for() -> None:
+    with socket.socket() as made:
+        own = made.fileno()
+        pod_sockets = PodSockets(lambda _own: None, first_spare=own + 2)
+        pod_sockets.require_room(made)
+        pod_sockets.keep_spare([3, own + 2])  # one of a pod is low, one is where none should be
+        pod_sockets.require_room(made)
+        pod_sockets.keep_spare([own + 2, own + 3])
+        with pytest.raises(OutOfDescriptors, match=f"{own} descriptors are in use"):
+            pod_sockets.require_room(made)
+        pod_sockets.keep_spare([])
+        pod_sockets.require_room(made)

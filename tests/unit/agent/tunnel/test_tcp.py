@@ -12,7 +12,7 @@ import pytest
 from agent.tunnel import tcp
 from agent.tunnel.reactor import Reactor
 from agent.tunnel.tcp import TcpChannel
-from tests.support.loop import run_rounds, run_until
+from tests.support.loop import count_rounds, run_rounds, run_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,17 +180,7 @@ def test_both_fins_while_paused_keep_the_loop_at_rest(end: End) -> None:
     end.channel.finish()
     end.peer.send(b"unread")
     end.peer.shutdown(socket.SHUT_WR)
-    rounds = []
-
-    class Counting(Reactor):
-        def _fire(self) -> None:
-            rounds.append(1)
-            super()._fire()
-
-    end.reactor.__class__ = Counting
-    end.reactor.call_later(0.1, end.reactor.stop)
-    end.reactor.run()
-    assert len(rounds) < 10
+    assert count_rounds(end.reactor, 0.1) < 10
     assert end.seen == []
     end.channel.resume()
     run_until(end.reactor, lambda: end.seen)

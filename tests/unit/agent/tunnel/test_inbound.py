@@ -1,0 +1,272 @@
+"""The inbound side of a pod at its limits: real tunnels, real plaintext, and the application."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack, suppress
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent import netlink, netns
+from agent.model.bounds import Bounds
+from agent.model.pod import LocalPod
+from agent.model.workload import Workload
+from agent.tunnel import buffers as buffers_module
+from agent.tunnel.access import Ledger
+from agent.tunnel.buffers import BUFFERS, FULL
+from agent.tunnel.connection import Role
+from agent.tunnel.contexts import Contexts
+from agent.tunnel.gate import Gate
+from agent.tunnel.inbound import Inbound
+from agent.tunnel.mesh import Mesh
+from agent.tunnel.reactor import Reactor
+from agent.tunnel.served import TOO_MANY, ServedPod
+from agent.tunnel.sockets import PodSockets
+from agent.tunnel.trust import Trust
+from tests.support.loop import run_rounds, run_until
+from tests.support.stalled import Stalled
+from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, Authority, Witness, make_session
+from tests.support.wire import buffer_limit, tcp_pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.root
+
+ADDRESS = ip_address("127.0.0.1")
+PORT = 8080
+WORKLOAD = Workload("uid-server", "shop", "server-0", "node-2", "server", (ADDRESS,), is_hbone=True)
+LOGGED = 2  # times: a line of the log has a reason as its result, and as its error
+
+
+class Scene:
+    """A pod in a namespace of its own, whose application listens and never answers."""
+
+    def __init__(
+        self, netns_fd: int, authority: Authority, stack: ExitStack, bounds: Bounds
+    ) -> None:
+        self._stack = stack
+        self._authority = authority
+        self.reactor = Reactor()
+        mesh = Mesh()
+        mesh.put_workload(WORKLOAD)
+        gate = Gate(mesh)
+        gate.enforce()
+        contexts = Contexts(self.reactor, lambda _identity: None)
+        contexts.put(authority.certificate(SERVER))
+        self.inbound = Inbound(
+            self.reactor,
+            PodSockets(lambda _own: None),
+            Trust(self.reactor, TRUST_DOMAIN),
+            contexts,
+            gate,
+            Ledger(self.reactor, mesh),
+            bounds,
+        )
+        pod = LocalPod("uid-server", "shop", "server-0", "server", (ADDRESS,))
+        self.served = ServedPod(pod, SERVER, netns_fd, 1)
+        self.application = stack.enter_context(netns.run_in(netns_fd, socket.socket))
+        netns.run_in(netns_fd, lambda: self.application.bind((str(ADDRESS), PORT)))
+        self.application.listen()
+
+    def tunnel(self) -> Witness:
+        """Return a client's tunnel to the pod."""
+        ours, theirs = tcp_pair()
+        self.inbound.serve_tunnel(self.served, theirs, (str(ADDRESS), 40000))
+        context = self._authority.context(CLIENT, Role.CLIENT)
+        made = Witness(make_session(self.reactor, ours, context, Role.CLIENT))
+        self._stack.callback(self.end, made)
+        run_until(self.reactor, lambda: made.is_ready)
+        return made
+
+    def end(self, tunnel: Witness) -> None:
+        """Hang up, and wait until the other side has noticed."""
+        before = self.inbound.tunnels
+        if not tunnel.session.is_closed:
+            tunnel.session.fail("the test is over")
+            run_until(self.reactor, lambda: self.inbound.tunnels < before)
+
+    def ask(self, tunnel: Witness, headers: dict[str, str] | None = None) -> list[int]:
+        """Open a stream; the list has its answer, once there is one."""
+        answers: list[int] = []
+        stream_id = tunnel.session.open_stream(f"{ADDRESS}:{PORT}", headers or {})
+        tunnel.session.channels[stream_id].on_response = answers.append
+        return answers
+
+    def wait_some(self, answers: list[int]) -> list[int]:
+        """Wait for an answer, for a quarter of a second."""
+        timer = self.reactor.call_later(0.25, lambda: None)
+        run_until(self.reactor, lambda: answers or timer.callback is None)
+        timer.cancel()
+        return answers
+
+    def wait(self, answers: list[int]) -> int:
+        run_until(self.reactor, lambda: answers)
+        return answers[0]
+
+    def plaintext(self) -> socket.socket:
+        """Return the client's end of a captured connection, as after capture at PORT."""
+        with socket.create_server((str(ADDRESS), 0)) as listener:
+            client = self._stack.enter_context(socket.create_connection(listener.getsockname()))
+            accepted, peer = listener.accept()
+        accepted.setblocking(False)
+        client.setblocking(False)
+        self.inbound.serve_plaintext(self.served, accepted, peer)
+        return client
+
+
+def is_reset(client: socket.socket) -> bool:
+    try:
+        client.recv(1)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+    raise AssertionError("the connection ended in order")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def scene(authority: Authority) -> Iterator[Callable[..., Scene]]:
+    with ExitStack() as stack:
+
+        def make(**limits: float) -> Scene:
+            netns_fd = netns.create()
+            stack.callback(os.close, netns_fd)
+            netns.run_in(netns_fd, lambda: netlink.set_up("lo"))
+            bounds = Bounds(**limits)  # type: ignore[arg-type]  # each of its own type
+            return Scene(netns_fd, authority, stack, bounds)
+
+        yield make
+
+
+def test_tunnel_that_carries_nothing_is_closed_in_time(scene: Callable[..., Scene]) -> None:
+    stage = scene(idle_seconds=0.05)
+    unused, used = stage.tunnel(), stage.tunnel()
+    assert stage.wait(stage.ask(used)) == 200
+    run_until(stage.reactor, lambda: unused.reasons)
+    stage.reactor.call_later(0.2, stage.reactor.stop)
+    stage.reactor.run()
+    assert used.reasons == []
+    for channel in list(used.session.channels.values()):
+        channel.abort()
+    run_until(stage.reactor, lambda: used.reasons)
+    assert stage.inbound._idle_timers == {}
+
+
+def test_pod_gets_no_more_connections_than_it_may_have(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene(connections_per_pod=1)
+    tunnel = stage.tunnel()
+    assert stage.wait(stage.ask(tunnel)) == 200
+    assert stage.wait(stage.ask(tunnel)) == 503
+    assert is_reset(stage.plaintext())
+    assert capsys.readouterr().err.count(TOO_MANY) == 2 * LOGGED
+    next(iter(tunnel.session.channels.values())).abort()
+    run_until(stage.reactor, lambda: not stage.served.connections)
+    assert stage.wait(stage.ask(tunnel)) == 200
+
+
+def test_pod_gets_no_more_tunnels_than_connections(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene(connections_per_pod=1)
+    only = stage.tunnel()
+    ours, theirs = tcp_pair()
+    with ours:
+        stage.inbound.serve_tunnel(stage.served, theirs, (str(ADDRESS), 40000))
+        assert is_reset(ours)
+    assert TOO_MANY in capsys.readouterr().err
+    stage.end(only)
+    assert stage.wait(stage.ask(stage.tunnel())) == 200
+
+
+def test_worker_that_buffers_all_it_may_refuses_both_kinds(
+    scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = scene()
+    tunnel = stage.tunnel()
+    with buffer_limit(stage.reactor, 1):
+        stalled = Stalled()
+        stalled.keep(1)
+        assert stage.wait(stage.ask(tunnel)) == 503
+        assert is_reset(stage.plaintext())
+        stalled.keep(-1)
+    assert capsys.readouterr().err.count(FULL) == 2 * LOGGED
+    assert not is_full()
+    assert stage.wait(stage.ask(tunnel)) == 200
+
+
+def test_bytes_for_an_application_that_does_not_accept_cost_the_stream_once_there_is_no_room(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(buffers_module, "FULL_SECONDS", 0.1)
+    stage = scene()
+    stage.application.listen(0)
+    stage.application.setblocking(False)
+    tunnel = stage.tunnel()
+    count = 1
+    while stage.wait_some(answers := stage.ask(tunnel)):
+        count += 1  # until its queue is full
+    with buffer_limit(stage.reactor, 1000):
+        *_, waiting = tunnel.session.channels.values()
+        waiting.write(bytes(1000))
+        run_until(stage.reactor, is_full)
+        assert stage.wait(answers) == 503
+        assert not is_full()
+    assert f"503: {FULL}" in capsys.readouterr().err
+    accepted: list[socket.socket] = []
+
+    def accept() -> bool:
+        with suppress(BlockingIOError):
+            accepted.append(stage.application.accept()[0])
+        return len(accepted) == count
+
+    run_until(stage.reactor, accept)  # the last one, too, which has nobody by now
+    run_until(stage.reactor, lambda: is_reset(accepted[-1]))
+    for each in accepted:
+        each.close()
+
+
+def is_full() -> bool:
+    return BUFFERS.is_full
+
+
+def test_peer_that_is_silent_is_hung_up_in_time(scene: Callable[..., Scene]) -> None:
+    stage = scene(handshake_seconds=0.05)
+    ours, theirs = tcp_pair()
+    with ours:
+        stage.inbound.serve_tunnel(stage.served, theirs, (str(ADDRESS), 40000))
+        run_until(stage.reactor, lambda: stage.inbound.tunnels == 0)
+        assert is_reset(ours)
+
+
+def test_headers_beyond_their_size_cost_the_tunnel(scene: Callable[..., Scene]) -> None:
+    stage = scene(header_bytes=1024)
+    small, large = stage.tunnel(), stage.tunnel()
+    assert stage.wait(stage.ask(small, {"baggage": "b" * 700})) == 200
+    answers = stage.ask(large, {"baggage": "b" * 2000})
+    run_until(stage.reactor, lambda: large.reasons)
+    assert answers == []
+    run_rounds(stage.reactor, 3)
+    assert small.reasons == []
+
+
+def test_streams_beyond_twice_our_own_number_are_refused_alone(
+    scene: Callable[..., Scene],
+) -> None:
+    stage = scene(streams_per_tunnel=1)
+    tunnel = stage.tunnel()
+    assert [stage.wait(stage.ask(tunnel)) for _ in range(2)] == [200, 200]
+    tunnel.session.connection.peer_concurrent_streams = 3  # a peer that does not care
+    stage.ask(tunnel)
+    run_until(stage.reactor, lambda: len(tunnel.session.channels) == 2)
+    assert tunnel.reasons == []
