@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -76,9 +76,11 @@ class Neighbors:
         self.stack.callback(envoy.stop)
 
 
-def _neighbors(
+@contextmanager
+def make_neighbors(
     loaded: pins.Pins, network: Network, tmp_path: Path, name: str
 ) -> Iterator[Neighbors]:
+    """Enroll the pod `name` with a worker of its own; the other has neither."""
     namespaces = {"client": network.pod, "server": network.peer}
     (other,) = namespaces.keys() - {name}
     with ExitStack() as stack:
@@ -107,10 +109,12 @@ def _neighbors(
 @pytest.fixture
 def server(loaded: pins.Pins, network: Network, tmp_path: Path) -> Iterator[Neighbors]:
     """Our worker serves the server; the client is for an Envoy."""
-    yield from _neighbors(loaded, network, tmp_path, "server")
+    with make_neighbors(loaded, network, tmp_path, "server") as made:
+        yield made
 
 
 @pytest.fixture
 def client(loaded: pins.Pins, network: Network, tmp_path: Path) -> Iterator[Neighbors]:
     """Our worker serves the client; the server is for an Envoy."""
-    yield from _neighbors(loaded, network, tmp_path, "client")
+    with make_neighbors(loaded, network, tmp_path, "client") as made:
+        yield made
