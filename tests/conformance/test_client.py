@@ -205,7 +205,8 @@ def test_what_was_not_processed_is_asked_again(client: Neighbors, refusal: bytes
         peer.read_until(is_request)
         peer.send(refusal)
         if refusal == frames.build_goaway(0, 0):
-            peer = server.accept()
+            before, peer = peer, server.accept()
+            before.close()
             peer.send(START)
         again = peer.read_until(is_request).stream_id
         peer.send(headers(again, OK) + data(again, b"hello"))

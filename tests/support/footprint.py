@@ -100,6 +100,12 @@ def namespaces(paths: Iterable[Path]) -> dict[str, dict[str, str]]:
     return found
 
 
+def private_bytes(pid: int) -> int:
+    """Return the memory that a process shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) << 10
+
+
 def files(*roots: Path) -> set[str]:
     """Return the path of everything at and below some directories."""
     return {str(path) for root in roots if root.exists() for path in (root, *root.rglob("*"))}
