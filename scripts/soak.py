@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import statistics
 import struct
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from tests.support.footprint import bpf_objects, files, private_bytes
 from tests.support.labs import scrape
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from agent.lab.cluster import LabNode
 
@@ -97,11 +98,16 @@ class Tally:
     done: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
+    def fail(self, line: str) -> None:
+        self.failures.append(line)
+        say(f"FAILED: {line}")
+
     async def attempt(self, kind: str, work: Awaitable[None]) -> None:
         try:
-            await asyncio.wait_for(work, PATIENCE_SECONDS)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await work
         except (OSError, EOFError, TimeoutError, Failed) as error:
-            self.failures.append(f"{kind}: {error!r}")
+            self.fail(f"{kind}: {error!r}")
             await asyncio.sleep(0.1)  # what fails at once must not fail a million times
         else:
             self.done[kind] += 1
@@ -130,8 +136,7 @@ class Pods:
         """Connect as the client's application."""
         made = self._socket("client")
         try:
-            loop = asyncio.get_running_loop()
-            await asyncio.wait_for(loop.sock_connect(made, (self.address[name], port)), 10)
+            await asyncio.get_running_loop().sock_connect(made, (self.address[name], port))
         except BaseException:
             made.close()
             raise
@@ -146,7 +151,14 @@ class Pods:
             await asyncio.start_server(handle, sock=made, backlog=512)
 
 
-async def _close(writer: asyncio.StreamWriter) -> None:
+@asynccontextmanager
+async def ending(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """End a connection in order, or at once if something went wrong with it."""
+    try:
+        yield
+    except BaseException:
+        writer.transport.abort()
+        raise
     writer.close()
     with suppress(OSError):
         await writer.wait_closed()
@@ -154,23 +166,23 @@ async def _close(writer: asyncio.StreamWriter) -> None:
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with suppress(OSError):
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    await _close(writer)
+        async with ending(writer):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with suppress(OSError):
-        writer.write((await reader.read(-1))[::-1])
-    await _close(writer)
+        async with ending(writer):
+            writer.write((await reader.read(-1))[::-1])
 
 
 async def _reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with suppress(OSError):
-        await reader.read(1)
-    _reset_at_close(writer)
-    await _close(writer)
+        async with ending(writer):
+            await reader.read(1)
+            _reset_at_close(writer)
 
 
 def _reset_at_close(writer: asyncio.StreamWriter) -> None:
@@ -192,10 +204,8 @@ class Traffic:
 
     async def short(self, name: str) -> None:
         reader, writer = await self._pods.dial(name)
-        try:
+        async with ending(writer):
             await speak(reader, writer)
-        finally:
-            await _close(writer)
 
     async def bulk(self, name: str) -> None:
         reader, writer = await self._pods.dial(name)
@@ -206,54 +216,46 @@ class Traffic:
             await writer.drain()
             writer.write_eof()
 
-        try:
+        async with ending(writer):
             _, received = await asyncio.gather(send(), reader.read(-1))
             if received != data:
                 raise Failed(f"{len(received)} bytes came back of {len(data)}, or others")
-        finally:
-            await _close(writer)
 
     async def half_close(self, name: str) -> None:
         reader, writer = await self._pods.dial(name, ASK)
-        try:
+        async with ending(writer):
             writer.write(b"question")
             writer.write_eof()
             if (answer := await reader.read(-1)) != b"noitseuq":
                 raise Failed(f"the answer is {answer!r}")
-        finally:
-            await _close(writer)
 
     async def reset_by_client(self, name: str) -> None:
         reader, writer = await self._pods.dial(name)
-        try:
+        async with ending(writer):
             await speak(reader, writer)
-        finally:
             _reset_at_close(writer)
-            await _close(writer)
 
     async def reset_by_server(self, name: str) -> None:
         reader, writer = await self._pods.dial(name, RESET)
-        try:
+        async with ending(writer):
             writer.write(b"x")
             try:
                 await reader.read(1)
             except ConnectionResetError:
                 return
             raise Failed("the reset did not arrive")
-        finally:
-            await _close(writer)
 
     async def stay(self, name: str, tally: Tally, kind: str, stop: asyncio.Event) -> None:
         """Hold one connection open and use it until `stop`."""
         try:
             reader, writer = await self._pods.dial(name)
-            while not stop.is_set():
-                await asyncio.wait_for(speak(reader, writer), PATIENCE_SECONDS)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), 0.2)
-            await _close(writer)
+            async with ending(writer):
+                while not stop.is_set():
+                    async with asyncio.timeout(PATIENCE_SECONDS):
+                        await speak(reader, writer)
+                    await asyncio.sleep(0.2)
         except (OSError, EOFError, TimeoutError) as error:
-            tally.failures.append(f"{kind}: {error!r}")
+            tally.fail(f"{kind}: {error!r}")
         else:
             tally.done[kind] += 1
 
@@ -269,22 +271,23 @@ class Changes:
 
     def __init__(self, lab: Lab, pods: Pods, traffic: Traffic) -> None:
         self._lab, self._pods, self._traffic = lab, pods, traffic
-        (self._west,) = (node for node in lab.cluster().nodes if node.name == "west")
+        passing = lab.find_pod("passing")
+        self._passing, self._west = passing.uid, passing.node
 
     async def policy(self) -> None:
         """Close a pod by a policy, and open it again."""
         reader, writer = await self._pods.dial("guarded")
         try:
-            await speak(reader, writer)
-            self._lab.write_object(CLOSED)
-            with suppress(ConnectionResetError):
-                await reader.read(1)  # what was open is closed
+            async with ending(writer):
+                await speak(reader, writer)
+                self._lab.write_object(CLOSED)
+                with suppress(ConnectionResetError):
+                    await reader.read(1)  # what was open is closed
             for _ in range(5):
                 if await self._is_let_in():
                     raise Failed("a policy did not stop a connection")
         finally:
             self._lab.remove_object(CLOSED)
-            await _close(writer)
         while not await self._is_let_in():
             pass
         for _ in range(5):
@@ -308,7 +311,8 @@ class Changes:
 
     def _is_enrolled(self) -> bool:
         state = next(self._lab.agent_states(self._west, "state"))
-        return any(p["name"] == "passing" and p["state"] == "enrolled" for p in state["pods"])
+        states = {each["uid"]: each["state"] for each in state["pods"]}
+        return states.get(self._passing) == "enrolled"
 
 
 Holdings = dict[str, int]
@@ -410,7 +414,7 @@ class Soak:
         renewed = await asyncio.to_thread(self._meter.renewals)
         say(f"certificates renewed: {renewed}")
         if not renewed:
-            self.tally.failures.append("no certificate was renewed: run it longer")
+            self.tally.fail("no certificate was renewed: run it longer")
 
     async def _cycle(self) -> None:
         stop = asyncio.Event()
@@ -444,7 +448,7 @@ class Soak:
             if found == self._first:
                 break
             if time.monotonic() > deadline:
-                self.tally.failures.append(f"left behind: {difference(self._first, found)}")
+                self.tally.fail(f"left behind: {difference(self._first, found)}")
                 break
             last = found
             await asyncio.sleep(0.5 if self._first else 3.0)
@@ -458,7 +462,7 @@ class Soak:
             grown = statistics.median(series[-third:]) - statistics.median(series[:third])
             say(f"{name}: {series[0]} KiB of its own, then {grown:+.0f} KiB")
             if grown > MOST_GROWTH_KIB:
-                self.tally.failures.append(f"{name} grew by {grown:.0f} KiB: {series}")
+                self.tally.fail(f"{name} grew by {grown:.0f} KiB: {series}")
 
     async def _report(self) -> None:
         while not self._is_over.is_set():
@@ -495,6 +499,7 @@ def wait_for_leftovers(before: set[str]) -> set[str]:
 def main() -> int:
     """Run for as many seconds as the only argument says, or for an hour."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else HOUR_SECONDS
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the lab goes down with it
     before = leftovers()
     lab = Lab(f"soak{os.getpid()}", CERTIFICATE_SECONDS)
     lab.agent_options = ("--tunnel-idle-timeout", "1")
@@ -511,11 +516,9 @@ def main() -> int:
         asyncio.run(soak.run())
     failures = soak.tally.failures
     if new := wait_for_leftovers(before):
-        failures.append(f"left on the machine: {', '.join(sorted(new))}")
+        soak.tally.fail(f"left on the machine: {', '.join(sorted(new))}")
     for kind, count in sorted(soak.tally.done.items()):
         say(f"{count:8} {kind}")
-    for line in failures[:50]:
-        say(f"FAILED: {line}")
     say(f"{'failed' if failures else 'passed'} after {seconds:.0f} s, {len(failures)} failures")
     return 1 if failures else 0
 

@@ -227,6 +227,23 @@ def test_8_7_what_another_reset_ended_is_not_asked_again(client: Neighbors) -> N
         peer.close()
 
 
+def test_8_5_server_that_ends_first_hears_the_rest(client: Neighbors) -> None:
+    """An Envoy resets the stream once its application has ended, so it cannot show this."""
+    with serving(client) as server, dialing(client) as application:
+        peer = server.accept()
+        peer.send(START)
+        peer.read_until(is_request)
+        peer.send(ANSWER + data(1, b"done", frames.END_STREAM))
+        assert application.recv(4, socket.MSG_WAITALL) == b"done"
+        assert application.recv(1) == b""
+        application.sendall(b"still here")
+        assert peer.read_until(is_data) == Frame(FrameType.DATA, 0, 1, b"still here")
+        application.shutdown(socket.SHUT_WR)
+        assert peer.read_until(is_data) == Frame(FrameType.DATA, frames.END_STREAM, 1, b"")
+        server.listener.close()
+        peer.close()
+
+
 def test_6_9_2_window_of_one_byte_and_small_frames_are_kept_to(client: Neighbors) -> None:
     with serving(client) as server, dialing(client) as application:
         peer = server.accept()

@@ -60,7 +60,7 @@ def wire(namespace: Namespace, *words: str) -> list[str]:
     return [*launcher, str(build_wire()), *words]
 
 
-def test_ten_thousand_idle_connections_cost_little_and_nothing_when_they_have_ended(
+def test_ten_thousand_idle_connections_cost_little(
     mesh: MeshPair, measured: Callable[[str], None]
 ) -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
