@@ -72,6 +72,8 @@ GET = [(":method", "GET"), (":scheme", "https"), (":path", "/")]
         (CONNECT, None),
         (GET, None),
         ([*CONNECT, ("te", "trailers"), ("x_!~", ""), ("y", "a b")], None),
+        ([*CONNECT, ("baggage", "a=b"), ("x", "a\tb")], None),
+        ([*CONNECT, ("baggage", "a\0b")], "'baggage' has a value"),
         ([(":method", "CONNECT")], "no :authority"),
         ([(":method", "CONNECT"), (":authority", "")], "no :authority"),
         ([*CONNECT, (":path", "/")], "carries :scheme or :path"),
