@@ -64,12 +64,12 @@ PODS = {"client": "east", "near": "east", "far": "west", "guarded": "west", "pas
 LEFTOVERS = ("/run/netns", "/sys/fs/bpf", "/run/sidestep", "/sys/class/net")
 
 
-def pod(name: str, mode: str = "ambient") -> dict[str, Any]:
+def pod(name: str) -> dict[str, Any]:
     """Return a pod's object."""
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": "shop", "labels": {"app": name, MODE: mode}},
+        "metadata": {"name": name, "namespace": "shop", "labels": {"app": name, MODE: "ambient"}},
         "spec": {"nodeName": PODS[name], "serviceAccountName": name},
     }
 
@@ -271,8 +271,7 @@ class Changes:
 
     def __init__(self, lab: Lab, pods: Pods, traffic: Traffic) -> None:
         self._lab, self._pods, self._traffic = lab, pods, traffic
-        passing = lab.find_pod("passing")
-        self._passing, self._west = passing.uid, passing.node
+        self._passing = lab.find_pod("passing")
 
     async def policy(self) -> None:
         """Close a pod by a policy, and open it again."""
@@ -303,16 +302,18 @@ class Changes:
     async def membership(self) -> None:
         """Take a pod out of the mesh and back, while it is spoken to."""
         for mode in ("none", "ambient"):
-            self._lab.write_object(pod("passing", mode))
+            body = self._passing.manifest()
+            labels = body["metadata"]["labels"] | {MODE: mode}
+            self._lab.write_object(body | {"metadata": body["metadata"] | {"labels": labels}})
             while await asyncio.to_thread(self._is_enrolled) != (mode == "ambient"):
                 await self._traffic.short("passing")
             for _ in range(5):
                 await self._traffic.short("passing")
 
     def _is_enrolled(self) -> bool:
-        state = next(self._lab.agent_states(self._west, "state"))
+        state = next(self._lab.agent_states(self._passing.node, "state"))
         states = {each["uid"]: each["state"] for each in state["pods"]}
-        return states.get(self._passing) == "enrolled"
+        return states.get(self._passing.uid) == "enrolled"
 
 
 Holdings = dict[str, int]
