@@ -193,7 +193,7 @@ class Ground:
 
     def _start_ztunnels(self, program: Path, client: LabPod, server: LabPod) -> None:
         state = self._directory / "ztunnel.yaml"
-        state.write_text(yaml.safe_dump(ztunnel.build_state((client, server))))
+        state.write_text(yaml.safe_dump(ztunnel.build_state((client, server), TRUST_DOMAIN)))
         for pod in (client, server):
             zds = self._directory / f"{pod.name}.sock"
             authority = ztunnel.Authority(

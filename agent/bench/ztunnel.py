@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from agent.lab.cluster import LabPod
 
-SIGN = "marking server ready"
+SIGN = "handling new stream"  # it has found the socket, and is ready when it has heard of a pod
 OUTBOUND_PORT = 15001
 PACKET_MARK = 1337  # its default, on the sockets that it makes in a pod
 
@@ -37,7 +37,7 @@ def service_account(pod: LabPod) -> str:
     return str(pod.body["spec"]["serviceAccountName"])
 
 
-def build_state(pods: Iterable[LabPod]) -> dict[str, Any]:
+def build_state(pods: Iterable[LabPod], trust_domain: str) -> dict[str, Any]:
     """Return the content of LOCAL_XDS_PATH: who is in the mesh."""
     workloads = [
         {
@@ -49,6 +49,7 @@ def build_state(pods: Iterable[LabPod]) -> dict[str, Any]:
             "protocol": "HBONE",
             "node": pod.node.name,
             "network": "",
+            "trustDomain": trust_domain,
             "services": {},
         }
         for pod in pods

@@ -29,11 +29,11 @@ def pod() -> LabPod:
 
 
 def test_state_lists_the_pods_as_workloads_that_speak_hbone(pod: LabPod) -> None:
-    state = ztunnel.build_state([pod])
+    state = ztunnel.build_state([pod], "cluster.local")
     (workload,) = state["workloads"]
     assert workload["workloadIps"] == [str(pod.address4)]
     assert (workload["serviceAccount"], workload["node"]) == ("account", "east")
-    assert workload["protocol"] == "HBONE"
+    assert (workload["protocol"], workload["trustDomain"]) == ("HBONE", "cluster.local")
     assert state["services"] == state["policies"] == []
 
 
