@@ -50,8 +50,8 @@ PATIENCE_SECONDS = 10.0
 CERTIFICATE_SECONDS = 16  # renewed at half of it
 WARM_CYCLES = 2  # what a process allocates once: a table, a codec, an arena of the allocator
 # Private memory, from the first third of the silences to the last. Between two silences the
-# allocator moves a few hundred KiB to and fro; the smallest Python object, 56 bytes with its place
-# in a list, kept for each connection, is beyond this after 20,000 connections.
+# allocator moves a few hundred KiB; the smallest Python object, 56 bytes with its place in a list,
+# kept for each connection, is beyond this after 20,000 connections.
 MOST_GROWTH_KIB = 1024
 # LRU maps forget when they are full, and sockets keep their own; every other map is counted.
 FORGETTING = {"ss_verdicts", "ss_guard_flows"}

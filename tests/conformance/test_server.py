@@ -235,7 +235,7 @@ AFTER_THE_START: dict[str, tuple[bytes, Outcome]] = {
     "8.2.1 a name with a space": (opened(1, ("a b", "x")), Reset(PROTOCOL)),
     "8.2.1 a value with a line's end": (opened(1, ("a", "x\r\ny")), Reset(PROTOCOL)),
     "8.2.1 a value that begins with a space": (opened(1, ("a", " x")), Reset(PROTOCOL)),
-    "8.2.1 a value of other bytes": (opened(1, ("a", "caf\xe9")), Fine()),
+    "8.2.1 a value of other bytes": (opened(1, ("a", "\xe9t\xe9")), Fine()),
     "8.2.2 connection": (opened(1, ("connection", "keep-alive")), Reset(PROTOCOL)),
     "8.2.2 transfer-encoding": (opened(1, ("transfer-encoding", "chunked")), Reset(PROTOCOL)),
     "8.2.2 te that is not trailers": (opened(1, ("te", "gzip")), Reset(PROTOCOL)),
