@@ -43,7 +43,7 @@ COLUMNS = (
     help="Only these measures (repeat).",
 )
 @click.option(
-    "--ztunnel", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="BINARY",
+    "--ztunnel", type=click.Path(path_type=Path, dir_okay=False), metavar="BINARY",
     help="Measure a pair of ztunnels as well; needs nft.",
 )  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG here.")
