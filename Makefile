@@ -1,6 +1,6 @@
 # Every command of the project. `make setup` is part of each and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup shim demo bench check format manifests test test-unit test-root test-cluster \
+.PHONY: help setup shim demo bench soak check format manifests test test-unit test-root test-cluster \
 	coverage-each fuzz drills clean
 
 BIN := .venv/bin
@@ -23,6 +23,10 @@ bench: setup ## measure the mesh beside no mesh and beside Envoy (root; a few mi
 	@$(BIN)/python -m pip install -q --group bench
 	@mkdir -p build
 	$(BIN)/sidestep bench --plot build/bench.png $(BENCH)
+
+SECONDS ?= 3600
+soak: setup ## traffic of every kind for an hour, and nothing may stay (root; SECONDS=... for less)
+	@$(BIN)/python -m scripts.soak $(SECONDS)
 
 check: setup ## format, lint, types, layers, spelling: what CI runs
 	$(BIN)/ruff format --check .

@@ -433,7 +433,9 @@ class Agent:
             return
         if not self._departure.done():
             await self._apply_to_pods(snapshot)
-            self._credentials.forget_others(identities)
+            # A pod that leaves still answers peers that have not heard of it.
+            leaving = {self._identity(each.pod) for each in self._roster.draining()}
+            self._credentials.forget_others(identities | leaving)
         await self._admin.changed()
 
     async def _apply_to_pods(self, snapshot: Snapshot) -> None:

@@ -458,7 +458,7 @@ class Roster:
             return
         self._drained.discard(uid)
         self._fleet.expect_no_more(uid)
-        self._fleet.tell(messages.RemovePod(uid))
+        self._fleet.tell(messages.RemovePod(uid, comes_back=True))
         await self._fleet.wait_in_force()
         hand_over(enrollment)
         os.close(enrollment.netns_fd)

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
     from agent.model.pod import Address
     from agent.tunnel.counts import Labels
+    from agent.tunnel.reactor import Timer
 
     Serve = Callable[[ServedPod, socket.socket, tuple[str, int]], None]
 
@@ -111,6 +112,8 @@ class Worker:
         self._gate = Gate(self._mesh)
         self._gate.on_ended = self._end_drain
         self._served: dict[str, ServedPod] = {}
+        self._returning: dict[str, ServedPod] = {}  # without listeners, until they are back
+        self._departures: dict[str, Timer] = {}  # of pods that drain
         self._trust_domain = ""
         self._serve_by_port: dict[int, Serve] = {}
         self._pool: Pool | None = None
@@ -154,7 +157,7 @@ class Worker:
             case messages.DrainPod():
                 self._drain_pod(message.uid)
             case messages.RemovePod():
-                self._remove_pod(message.uid)
+                self._remove_pod(message.uid, comes_back=message.comes_back)
             case messages.Retire():
                 self._retire(message.has_successor)
             case messages.PutCertificate():
@@ -286,10 +289,13 @@ class Worker:
         gc.enable()
 
     def _add_pod(self, message: messages.AddPod, fds: list[int]) -> None:
-        self._remove_pod(message.pod.uid)
         pod = message.pod
+        returning = self._returning.pop(pod.uid, None)
+        self._remove_pod(pod.uid)
         identity = SpiffeId(self._trust_domain, pod.namespace, pod.service_account)
         served = ServedPod(pod, identity, fds[0], message.netns_cookie)
+        if returning is not None:
+            served = self._take_up(returning, served)
         for port, fd in zip(message.listener_ports, fds[1:], strict=True):
             own = socket.socket(fileno=fd)
             serve = partial(self._serve, served, self._serve_by_port[port])
@@ -297,6 +303,16 @@ class Worker:
             served.listeners.append((port, Listening(self._reactor, own, serve, failed)))
         self._served[pod.uid] = served
         self._keep_spare()
+
+    def _take_up(self, returning: ServedPod, served: ServedPod) -> ServedPod:
+        """Let the tunnels of a pod that is back use what it has now."""
+        os.close(returning.netns_fd)
+        if returning.netns_cookie != served.netns_cookie and self._pool is not None:
+            self._pool.close_pod(served.pod.uid)
+        returning.pod, returning.identity = served.pod, served.identity
+        returning.netns_fd, returning.netns_cookie = served.netns_fd, served.netns_cookie
+        returning.is_leaving = False
+        return returning
 
     def _serve(
         self, served: ServedPod, serve: Serve, accepted: socket.socket, peer: tuple[str, int]
@@ -334,10 +350,11 @@ class Worker:
         served.listeners = [found for found in served.listeners if found[0] == HBONE_PORT]
 
         def leave() -> None:
+            del self._departures[uid]
             served.is_leaving = True
             self._end_drain(uid)
 
-        self._reactor.call_later(DRAIN_SECONDS, leave)
+        self._departures[uid] = self._reactor.call_later(DRAIN_SECONDS, leave)
 
     def _retire(self, has_successor: bool) -> None:
         if self._pool is not None:
@@ -369,15 +386,22 @@ class Worker:
             self._remove_pod(uid)
             self._answer(messages.Drained(uid))
 
-    def _remove_pod(self, uid: str) -> None:
-        served = self._served.pop(uid, None)
+    def _remove_pod(self, uid: str, *, comes_back: bool = False) -> None:
+        served = self._served.pop(uid, None) or self._returning.pop(uid, None)
         if served is None:
             return
+        if (departure := self._departures.pop(uid, None)) is not None:
+            departure.cancel()
         for _port, listener in served.listeners:
             listener.close()
+        served.listeners = []
+        if comes_back:
+            self._returning[uid] = served
+            return
         if self._pool is not None:
             self._pool.close_pod(uid)
         os.close(served.netns_fd)
+        served.netns_fd = -1  # tunnels may still ask: the number may be another pod's by then
         self._keep_spare()
 
 

@@ -2,6 +2,7 @@
 
     tools       the programs that generate load, and Envoy: found, built, their versions
     envoy       the configuration of an Envoy pair that speaks HBONE
+    ztunnel     that of a ztunnel, and what it is told of its pod
     servers     programs that are started and waited for
     ground      a lab with every path in it: pods, servers, Envoys
     measures    what is measured, one cell at a time

@@ -3,13 +3,16 @@
     east: plain-client, plain-near    west: plain-far     no mesh, on one node and across
           mesh-client, mesh-near            mesh-far      in the mesh
           envoy-client                      envoy-far     an Envoy in each pod's namespace
+          ztunnel-client                    ztunnel-far   a ztunnel likewise, where there is one
 
-Each server pod runs the same two servers. The Envoys are in cgroups of their own, as our agents
-are, so that the kernel accounts what each mesh uses and nothing else.
+Each server pod runs the same two servers. Envoys and ztunnels are in cgroups of their own, as our
+agents are, so that the kernel accounts what each mesh uses and nothing else.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,14 +21,26 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from agent.bench import envoy
+from agent import netns
+from agent.bench import envoy, ztunnel
 from agent.bench.results import PathName, Place
-from agent.bench.servers import ENVOY_SIGN, Server, envoy_command, write_credentials
+from agent.bench.servers import (
+    ENVOY_SIGN,
+    Server,
+    envoy_command,
+    hand_over,
+    listen_for_ztunnel,
+    write_credentials,
+)
+from agent.errors import LabError
 from agent.identity.local import LocalAuthority
 from agent.lab import machine
+from agent.lab.lab import CA_HOST, CA_PORT
 from agent.model.identity import SpiffeId
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from agent.bench.measures import Plan
     from agent.bench.tools import Tools
     from agent.lab.cluster import LabPod
@@ -41,6 +56,8 @@ PODS = {
     "mesh-far": ("west", "mesh"),
     "envoy-client": ("east", "plain"),
     "envoy-far": ("west", "plain"),
+    "ztunnel-client": ("east", "plain"),
+    "ztunnel-far": ("west", "plain"),
 }
 TRUST_DOMAIN = "cluster.local"
 
@@ -72,8 +89,8 @@ class Way:
         return total
 
 
-def describe() -> str:
-    """Return the lab's objects as YAML."""
+def describe(names: Iterable[str]) -> str:
+    """Return the objects of a lab with these of PODS, as YAML."""
     objects: list[dict[str, object]] = [
         {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
         for name in ("east", "west")
@@ -89,6 +106,7 @@ def describe() -> str:
             "spec": {"nodeName": node, "serviceAccountName": name},
         }
         for name, (node, namespace) in PODS.items()
+        if name in names
     ]
     return yaml.safe_dump_all(objects, sort_keys=False)
 
@@ -119,7 +137,10 @@ class Ground:
     def _build(self) -> None:
         lab = self._lab
         description = self._directory / "cluster.yaml"
-        description.write_text(describe())
+        has_ztunnels = self.tools.ztunnel is not None
+        description.write_text(
+            describe([name for name in PODS if has_ztunnels or not name.startswith("ztunnel")])
+        )
         cluster = lab.up(description, lambda _line: None)
         pods = {pod.name: pod for pod in cluster.pods}
         for pod in (pod for name, pod in pods.items() if not name.endswith("client")):
@@ -133,20 +154,24 @@ class Ground:
                 self._start(pod, "servers", command, "server listening on tcp")
         if self.tools.envoy is not None and "envoy" in self._plan.paths:
             self._start_envoys(self.tools.envoy, pods["envoy-client"], pods["envoy-far"])
+        if self.tools.ztunnel is not None:
+            self._start_ztunnels(self.tools.ztunnel, pods["ztunnel-client"], pods["ztunnel-far"])
         self._wait_enrolled({pod.uid for pod in cluster.pods if pod.namespace == "mesh"})
 
         agents = tuple(lab.cgroup / node.name / "agent" for node in cluster.nodes)
-        envoys = tuple(
-            lab.pod_cgroup(pods[name]) / "envoy" for name in ("envoy-client", "envoy-far")
-        )
+
+        def pair(name: str) -> tuple[Path, ...]:
+            return tuple(lab.pod_cgroup(pods[f"{name}-{end}"]) / name for end in ("client", "far"))
 
         listed: tuple[tuple[PathName, str, str, tuple[Path, ...]], ...] = (
             ("no-mesh", "plain-client", "plain-near", ()),
             ("no-mesh", "plain-client", "plain-far", ()),
             ("same-node", "mesh-client", "mesh-near", agents[:1]),
             ("cross-node", "mesh-client", "mesh-far", agents),
-            ("envoy", "envoy-client", "envoy-far", envoys),
+            ("envoy", "envoy-client", "envoy-far", pair("envoy")),
         )
+        if has_ztunnels:
+            listed += (("ztunnel", "ztunnel-client", "ztunnel-far", pair("ztunnel")),)
         for path, client, server, meshes in listed:
             # An Envoy has no capture: the client speaks to its listener.
             address = "127.0.0.1" if path == "envoy" else str(pods[server].address4)
@@ -165,6 +190,35 @@ class Ground:
         launcher = [sys.executable, "-m", "agent.lab.launch", str(self._lab.pod_netns(pod))]
         server = Server([*launcher, str(cgroup), *command], sign)
         self._stack.callback(server.stop)
+
+    def _start_ztunnels(self, program: Path, client: LabPod, server: LabPod) -> None:
+        state = self._directory / "ztunnel.yaml"
+        state.write_text(yaml.safe_dump(ztunnel.build_state((client, server), TRUST_DOMAIN)))
+        for pod in (client, server):
+            zds = self._directory / f"{pod.name}.sock"
+            authority = ztunnel.Authority(
+                f"{machine.CA_ADDRESS}:{CA_PORT}",
+                CA_HOST,
+                self._lab.authority / "root-cert.pem",
+                self._lab.run / pod.node.name / "token",
+            )
+            settings = ztunnel.environment(pod, state, zds, authority)
+            words = [f"{name}={value}" for name, value in settings.items()]
+            with listen_for_ztunnel(zds) as listener:
+                self._start(pod, "ztunnel", ["env", *words, str(program)], ztunnel.SIGN)
+                fd = netns.open_netns(self._lab.pod_netns(pod))
+                try:
+                    told = hand_over(listener, pod, fd)
+                except OSError as error:
+                    raise LabError(f"{program} does not serve {pod.key}: {error}") from error
+                finally:
+                    os.close(fd)
+            self._stack.callback(told.close)
+        rules = ztunnel.build_capture(str(server.address4), (WIRE_PORT, HTTP_PORT))
+        command = self.command_in(client, "nft", "-f", "-")
+        done = subprocess.run(command, input=rules, text=True, capture_output=True, check=False)
+        if done.returncode:
+            raise LabError(f"nft does not take the capture of a ztunnel: {done.stderr}")
 
     def _start_envoys(self, program: Path, client: LabPod, server: LabPod) -> None:
         authority = LocalAuthority.create(self._directory / "ca", TRUST_DOMAIN)

@@ -42,7 +42,7 @@ class Plan:
         """Whether a path is measured; without the mesh, what the others are compared with."""
         if place.path != "no-mesh":
             return place.path in self.paths
-        others = ("same-node",) if place.is_local else ("cross-node", "envoy")
+        others = ("same-node",) if place.is_local else ("cross-node", "envoy", "ztunnel")
         return "no-mesh" in self.paths and (
             self.paths == ("no-mesh",) or any(path in self.paths for path in others)
         )

@@ -17,6 +17,7 @@ COLORS = {
     "same-node": "#34a0a4",
     "cross-node": "#1a5fb4",
     "envoy": "#c64600",
+    "ztunnel": "#9141ac",
 }
 UNITS = {
     "rtt_p50_us": "us, lower is better",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Parameters = dict[str, int]
 Key = tuple[str, tuple[tuple[str, int], ...]]
-PathName = Literal["no-mesh", "same-node", "cross-node", "envoy"]
+PathName = Literal["no-mesh", "same-node", "cross-node", "envoy", "ztunnel"]
 
 
 class Place(NamedTuple):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from agent.lab.lab import Lab
     from agent.output import Row
 
+MEASURED_IDLE = ("cross-node", "envoy", "ztunnel")  # the direct path has no process of ours in it
+
 
 def run(lab: Lab, tools: Tools, plan: Plan, say: Callable[[str], None]) -> list[Row]:
     """Bring up `lab`, measure, take it down, and return the rows."""
@@ -28,7 +30,7 @@ def run(lab: Lab, tools: Tools, plan: Plan, say: Callable[[str], None]) -> list[
         say(f"lab {lab.name} is up")
         for way in ground.ways:
             # Before the rounds: memory that load has left behind would hide what idle ones take.
-            if "memory" in plan.measures and way.place.path in ("cross-node", "envoy"):
+            if "memory" in plan.measures and way.place.path in MEASURED_IDLE:
                 samples += measure_memory(ground, way, plan.idle_connections)
         cells = Cells(ground, plan)
         for number in range(plan.rounds):

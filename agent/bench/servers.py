@@ -1,21 +1,24 @@
-"""Start a server and wait until it says that it serves; an Envoy's files and command line."""
+"""Start a server and wait until it says that it serves; what Envoys and ztunnels need for that."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import threading
 from typing import IO, TYPE_CHECKING
 
-from agent.bench import envoy
+from agent.bench import envoy, ztunnel
 from agent.errors import LabError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from agent.identity.local import LocalAuthority
+    from agent.lab.cluster import LabPod
     from agent.model.identity import SpiffeId
 
 READY_SECONDS = 20.0
+ZDS_SECONDS = 20.0
 # By then its sockets listen; "starting workers" comes a moment before that.
 ENVOY_SIGN = "starting main dispatch loop"
 
@@ -102,3 +105,30 @@ class Server:
         self._process.kill()
         self._process.wait()
         self._output.join()
+
+
+def listen_for_ztunnel(path: Path) -> socket.socket:
+    """Return the socket that a ztunnel will look for."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+    listener.settimeout(ZDS_SECONDS)
+    return listener
+
+
+def hand_over(listener: socket.socket, pod: LabPod, netns_fd: int) -> socket.socket:
+    """Tell the ztunnel of its pod; it serves it as long as the returned socket is open.
+
+    Raises:
+        OSError: it does not come, or does not accept the pod.
+    """
+    connection, _ = listener.accept()
+    connection.settimeout(ZDS_SECONDS)
+    connection.recv(1024)  # hello
+    for message, fds in ((ztunnel.build_add(pod), [netns_fd]), (ztunnel.SNAPSHOT_SENT, [])):
+        socket.send_fds(connection, [message], fds)
+        answer = connection.recv(1024)
+        if answer != ztunnel.ACK:
+            connection.close()
+            raise OSError(f"it refuses the pod: {answer!r}")
+    return connection

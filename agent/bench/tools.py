@@ -27,17 +27,19 @@ INSTALL_SECONDS = 600
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Paths of the programs; `fortio` is None where there is none."""
+    """Paths of the programs; those that may be missing are None where they are."""
 
     wire: Path
     envoy: Path | None
     fortio: Path | None
+    ztunnel: Path | None = None
 
     def versions(self) -> dict[str, str]:
         """Return what a reader needs to know of a run."""
         found = _first_line(str(self.envoy), "--version") if self.envoy else "none"
         envoy = found.rpartition("version:")[2].strip()
         fortio = _first_line(str(self.fortio), "version") if self.fortio else "none"
+        others = {"ztunnel": ztunnel_version(self.ztunnel)} if self.ztunnel else {}
         return {
             "python": platform.python_version(),
             "openssl": ssl.OPENSSL_VERSION,
@@ -45,12 +47,22 @@ class Tools:
             "processors": str(os.cpu_count()),
             "envoy": envoy,
             "fortio": fortio,
+            **others,
         }
 
 
 def _first_line(*command: str) -> str:
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return found.stdout.strip().splitlines()[0].strip()
+
+
+def ztunnel_version(program: Path) -> str:
+    """Return what a ztunnel says of itself (LabError if the program is none)."""
+    try:
+        line = _first_line(str(program), "version")
+    except (OSError, IndexError, subprocess.CalledProcessError) as error:
+        raise LabError(f"{program} does not tell a ztunnel's version: {error}") from error
+    return line.partition('Version:"')[2].partition('"')[0] or line
 
 
 def find_envoy() -> Path:
@@ -89,6 +101,8 @@ def find_fortio() -> Path | None:
     return program if program.exists() else None
 
 
-def find_tools(*, has_envoy: bool = True) -> Tools:
+def find_tools(*, has_envoy: bool = True, ztunnel: Path | None = None) -> Tools:
     """Find or build everything (LabError if something that cannot be replaced is missing)."""
-    return Tools(build_wire(), find_envoy() if has_envoy else None, find_fortio())
+    if ztunnel is not None and shutil.which("nft") is None:
+        raise LabError("nft is missing, which sends connections to a ztunnel: install nftables")
+    return Tools(build_wire(), find_envoy() if has_envoy else None, find_fortio(), ztunnel)

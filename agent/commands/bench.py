@@ -25,6 +25,7 @@ COLUMNS = (
         "sidestep bench --quick",
         "sidestep bench --path same-node --measure round-trip -o json",
         "sidestep bench --plot bench.png",
+        "sidestep bench --ztunnel /usr/local/bin/ztunnel",
     )
 )
 @click.option("--quick", is_flag=True, help="Short cells: under a minute, and more noise.")
@@ -41,6 +42,10 @@ COLUMNS = (
     multiple=True,
     help="Only these measures (repeat).",
 )
+@click.option(
+    "--ztunnel", type=click.Path(path_type=Path, dir_okay=False), metavar="BINARY",
+    help="Measure a pair of ztunnels as well; needs nft.",
+)  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG here.")
 @click.option("--name", default="bench", show_default=True, help="Name of the lab that is used.")
 @output_option
@@ -51,6 +56,7 @@ def bench(
     idle: int | None,
     paths: tuple[str, ...],
     measures: tuple[str, ...],
+    ztunnel: Path | None,
     plot: Path | None,
     name: str,
     output: Output,
@@ -66,10 +72,10 @@ def bench(
         rounds=rounds or base.rounds,
         seconds=seconds or base.seconds,
         idle_connections=idle or base.idle_connections,
-        paths=paths or base.paths,
+        paths=(paths or base.paths) + (("ztunnel",) if ztunnel else ()),
         measures=measures or base.measures,
     )
-    found = tools.find_tools(has_envoy="envoy" in plan.paths)
+    found = tools.find_tools(has_envoy="envoy" in plan.paths, ztunnel=ztunnel)
     versions = ", ".join(f"{key} {value}" for key, value in found.versions().items())
     click.echo(versions, err=True)
     rows = run(Lab(name), found, plan, lambda line: click.echo(f"  {line}", err=True))

@@ -17,6 +17,7 @@ Floods are counted, not timed: what a peer can make us queue or do for nothing i
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -27,7 +28,13 @@ from agent.errors import LocalProtocolError, RemoteProtocolError
 from agent.tunnel import events, frames
 from agent.tunnel.events import DataReceived
 from agent.tunnel.frames import ErrorCode, FrameType, Setting
-from agent.tunnel.headers import TABLE_SIZE_0, build_request, build_response
+from agent.tunnel.headers import (
+    TABLE_SIZE_0,
+    build_request,
+    build_response,
+    find_request_fault,
+    find_response_fault,
+)
 from agent.tunnel.streams import Stream, StreamInput, StreamState
 
 if TYPE_CHECKING:
@@ -81,11 +88,14 @@ class Connection:
         self._peer_stream_window = frames.DEFAULT_WINDOW
         self._peer_frame_bytes = frames.DEFAULT_FRAME_BYTES
         self._next_stream_id = 1
-        self._last_peer_stream_id = 0
-        self._pending = b""  # an incomplete frame other than DATA
+        self._last_peer_stream_id = 0  # that we acted on
+        self._highest_peer_stream_id = 0  # that we heard of
+        # By us, so the peer may still speak of them; as many as it can have had open.
+        self._were_reset: deque[int] = deque(maxlen=self.limits.concurrent_streams)
+        self._pending = b""  # an incomplete frame that is neither DATA nor unknown
         self._data_stream_id = 0  # the DATA frame that is being received
         self._data_left = 0
-        self._data_padding = 0
+        self._to_skip = 0  # padding, or an unknown frame
         self._data_ends = False
         self._block: bytearray | None = None  # header block until END_HEADERS
         self._block_stream_id = 0
@@ -93,6 +103,7 @@ class Connection:
         self._preface_left = frames.PREFACE if role is Role.SERVER else b""
         self._handlers: dict[int, Callable[[int, int, memoryview], list[Event]]] = {
             FrameType.HEADERS: self._on_headers,
+            FrameType.PRIORITY: self._on_priority,
             FrameType.RST_STREAM: self._on_reset,
             FrameType.SETTINGS: self._on_settings,
             FrameType.PUSH_PROMISE: self._on_push_promise,
@@ -259,8 +270,12 @@ class Connection:
         """End a stream at once; nothing happens if it is gone."""
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._output.append(frames.build_reset(stream_id, code))
+            self._say_reset(stream_id, code)
             self._advance(stream_id, stream, StreamInput.RESET)
+
+    def _say_reset(self, stream_id: int, code: int) -> None:
+        self._output.append(frames.build_reset(stream_id, code))
+        self._were_reset.append(stream_id)
 
     def ping(self, payload: bytes) -> None:
         """Send a PING of 8 bytes; PongReceived brings them back."""
@@ -325,7 +340,7 @@ class Connection:
         view = memoryview(data)
         at, end = 0, len(view)
         while at < end:
-            if self._data_left or self._data_padding:
+            if self._data_left or self._to_skip:
                 at = self._receive_data(view, at, found)
                 continue
             if end - at < frames.HEADER_BYTES:
@@ -341,22 +356,25 @@ class Connection:
                     self._data_stream_id = stream_id
                     self._data_left = length - size
                 continue
-            self._check_frame(length, frame_type, stream_id)
+            self._check_frame(length, frame_type, flags, stream_id)
             if frame_type == DATA:
                 # Its first byte may be the padding's length, so that one must be here as well.
-                needed = frames.HEADER_BYTES + (1 if flags & frames.PADDED else 0)
+                needed = frames.HEADER_BYTES + (1 if flags & frames.PADDED and length else 0)
                 if end - at < needed:
                     break
                 self._begin_data(length, flags, stream_id, view[at + 9 : at + needed], found)
                 at += needed
                 continue
+            handler = self._handlers.get(frame_type)
+            if handler is None:  # RFC 9113 §4.1: discarded, and so not kept until it is whole
+                self._to_skip = length
+                at += frames.HEADER_BYTES
+                continue
             if end - at < frames.HEADER_BYTES + length:
                 break
             payload = view[at + 9 : at + 9 + length]
             at += frames.HEADER_BYTES + length
-            handler = self._handlers.get(frame_type)
-            if handler is not None:
-                found += handler(flags, stream_id, payload)
+            found += handler(flags, stream_id, payload)
         if at < end:
             self._pending = bytes(view[at:])
 
@@ -366,6 +384,7 @@ class Connection:
         if (
             stream is None
             or not stream.may_receive
+            or not stream.has_response
             or not 0 < length <= self.limits.frame_bytes
             or length > stream.receive_window
             or length > self._receive_window
@@ -391,17 +410,17 @@ class Connection:
         self._preface_left = self._preface_left[size:]
         return data[size:]
 
-    def _check_frame(self, length: int, frame_type: int, stream_id: int) -> None:
+    def _check_frame(self, length: int, frame_type: int, flags: int, stream_id: int) -> None:
         if length > self.limits.frame_bytes:
             raise RemoteProtocolError("a frame is too long", ErrorCode.FRAME_SIZE_ERROR)
-        if not self.is_ready and frame_type != FrameType.SETTINGS:
+        if not self.is_ready and (frame_type != FrameType.SETTINGS or flags & frames.ACK):
             raise RemoteProtocolError("SETTINGS is not the first frame", ErrorCode.PROTOCOL_ERROR)
         if self._block is not None and (
             frame_type != FrameType.CONTINUATION or stream_id != self._block_stream_id
         ):
             raise RemoteProtocolError("a header block is interrupted", ErrorCode.PROTOCOL_ERROR)
-        if frame_type != FrameType.DATA and length > frames.DEFAULT_FRAME_BYTES * 4:
-            # Only DATA is passed on in parts; anything else would have to be held whole.
+        if frame_type in self._handlers and length > frames.DEFAULT_FRAME_BYTES * 4:
+            # DATA is passed on in parts; what has a handler would have to be held whole.
             raise RemoteProtocolError("a control frame is too long", ErrorCode.FRAME_SIZE_ERROR)
 
     def _annoy(self) -> None:
@@ -413,17 +432,20 @@ class Connection:
         # A stream that was answered may be reset: that is how a TCP RST travels.
         self._nuisances = min(FREE_NUISANCES, self._nuisances + 1)
 
-    def _reply(self, frame: bytes) -> None:
+    def _count_reply(self) -> None:
         self._unsent_replies += 1
         if self._unsent_replies > MAX_UNSENT_REPLIES:
             raise RemoteProtocolError("too many replies to write", ErrorCode.ENHANCE_YOUR_CALM)
+
+    def _reply(self, frame: bytes) -> None:
+        self._count_reply()
         self._output.append(frame)
 
     def _is_idle(self, stream_id: int) -> bool:
         """Whether the number was never used; a stream that is gone is not idle."""
         if self.role is Role.CLIENT:
             return stream_id % 2 == 0 or stream_id >= self._next_stream_id
-        return stream_id % 2 == 0 or stream_id > self._last_peer_stream_id
+        return stream_id % 2 == 0 or stream_id > self._highest_peer_stream_id
 
     # DATA
 
@@ -434,6 +456,8 @@ class Connection:
             raise RemoteProtocolError("DATA on an idle stream", ErrorCode.PROTOCOL_ERROR)
         padding = 0
         if flags & frames.PADDED:
+            if not length:
+                raise RemoteProtocolError("DATA is too short", ErrorCode.FRAME_SIZE_ERROR)
             padding = first[0] + 1
             if padding > length:
                 raise RemoteProtocolError("padding is too long", ErrorCode.PROTOCOL_ERROR)
@@ -451,6 +475,8 @@ class Connection:
         if stream is not None:
             if not stream.may_receive:
                 self._fail_stream(stream_id, ErrorCode.STREAM_CLOSED, found)
+            elif self.role is Role.CLIENT and not stream.has_response:
+                self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)  # RFC 9113 §8.1
             elif length > stream.receive_window:
                 self._fail_stream(stream_id, ErrorCode.FLOW_CONTROL_ERROR, found)
             else:
@@ -459,9 +485,9 @@ class Connection:
                     self.acknowledge(stream_id, padding)
         self._data_stream_id = stream_id
         self._data_left = length - padding
-        self._data_padding = max(0, padding - 1)
+        self._to_skip = max(0, padding - 1)
         self._data_ends = bool(flags & frames.END_STREAM)
-        if not self._data_left and not self._data_padding:
+        if not self._data_left and not self._to_skip:
             self._end_data(found)
 
     def _receive_data(self, view: memoryview, at: int, found: list[Event]) -> int:
@@ -472,9 +498,9 @@ class Connection:
                 found.append(DataReceived(self._data_stream_id, part))
             self._data_left -= size
         else:
-            size = min(self._data_padding, len(view) - at)
-            self._data_padding -= size
-        if not self._data_left and not self._data_padding:
+            size = min(self._to_skip, len(view) - at)
+            self._to_skip -= size
+        if not self._data_left and not self._to_skip:
             self._end_data(found)
         return at + size
 
@@ -499,15 +525,16 @@ class Connection:
     def _on_headers(self, flags: int, stream_id: int, payload: memoryview) -> list[Event]:
         if stream_id == 0:
             raise RemoteProtocolError("HEADERS on stream 0", ErrorCode.PROTOCOL_ERROR)
-        start, end = 0, len(payload)
-        if flags & frames.PADDED:
-            if end < 1 or payload[0] >= end:
-                raise RemoteProtocolError("padding is too long", ErrorCode.PROTOCOL_ERROR)
-            start, end = 1, end - payload[0]
+        is_padded = bool(flags & frames.PADDED)
+        start, end = int(is_padded), len(payload)
         if flags & frames.PRIORITY_FLAG:
-            start += 5
+            start += frames.PRIORITY_BYTES
         if start > end:
             raise RemoteProtocolError("HEADERS is too short", ErrorCode.FRAME_SIZE_ERROR)
+        if is_padded:
+            end -= payload[0]
+            if start > end:
+                raise RemoteProtocolError("padding is too long", ErrorCode.PROTOCOL_ERROR)
         self._block = bytearray(payload[start:end])
         self._block_stream_id = stream_id
         self._block_ends = bool(flags & frames.END_STREAM)
@@ -528,12 +555,16 @@ class Connection:
         assert self._block is not None
         block, self._block = bytes(self._block), None
         try:
-            headers = [(str(n), str(v)) for n, v in self._decoder.decode(block, raw=False)]
+            # A name that is not ASCII is malformed, a value may be any bytes (RFC 9113 §8.2.1).
+            headers = [
+                (str(name, "latin-1"), str(value, "utf-8", "replace"))
+                for name, value in self._decoder.decode(block, raw=True)
+            ]
         except hpack.OversizedHeaderListError as error:
             raise RemoteProtocolError(
                 "headers are too long", ErrorCode.ENHANCE_YOUR_CALM
             ) from error
-        except (hpack.HPACKError, UnicodeDecodeError) as error:
+        except hpack.HPACKError as error:
             raise RemoteProtocolError(
                 "headers cannot be decoded", ErrorCode.COMPRESSION_ERROR
             ) from error
@@ -554,27 +585,35 @@ class Connection:
         self, stream_id: int, headers: list[tuple[str, str]], found: list[Event]
     ) -> None:
         if stream_id in self._streams:
-            self._on_trailers(stream_id, found)
+            # RFC 9113 §8.5: a connected stream has no trailers.
+            self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)
             return
-        if stream_id % 2 == 0 or stream_id <= self._last_peer_stream_id:
+        if stream_id % 2 == 0 or stream_id <= self._highest_peer_stream_id:
+            if stream_id in self._were_reset:
+                self._annoy()
+                return  # §5.1: it was sent before the peer heard of that
             raise RemoteProtocolError("a stream number is used again", ErrorCode.PROTOCOL_ERROR)
+        self._highest_peer_stream_id = stream_id
         if self.is_draining or len(self._streams) >= self.limits.concurrent_streams:
             if not self.is_draining:
                 self._last_peer_stream_id = stream_id
                 self._annoy()
-            self._reply(frames.build_reset(stream_id, ErrorCode.REFUSED_STREAM))
+            self._count_reply()
+            self._say_reset(stream_id, ErrorCode.REFUSED_STREAM)
             return
         self._last_peer_stream_id = stream_id
         self._streams[stream_id] = Stream(self._peer_stream_window, self.limits.stream_window)
         named = dict(headers)
-        method, authority = named.get(":method"), named.get(":authority", "")
-        fault = None
-        if method != "CONNECT":
+        method = named.get(":method")
+        fault = find_request_fault(headers)
+        if fault is not None:
+            # §8.1.1: an error of the stream; an answer may be sent before that.
+            self._annoy()
+            self._send_headers(stream_id, build_response(400), ends=False)
+            self.reset(stream_id, ErrorCode.PROTOCOL_ERROR)
+        elif method != "CONNECT":
             fault = f"the method is {method}, not CONNECT"
-        elif not authority:
-            fault = "there is no :authority"
-        elif ":scheme" in named or ":path" in named:
-            fault = "CONNECT carries :scheme or :path"  # RFC 9113 §8.5
+        authority = named.get(":authority", "")
         found.append(events.ConnectRequested(stream_id, authority, named, fault))
 
     def _on_response(
@@ -585,24 +624,26 @@ class Connection:
             if self._is_idle(stream_id):
                 raise RemoteProtocolError("an answer to no request", ErrorCode.PROTOCOL_ERROR)
             return
-        if stream.has_response:
-            self._on_trailers(stream_id, found)
+        if stream.has_response or find_response_fault(headers, ends=self._block_ends) is not None:
+            self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)  # RFC 9113 §8.5, §8.1.1
             return
-        status = dict(headers).get(":status", "")
-        if not (len(status) == 3 and status.isascii() and status.isdigit()):
-            self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)
-        elif status.startswith("1"):
+        status = dict(headers)[":status"]
+        if status.startswith("1"):
             self._annoy()
         else:
             stream.has_response = True
             self._appease()
             found.append(events.ResponseReceived(stream_id, int(status)))
 
-    def _on_trailers(self, stream_id: int, found: list[Event]) -> None:
-        if not self._block_ends:
-            self._fail_stream(stream_id, ErrorCode.PROTOCOL_ERROR, found)
-
     # everything else
+
+    def _on_priority(self, _flags: int, stream_id: int, payload: memoryview) -> list[Event]:
+        if stream_id == 0:
+            raise RemoteProtocolError("PRIORITY on stream 0", ErrorCode.PROTOCOL_ERROR)
+        if len(payload) != frames.PRIORITY_BYTES:
+            # Of the stream, which may not exist: RFC 9113 §5.4.1 lets us end the connection.
+            raise RemoteProtocolError("PRIORITY has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
+        return []
 
     def _on_reset(self, _flags: int, stream_id: int, payload: memoryview) -> list[Event]:
         if len(payload) != 4:
@@ -625,7 +666,9 @@ class Connection:
             return []
         if len(payload) % 6:
             raise RemoteProtocolError("SETTINGS has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
-        for name, value in frames.parse_settings(payload):
+        # Of a name that comes again the last value is in force (RFC 9113 §6.5.3). A thousand
+        # windows in a frame would cost a thousand walks over all streams.
+        for name, value in dict(frames.parse_settings(payload)).items():
             self._apply_setting(name, value)
         self.is_ready = True
         self._reply(frames.SETTINGS_ACK)
@@ -634,6 +677,10 @@ class Connection:
     def _apply_setting(self, name: int, value: int) -> None:
         if name == Setting.HEADER_TABLE_SIZE:
             self._size_update = TABLE_SIZE_0
+        elif name == Setting.ENABLE_PUSH:
+            # RFC 9113 §6.5.2: a server may not ask for it.
+            if value > (1 if self.role is Role.SERVER else 0):
+                raise RemoteProtocolError("ENABLE_PUSH is not allowed", ErrorCode.PROTOCOL_ERROR)
         elif name == Setting.MAX_CONCURRENT_STREAMS:
             self.peer_concurrent_streams = value
         elif name == Setting.INITIAL_WINDOW_SIZE:
@@ -641,6 +688,8 @@ class Connection:
                 raise RemoteProtocolError("a window is too large", ErrorCode.FLOW_CONTROL_ERROR)
             for stream in self._streams.values():
                 stream.send_window += value - self._peer_stream_window
+                if stream.send_window > frames.MAX_WINDOW:  # RFC 9113 §6.9.2
+                    raise RemoteProtocolError("a window is too large", ErrorCode.FLOW_CONTROL_ERROR)
             self._peer_stream_window = value
         elif name == Setting.MAX_FRAME_SIZE:
             if not frames.DEFAULT_FRAME_BYTES <= value <= frames.MAX_FRAME_BYTES:
@@ -679,9 +728,11 @@ class Connection:
             raise RemoteProtocolError("WINDOW_UPDATE has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
         increment = frames.parse_word(payload) & frames.MAX_WINDOW
         if stream_id == 0:
+            if increment == 0:
+                raise RemoteProtocolError("a window grows by 0", ErrorCode.PROTOCOL_ERROR)
             self._send_window += increment
-            if increment == 0 or self._send_window > frames.MAX_WINDOW:
-                raise RemoteProtocolError("a window is not allowed", ErrorCode.FLOW_CONTROL_ERROR)
+            if self._send_window > frames.MAX_WINDOW:
+                raise RemoteProtocolError("a window is too large", ErrorCode.FLOW_CONTROL_ERROR)
             return [events.WindowOpened(0)]
         stream = self._streams.get(stream_id)
         if stream is None:
@@ -691,8 +742,9 @@ class Connection:
                 )
             return []
         stream.send_window += increment
-        if increment == 0 or stream.send_window > frames.MAX_WINDOW:
-            found: list[Event] = []
-            self._fail_stream(stream_id, ErrorCode.FLOW_CONTROL_ERROR, found)
-            return found
-        return [events.WindowOpened(stream_id)]
+        if increment and stream.send_window <= frames.MAX_WINDOW:
+            return [events.WindowOpened(stream_id)]
+        found: list[Event] = []
+        code = ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR
+        self._fail_stream(stream_id, code, found)
+        return found

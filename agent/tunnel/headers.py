@@ -1,16 +1,21 @@
-"""Header blocks as we send them: HPACK literals, nothing remembered, nothing compressed (RFC 7541).
+"""Header blocks as we send them, and the rules for those of a peer.
 
-What HBONE sends is short and differs from stream to stream. A table of it would save fifty bytes of
-a connection, and searching and coding it took an eighth of the time that the caller's worker spends
-on one (docs/performance.md). What a peer sends is decoded by the hpack library. Pure.
+Ours are HPACK literals: nothing remembered, nothing compressed (RFC 7541). What HBONE sends is
+short and differs from stream to stream. A table of it would save fifty bytes of a connection, and
+searching and coding it took an eighth of the time that the caller's worker spends on one
+(docs/performance.md). What a peer sends is decoded by the hpack library, and held here to RFC 9113
+§8. Pure.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    Fields = Iterable[tuple[str, str]]
 
 # RFC 7541 §6.2.2, "Literal Header Field without Indexing": a new name, or one of the static table
 # (appendix A), which is 4 bits of the first byte.
@@ -53,3 +58,71 @@ def build_request(authority: str, headers: Iterable[tuple[str, str]]) -> bytes:
 def build_response(status: int) -> bytes:
     """Return the block of an answer."""
     return STATUS_200 if status == 200 else STATUS + build_string(str(status))
+
+
+# RFC 9113 §8.2.1: visible ASCII without upper case and colon; and what no value may have.
+NAME = re.compile(r"[!-9;-@\[-~]+")
+NO_VALUE = re.compile(r"[\0\r\n]|^[ \t]|[ \t]$")
+# §8.2.2; `te` is allowed with one value.
+OF_ONE_CONNECTION = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
+)
+# What peers send with nearly every request, and so need not look at in detail.
+USUAL_NAMES = frozenset({"baggage", "forwarded", "traceparent"})
+REQUEST_NAMES = frozenset({":method", ":scheme", ":authority", ":path"})
+RESPONSE_NAMES = frozenset({":status"})
+
+
+def find_request_fault(fields: Fields) -> str | None:
+    """Return why a request is malformed (RFC 9113 §8.1.1), None if it is not."""
+    pseudo: dict[str, str] = {}
+    fault = _read(fields, REQUEST_NAMES, pseudo)
+    if fault is not None:
+        return fault
+    if pseudo.get(":method") == "CONNECT":  # §8.5
+        if ":scheme" in pseudo or ":path" in pseudo:
+            return "CONNECT carries :scheme or :path"
+        return None if pseudo.get(":authority") else "there is no :authority"
+    missing = [name for name in (":method", ":scheme", ":path") if not pseudo.get(name)]
+    return f"there is no {missing[0]}" if missing else None
+
+
+def find_response_fault(fields: Fields, *, ends: bool) -> str | None:
+    """Return why an answer is malformed (RFC 9113 §8.1.1), None if it is not.
+
+    `ends` says that nothing follows it, which an interim answer may not claim (§8.1).
+    """
+    pseudo: dict[str, str] = {}
+    fault = _read(fields, RESPONSE_NAMES, pseudo)
+    if fault is not None:
+        return fault
+    status = pseudo.get(":status", "")
+    if not (len(status) == 3 and status.isascii() and status.isdigit()):
+        return "there is no :status of three digits"
+    return "an interim answer ends the stream" if ends and status[0] == "1" else None
+
+
+def _read(fields: Fields, known: frozenset[str], pseudo: dict[str, str]) -> str | None:
+    """Fill `pseudo` and return None, or why the fields are malformed."""
+    is_pseudo_over = False
+    for name, value in fields:
+        if name[:1] == ":":
+            if name not in known:
+                return f"there is no pseudo-header {name!r} here"
+            if name in pseudo:
+                return f"{name} comes twice"
+            if is_pseudo_over:
+                return f"{name} comes after other fields"
+            pseudo[name] = value
+        else:
+            is_pseudo_over = True
+            if name not in USUAL_NAMES:
+                if NAME.fullmatch(name) is None:
+                    return f"{name!r} is no name of a field"
+                if name in OF_ONE_CONNECTION or (name == "te" and value != "trailers"):
+                    return f"{name!r} is for HTTP/1"
+        # Most values are plain text: two calls, where the expression takes several times as long.
+        is_plain = value.isprintable() and value.strip(" ") == value
+        if not is_plain and NO_VALUE.search(value) is not None:
+            return f"{name!r} has a value that is not allowed"
+    return None

@@ -74,9 +74,13 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class RemovePod:
-    """Accept nothing more for a pod."""
+    """Accept nothing more for a pod.
+
+    If it comes back, its tunnels go on, and serve what is asked in them until it is here again.
+    """
 
     uid: str
+    comes_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +19,7 @@ from agent.bench.tools import find_envoy
 from agent.datapath import links
 from agent.enroll import enroll, unenroll
 from agent.identity.local import LocalAuthority
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
@@ -34,7 +35,7 @@ from tests.node.conftest import (
 from tests.support.namespaces import PEER4, PEER6, POD4, POD6, Namespace, Network
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from agent.bench.envoy import Credentials
     from agent.datapath import pins
@@ -61,6 +62,7 @@ class Neighbors:
     authority: LocalAuthority
     directory: Path
     stack: ExitStack
+    start_worker: Callable[[str], RunningWorker]  # one more for the same pod; its log's name
 
     def credentials(
         self, own: SpiffeId, peer: SpiffeId, authority: LocalAuthority | None = None
@@ -76,9 +78,15 @@ class Neighbors:
         self.stack.callback(envoy.stop)
 
 
-def _neighbors(
-    loaded: pins.Pins, network: Network, tmp_path: Path, name: str
+@contextmanager
+def make_neighbors(
+    loaded: pins.Pins,
+    network: Network,
+    tmp_path: Path,
+    name: str,
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> Iterator[Neighbors]:
+    """Enroll the pod `name` with a worker of its own; the other has neither."""
     namespaces = {"client": network.pod, "server": network.peer}
     (other,) = namespaces.keys() - {name}
     with ExitStack() as stack:
@@ -88,29 +96,46 @@ def _neighbors(
         pod = LocalPod(own.uid, "default", name, name, own.addresses)
         enrollment = enroll(loaded, pod, namespaces[name].fd)
         stack.callback(unenroll, enrollment)
-        worker = RunningWorker(tmp_path / f"{name}.log")
-        stack.callback(worker.stop)
-        worker.tell(
-            messages.Configure(str(loaded.directory), TRUST_DOMAIN),
-            certificate_for(authority, identity(name)),
-            messages.PutWorkload(own),
-            messages.PutWorkload(workload(other)),
-        )
-        message, fds = listener_message(enrollment)
-        messages.send(worker.channel, message, fds)
-        worker.settle()
+
+        def start_worker(log: str) -> RunningWorker:
+            worker = RunningWorker(tmp_path / f"{log}.log")
+            stack.callback(worker.stop)
+            worker.tell(
+                messages.Configure(str(loaded.directory), TRUST_DOMAIN, bounds=bounds),
+                certificate_for(authority, identity(name)),
+                messages.PutWorkload(own),
+                messages.PutWorkload(workload(other)),
+            )
+            message, fds = listener_message(enrollment)
+            messages.send(worker.channel, message, fds)
+            worker.settle()
+            return worker
+
+        worker = start_worker(name)
         ours = MeshPod(namespaces[name], enrollment, worker, own)
-        yield Neighbors(ours, namespaces[other], authority, directory, stack)
+        yield Neighbors(ours, namespaces[other], authority, directory, stack, start_worker)
         print(worker.log.read_text())  # noqa: T201  # shown by pytest on failure
 
 
 @pytest.fixture
-def server(loaded: pins.Pins, network: Network, tmp_path: Path) -> Iterator[Neighbors]:
-    """Our worker serves the server; the client is for an Envoy."""
-    yield from _neighbors(loaded, network, tmp_path, "server")
+def bounds() -> Bounds:
+    """Return the limits of our worker; a test that wants others says so by a parameter."""
+    return DEFAULT_BOUNDS
 
 
 @pytest.fixture
-def client(loaded: pins.Pins, network: Network, tmp_path: Path) -> Iterator[Neighbors]:
+def server(
+    loaded: pins.Pins, network: Network, tmp_path: Path, bounds: Bounds
+) -> Iterator[Neighbors]:
+    """Our worker serves the server; the client is for an Envoy."""
+    with make_neighbors(loaded, network, tmp_path, "server", bounds) as made:
+        yield made
+
+
+@pytest.fixture
+def client(
+    loaded: pins.Pins, network: Network, tmp_path: Path, bounds: Bounds
+) -> Iterator[Neighbors]:
     """Our worker serves the client; the server is for an Envoy."""
-    yield from _neighbors(loaded, network, tmp_path, "client")
+    with make_neighbors(loaded, network, tmp_path, "client", bounds) as made:
+        yield made

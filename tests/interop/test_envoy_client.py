@@ -7,17 +7,21 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from agent.bench.envoy import build_client
 from agent.identity.local import LocalAuthority
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT
 from agent.model.identity import SpiffeId
+from agent.tunnel import messages
 from tests.interop.conftest import Neighbors, identity
 from tests.node.test_tunnel import echo, read_all
 from tests.support.namespaces import PEER4, POD4
+from tests.support.policies import authorization
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +37,7 @@ SMALL = {
     "initial_connection_window_size": 65535,
     "max_concurrent_streams": 2,
 }
+SMALL_BOUNDS = Bounds(stream_buffer_bytes=65535)
 
 
 def start(
@@ -89,7 +94,29 @@ def test_half_close_leaves_the_answer(server: Neighbors, serve: Serve) -> None:
     assert read_all(connection) == b"noitseuq"
 
 
-@pytest.mark.parametrize("http2", [{}, SMALL], ids=["defaults", "small windows"])
+def answer_then_listen(accepted: socket.socket) -> None:
+    """End first, and say how much came after that."""
+    accepted.sendall(b"done")
+    accepted.shutdown(socket.SHUT_WR)
+    assert read_all(accepted) == b"still here"
+
+
+def test_application_that_ends_first_hears_the_rest(server: Neighbors, serve: Serve) -> None:
+    start(server)
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), answer_then_listen)
+    connection = dial(server)
+    assert read_all(connection) == b"done"
+    connection.sendall(b"still here")
+    connection.close()
+
+
+# Ours are small by the worker's own limit; frames of 16 KiB are the smallest there are, and what an
+# Envoy takes.
+@pytest.mark.parametrize(
+    ("http2", "bounds"),
+    [({}, DEFAULT_BOUNDS), (SMALL, DEFAULT_BOUNDS), ({}, SMALL_BOUNDS)],
+    ids=["defaults", "the peer's windows are small", "our windows are small"],
+)
 def test_large_transfers_both_ways_at_once(
     server: Neighbors, serve: Serve, http2: dict[str, Any]
 ) -> None:
@@ -119,6 +146,48 @@ def test_application_that_is_not_there_ends_the_connection(server: Neighbors) ->
     assert ends_without_data(dial(server))
     server.ours.worker.settle()
     assert "503: the application cannot be reached" in server.ours.worker.log.read_text()
+
+
+def test_client_that_policy_stops_is_answered_401(server: Neighbors, serve: Serve) -> None:
+    start(server)
+
+    def handle(accepted: socket.socket) -> None:
+        with suppress(ConnectionResetError):
+            echo(accepted)
+
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), handle)
+    with dial(server) as connection:
+        connection.sendall(b"a")
+        assert connection.recv(1) == b"a"
+        denial = authorization("nobody", "ALLOW")
+        server.ours.worker.tell(messages.PutPolicies((denial,)), messages.Enforce())
+        assert ends_without_data(connection)  # what was open is closed
+    assert ends_without_data(dial(server))
+    server.ours.worker.settle()
+    assert '"result": "401: ' in server.ours.worker.log.read_text()
+
+
+def test_goaway_of_a_worker_that_retires_fails_no_connection(
+    server: Neighbors, serve: Serve
+) -> None:
+    start(server)
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), echo, 11)
+    kept = dial(server)
+    kept.sendall(b"k")
+    assert kept.recv(1) == b"k"
+    old = server.ours.worker
+    successor = server.start_worker("successor")
+    old.tell(messages.Retire(has_successor=True))
+    for _ in range(10):
+        with dial(server) as connection:
+            connection.sendall(b"x")
+            assert connection.recv(1) == b"x"
+    kept.sendall(b"l")
+    assert kept.recv(1) == b"l"
+    kept.close()
+    assert old.process.wait(10) == 0
+    successor.settle()
+    assert '"message": "connection complete"' in successor.log.read_text()
 
 
 def test_reset_of_the_application_ends_the_connection(server: Neighbors, serve: Serve) -> None:

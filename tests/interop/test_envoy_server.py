@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from agent.bench.envoy import build_server
+from agent.identity.local import LocalAuthority
+from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT
 from agent.model.identity import SpiffeId
 from tests.interop.conftest import Neighbors, identity
-from tests.interop.test_envoy_client import SMALL, ends_without_data
+from tests.interop.test_envoy_client import (
+    SMALL,
+    SMALL_BOUNDS,
+    ends_without_data,
+)
 from tests.node.test_tunnel import echo, read_all
 from tests.support.namespaces import PEER4
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from agent.bench.envoy import Credentials
 
 pytestmark = pytest.mark.root
@@ -75,7 +83,11 @@ def test_half_close_leaves_the_answer(client: Neighbors, serve: Serve) -> None:
     assert read_all(connection) == b"noitseuq"
 
 
-@pytest.mark.parametrize("http2", [{}, SMALL], ids=["defaults", "small windows, two streams"])
+@pytest.mark.parametrize(
+    ("http2", "bounds"),
+    [({}, DEFAULT_BOUNDS), (SMALL, DEFAULT_BOUNDS), ({}, SMALL_BOUNDS)],
+    ids=["defaults", "the peer's windows are small, two streams", "our windows are small"],
+)
 def test_large_transfers_both_ways_at_once(
     client: Neighbors, serve: Serve, http2: dict[str, Any]
 ) -> None:
@@ -145,6 +157,17 @@ def test_peer_with_another_name_is_refused(client: Neighbors) -> None:
     assert ends_without_data(dial(client))
     client.ours.worker.settle()
     assert "impostor, not spiffe://" in client.ours.worker.log.read_text()
+
+
+def test_server_of_another_authority_is_refused(client: Neighbors, tmp_path: Path) -> None:
+    other = LocalAuthority.create(tmp_path / "other", "cluster.local")
+    client.start_envoy(
+        build(client, client.credentials(identity("server"), identity("client"), other))
+    )
+    client.theirs.listen(PEER4, APP_PORT)
+    assert ends_without_data(dial(client))
+    client.ours.worker.settle()
+    assert "certificate" in client.ours.worker.log.read_text()
 
 
 def test_envoy_checks_our_name(client: Neighbors) -> None:

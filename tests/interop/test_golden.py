@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from agent.tunnel import frames
 from agent.tunnel.connection import Connection, Role
 from agent.tunnel.events import ConnectRequested, Event, ResponseReceived
@@ -17,6 +19,7 @@ ENVOY_CLIENT = bytes.fromhex(
     "000000040100000000"
     "000002010400000003bfbe"
 )
+ENVOY_THIRD = bytes.fromhex("000002010400000005bfbe")
 # An Envoy as a server: 200 with a date and `server: envoy`, then 503.
 ENVOY_SERVER = bytes.fromhex(
     "000018040000000000000100001000000800000001000300000400000401000000"
@@ -35,11 +38,29 @@ OUR_CONNECT = (
 )
 
 
+# INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE; then ENABLE_PUSH of 0 of a client, or
+# MAX_CONCURRENT_STREAMS of a server; and the connection's window.
+COMMON = "0004002000000005001000000006000040" + "00"
+WINDOW = "000004080000000000" + "00ff0001"
+OUR_OPENINGS = {
+    Role.CLIENT: (
+        "505249202a20485454502f322e300d0a0d0a534d0d0a0d0a"
+        "000018040000000000" + COMMON + "000200000000" + WINDOW
+    ),
+    Role.SERVER: "000018040000000000" + COMMON + "0003000000c8" + WINDOW,
+}
+
+
 def client() -> Connection:
     made = Connection(Role.CLIENT)
     made.receive(frames.build_settings({}))
     made.take_output()
     return made
+
+
+@pytest.mark.parametrize("role", Role)
+def test_our_opening(role: Role) -> None:
+    assert Connection(role).take_output().hex() == OUR_OPENINGS[role]
 
 
 def test_our_connect() -> None:
@@ -57,9 +78,13 @@ def test_our_answers() -> None:
     server.respond(1, 200)
     # The Envoy named a size for our header table: 0 in answer, once (RFC 7541 §4.2).
     assert server.take_output().hex() == "0000020104000000012088"
-    server.respond(3, 503)
+    server.respond(3, 401)
+    expected = "0000050105000000030803343031" + "00000403000000000300000000"
+    assert server.take_output().hex() == expected
+    server.receive(ENVOY_THIRD)
+    server.respond(5, 503)
     # END_STREAM, and RST_STREAM(NO_ERROR): no more of the request is wanted (RFC 9113 §8.1).
-    expected = "000005010500000003080335303300000403000000000300000000"
+    expected = "0000050105000000050803353033" + "00000403000000000500000000"
     assert server.take_output().hex() == expected
 
 

@@ -11,10 +11,16 @@ import pytest
 
 from agent import netlink, netns
 from agent.enroll import REPLY_SYSCTLS
+from agent.tunnel import messages
+from agent.tunnel.events import ResponseReceived
+from tests.node.conftest import listener_message
+from tests.node.test_hostile_peers import HandMadePeer, good_context
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
+from tests.support.namespaces import PEER4
 
 if TYPE_CHECKING:
     from agent.lab.lab import Lab
+    from tests.node.conftest import MeshPair
 
 pytestmark = pytest.mark.root
 PORT = 9000
@@ -97,3 +103,21 @@ def test_pod_that_comes_back_at_once_keeps_its_connections(lab: Lab) -> None:
             with client.connect(server.address, PORT) as fresh:
                 assert is_alive(fresh)
     assert has_reply_route(lab, "server")
+
+
+def test_tunnel_of_a_pod_that_comes_back_is_of_use_all_the_time(mesh: MeshPair) -> None:
+    """Its peer may not have heard of either: what it asks must not meet a closed namespace."""
+    mesh.server.namespace.listen(PEER4, PORT)
+    peer = HandMadePeer(mesh, good_context(mesh))
+    worker, uid = mesh.server.worker, mesh.server.workload.uid
+    assert ResponseReceived(1, 200) in peer.request(f"{PEER4}:{PORT}")
+    worker.tell(messages.DrainPod(uid), messages.RemovePod(uid, comes_back=True))
+    worker.settle()
+    assert ResponseReceived(3, 200) in peer.request(f"{PEER4}:{PORT}")
+    message, fds = listener_message(mesh.server.enrollment)
+    messages.send(worker.channel, message, fds)
+    worker.settle()
+    assert ResponseReceived(5, 200) in peer.request(f"{PEER4}:{PORT}")
+    worker.tell(messages.RemovePod(uid))
+    worker.settle()
+    assert ResponseReceived(7, 503) in peer.request(f"{PEER4}:{PORT}")

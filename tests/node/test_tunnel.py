@@ -424,12 +424,3 @@ def test_five_hundred_connections_at_once(mesh: MeshPair) -> None:
         connection.close()
     thread.join(10)
     assert answers == [b"all"] * 500
-
-
-def test_idle_worker_is_small(mesh: MeshPair, measured: Callable[[str], None]) -> None:
-    size = resident_bytes(mesh.client.worker.process.pid)
-    measured(f"worker at idle: resident {size / 1048576:.1f} MiB")
-    assert size < 60 << 20
-    maps = Path(f"/proc/{mesh.client.worker.process.pid}/maps").read_text()
-    assert "libbcc" not in maps
-    assert "libLLVM" not in maps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_interface
 from pathlib import Path
@@ -69,8 +69,9 @@ class Network:
     peer: Namespace
 
 
-@pytest.fixture
-def network() -> Iterator[Network]:
+@contextmanager
+def make_network() -> Iterator[Network]:
+    """Make the two, and end them with all that was made in them."""
     with ExitStack() as stack:
         ends = []
         for _ in range(2):
@@ -89,3 +90,9 @@ def network() -> Iterator[Network]:
         netns.run_in(peer.fd, lambda: set_up("pod0", f"{PEER4}/24", f"{PEER6}/64"))
         netns.run_in(pod.fd, lambda: set_up("eth0", f"{POD4}/24", f"{POD6}/64"))
         yield Network(pod, peer)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    with make_network() as made:
+        yield made

@@ -168,11 +168,23 @@ def test_streams_beyond_the_limit_are_refused_alone() -> None:
         {"method": "CONNECT", "authority": "a:1", "path": "/"},
     ],
 )
-def test_request_that_is_no_connect_is_a_fault_of_the_stream(pseudo: dict[str, str]) -> None:
-    _server, found = server_after(request(1, ends=False, **pseudo))
+def test_malformed_request_costs_its_stream(pseudo: dict[str, str]) -> None:
+    server, found = server_after(request(1, ends=False, **pseudo))
     asked = found[-1]
     assert isinstance(asked, ConnectRequested)
     assert asked.fault
+    server.respond(1, 400)  # nothing is left to answer
+    assert server.stream_count == 0
+    answer = frame(FrameType.HEADERS, frames.END_HEADERS, 1, b"\x08\x03400")
+    assert server.take_output().endswith(answer + frames.build_reset(1, ErrorCode.PROTOCOL_ERROR))
+
+
+def test_good_request_that_is_no_connect_is_left_to_be_answered() -> None:
+    server, found = server_after(request(1, method="GET", scheme="https", path="/"))
+    asked = found[-1]
+    assert isinstance(asked, ConnectRequested)
+    assert asked.fault == "the method is GET, not CONNECT"
+    assert server.stream_count == 1
 
 
 def word(value: int) -> bytes:
@@ -194,7 +206,16 @@ def word(value: int) -> bytes:
         ([frame(FrameType.CONTINUATION, 0, 1)], ErrorCode.PROTOCOL_ERROR),
         ([request(1, method="CONNECT", authority="a" * 20000)], ErrorCode.ENHANCE_YOUR_CALM),
         ([frame(FrameType.HEADERS, 4, 0, header_block())], ErrorCode.PROTOCOL_ERROR),
-        ([frame(FrameType.HEADERS, frames.PADDED, 1)], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.HEADERS, frames.PADDED, 1)], ErrorCode.FRAME_SIZE_ERROR),
+        ([request(1), frame(FrameType.DATA, frames.PADDED, 1)], ErrorCode.FRAME_SIZE_ERROR),
+        ([frame(FrameType.PRIORITY, 0, 0, b"12345")], ErrorCode.PROTOCOL_ERROR),
+        ([frame(FrameType.PRIORITY, 0, 1, b"1234")], ErrorCode.FRAME_SIZE_ERROR),
+        ([request(3), request(1)], ErrorCode.PROTOCOL_ERROR),
+        ([request(1, method="CONNECT")] * 500, ErrorCode.ENHANCE_YOUR_CALM),
+        (
+            [request(number, method="CONNECT") for number in range(1, 1000, 2)],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
         ([frame(FrameType.HEADERS, frames.PADDED, 1, b"\x03ab")], ErrorCode.PROTOCOL_ERROR),
         ([frame(FrameType.HEADERS, frames.PRIORITY_FLAG, 1, b"abc")], ErrorCode.FRAME_SIZE_ERROR),
         (
@@ -226,7 +247,16 @@ def word(value: int) -> bytes:
             ErrorCode.FLOW_CONTROL_ERROR,
         ),
         ([frames.build_settings({Setting.MAX_FRAME_SIZE: 1})], ErrorCode.PROTOCOL_ERROR),
-        ([frame(FrameType.WINDOW_UPDATE, 0, 0, word(0))], ErrorCode.FLOW_CONTROL_ERROR),
+        ([frames.build_settings({Setting.ENABLE_PUSH: 2})], ErrorCode.PROTOCOL_ERROR),
+        (
+            [
+                request(1),
+                frames.build_window_update(1, 2**31 - 1 - frames.DEFAULT_WINDOW),
+                frames.build_settings({Setting.INITIAL_WINDOW_SIZE: frames.DEFAULT_WINDOW + 1}),
+            ],
+            ErrorCode.FLOW_CONTROL_ERROR,
+        ),
+        ([frame(FrameType.WINDOW_UPDATE, 0, 0, word(0))], ErrorCode.PROTOCOL_ERROR),
         ([frame(FrameType.WINDOW_UPDATE, 0, 0, word(2**31 - 1))], ErrorCode.FLOW_CONTROL_ERROR),
         ([frames.build_head(2**24 - 1, FrameType.DATA, 0, 1)], ErrorCode.FRAME_SIZE_ERROR),
         (
@@ -283,8 +313,11 @@ def client_after(*parts: bytes) -> tuple[Connection, list[Event]]:
     return client, [event for part in parts for event in client.receive(part)]
 
 
-def test_first_frame_must_be_settings() -> None:
-    (found,) = Connection(Role.CLIENT).receive(frames.build_ping(b"12345678", is_ack=False))
+@pytest.mark.parametrize(
+    "first", [frames.build_ping(b"12345678", is_ack=False), frames.SETTINGS_ACK]
+)
+def test_first_frame_must_be_settings(first: bytes) -> None:
+    (found,) = Connection(Role.CLIENT).receive(first)
     assert isinstance(found, ConnectionTerminated)
     assert found.code == ErrorCode.PROTOCOL_ERROR
 
@@ -298,8 +331,16 @@ def test_everything_may_arrive_in_single_bytes() -> None:
 
 
 def test_frame_of_a_kind_that_nobody_knows_is_ignored() -> None:
-    server, found = server_after(frame(77, 0xFF, 5, b"what"), frame(FrameType.PRIORITY, 0, 1))
-    assert found == [SettingsReceived()]
+    server, found = server_after(
+        frame(77, 0xFF, 5, b"what"),
+        frame(FrameType.PRIORITY, 0, 1, b"12345"),
+        frame(78, frames.END_STREAM, 1, b"x" * 200_000),
+        frame(79, 0, 0),
+        request(1),
+    )
+    assert found[0] == SettingsReceived()
+    assert isinstance(found[1], ConnectRequested)
+    assert len(found) == 2
     assert not server.is_terminated
 
 
@@ -338,19 +379,48 @@ def test_frame_after_the_end_costs_the_stream_only(late: bytes) -> None:
 
 
 def test_answer_after_the_end_costs_the_stream_only() -> None:
-    client, found = client_after(frame(FrameType.DATA, 1, 1), response(1, ends=True, status="200"))
-    assert found == [StreamEnded(1), StreamReset(1, ErrorCode.STREAM_CLOSED)]
+    answer = response(1, ends=True, status="200")
+    client, found = client_after(answer, answer)
+    assert found[1:] == [StreamEnded(1), StreamReset(1, ErrorCode.STREAM_CLOSED)]
     assert not client.is_terminated
 
 
-def test_trailers_end_a_stream_and_nothing_else_does_without_the_flag() -> None:
-    server, found = server_after(request(1), request(1, ends=True, status="0"), request(3))
-    assert found[2] == StreamEnded(1)
-    assert server.receive(request(3)) == [StreamReset(3, ErrorCode.PROTOCOL_ERROR)]
-    _client, found = client_after(response(1, status="200"), response(1, ends=True, status="0"))
-    assert found == [ResponseReceived(1, 200), StreamEnded(1)]
-    _client, found = client_after(response(1, status="200"), response(1, status="200"))
-    assert found[-1] == StreamReset(1, ErrorCode.PROTOCOL_ERROR)
+def test_data_before_the_answer_costs_the_stream_only() -> None:
+    client, found = client_after(frame(FrameType.DATA, 0, 1, b"x"), response(1, status="200"))
+    assert found == [StreamReset(1, ErrorCode.PROTOCOL_ERROR)]
+    assert not client.is_terminated
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_connected_stream_has_no_trailers(ends: bool) -> None:
+    trailers = request(1, ends=ends, status="0")
+    _server, found = server_after(request(1), trailers)
+    assert found[2:] == [StreamReset(1, ErrorCode.PROTOCOL_ERROR)]
+    _client, found = client_after(response(1, status="200"), trailers)
+    assert found == [ResponseReceived(1, 200), StreamReset(1, ErrorCode.PROTOCOL_ERROR)]
+
+
+def test_what_was_on_the_way_to_a_stream_that_we_reset_is_discarded() -> None:
+    server, _found = server_after(request(1), request(3))
+    server.reset(1, ErrorCode.CANCEL)
+    late = (request(1, ends=True), frame(FrameType.DATA, 0, 1, b"late"))
+    assert [event for part in late for event in server.receive(part)] == []
+    server.respond(3, 200)
+    assert data_of(server.receive(frame(FrameType.DATA, 0, 3, b"fine")), 3) == b"fine"
+
+
+def test_value_of_a_field_may_be_any_bytes() -> None:
+    fields = [(b":method", b"CONNECT"), (b":authority", b"a:1"), (b"note", b"\xe9t\xe9")]
+    block = hpack.Encoder().encode(fields)
+    _server, found = server_after(frame(FrameType.HEADERS, frames.END_HEADERS, 1, block))
+    assert isinstance(found[-1], ConnectRequested)
+    assert found[-1].headers["note"] == "\N{REPLACEMENT CHARACTER}t\N{REPLACEMENT CHARACTER}"
+
+
+def test_server_may_not_ask_for_pushes() -> None:
+    _client, (found,) = client_after(frames.build_settings({Setting.ENABLE_PUSH: 1}))
+    assert isinstance(found, ConnectionTerminated)
+    assert found.code == ErrorCode.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize("status", ["", "20", "abc", "2000", "\N{SUPERSCRIPT TWO}00"])
@@ -434,6 +504,8 @@ def test_draining_server_refuses_what_comes_after() -> None:
     server.take_output()
     assert server.receive(request(1)) == []
     assert server.take_output() == frames.build_reset(1, ErrorCode.REFUSED_STREAM)
+    assert server.receive(frame(FrameType.DATA, 0, 1, b"on the way")) == []
+    assert not server.is_terminated
 
 
 def test_goaway_to_a_server_resets_nothing() -> None:
@@ -490,7 +562,7 @@ def test_stream_window_beyond_what_can_be_counted_costs_the_stream() -> None:
         frames.build_window_update(3, 0),
     )  # fmt: skip
     assert StreamReset(1, ErrorCode.FLOW_CONTROL_ERROR) in found
-    assert StreamReset(3, ErrorCode.FLOW_CONTROL_ERROR) in found
+    assert StreamReset(3, ErrorCode.PROTOCOL_ERROR) in found
     assert not server.is_terminated
 
 
@@ -594,9 +666,14 @@ def test_some_is_split_into_frames_that_the_peer_takes() -> None:
 
 
 @pytest.mark.parametrize("cut", [9, 12], ids=["after the head", "in the payload"])
-def test_payload_may_come_after_its_head(cut: int) -> None:
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_payload_may_come_after_its_head(cut: int, is_connected: bool) -> None:
     whole = frame(FrameType.DATA, 0, 1, b"hello")
-    server, found = server_after(request(1), whole[:cut], whole[cut:])
+    server, found = server_after(request(1))
+    if is_connected:
+        server.respond(1, 200)
+    for part in (whole[:cut], whole[cut:]):
+        found += server.receive(part)
     assert data_of(found, 1) == b"hello"
     assert not server.is_terminated
 

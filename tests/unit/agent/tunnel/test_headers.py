@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.tunnel.headers import TABLE_SIZE_0, build_request, build_response, build_string
+from agent.tunnel.headers import (
+    OF_ONE_CONNECTION,
+    TABLE_SIZE_0,
+    build_request,
+    build_response,
+    build_string,
+    find_request_fault,
+    find_response_fault,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +60,73 @@ def test_answer_is_read_as_it_was_meant(status: int) -> None:
 
 def test_usual_answer_is_one_byte() -> None:
     assert build_response(200) == b"\x88"
+
+
+CONNECT = [(":method", "CONNECT"), (":authority", "10.0.0.1:80")]
+GET = [(":method", "GET"), (":scheme", "https"), (":path", "/")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        (CONNECT, None),
+        (GET, None),
+        ([*CONNECT, ("te", "trailers"), ("x_!~", ""), ("y", "a b")], None),
+        ([*CONNECT, ("baggage", "a=b"), ("x", "a\tb")], None),
+        ([*CONNECT, ("baggage", "a\0b")], "'baggage' has a value"),
+        ([(":method", "CONNECT")], "no :authority"),
+        ([(":method", "CONNECT"), (":authority", "")], "no :authority"),
+        ([*CONNECT, (":path", "/")], "carries :scheme or :path"),
+        ([*CONNECT, (":scheme", "https")], "carries :scheme or :path"),
+        ([(":authority", "10.0.0.1:80")], "no :method"),
+        ([], "no :method"),
+        (GET[:2], "no :path"),
+        ([GET[0], GET[2]], "no :scheme"),
+        ([*CONNECT, CONNECT[1]], "comes twice"),
+        ([*CONNECT, (":status", "200")], "no pseudo-header ':status'"),
+        ([*CONNECT, (":protocol", "websocket")], "no pseudo-header ':protocol'"),
+        ([CONNECT[0], ("x", "y"), CONNECT[1]], "comes after"),
+        ([*CONNECT, ("Baggage", "x")], "'Baggage' is no name"),
+        ([*CONNECT, ("", "x")], "'' is no name"),
+        ([*CONNECT, ("a b", "x")], "'a b' is no name"),
+        ([*CONNECT, ("a:b", "x")], "'a:b' is no name"),
+        ([*CONNECT, ("\xe9t\xe9", "x")], "is no name"),
+        ([*CONNECT, ("x\x7f", "x")], "is no name"),
+        ([*CONNECT, ("x", "a\nb")], "'x' has a value"),
+        ([*CONNECT, ("x", "a\rb")], "'x' has a value"),
+        ([*CONNECT, ("x", "a\0b")], "'x' has a value"),
+        ([*CONNECT, ("x", " a")], "'x' has a value"),
+        ([*CONNECT, ("x", "a\t")], "'x' has a value"),
+        ([*CONNECT, ("te", "gzip")], "'te' is for HTTP/1"),
+        *(([*CONNECT, (name, "x")], f"'{name}' is for HTTP/1") for name in OF_ONE_CONNECTION),
+    ],
+)
+def test_request_is_held_to_the_rules_of_fields(
+    fields: list[tuple[str, str]], fault: str | None
+) -> None:
+    found = find_request_fault(fields)
+    assert (found is None) == (fault is None)
+    assert fault is None or fault in str(found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ends", "fault"),
+    [
+        ([(":status", "200"), ("server", "envoy")], False, None),
+        ([(":status", "503")], True, None),
+        ([(":status", "100")], False, None),
+        ([(":status", "103")], True, "interim"),
+        ([], True, "no :status"),
+        ([(":status", "20")], False, "no :status"),
+        ([(":status", "abc")], False, "no :status"),
+        ([(":status", "\N{SUPERSCRIPT TWO}00")], False, "no :status"),
+        ([(":status", "200"), (":method", "CONNECT")], False, "no pseudo-header"),
+        ([("server", "x"), (":status", "200")], False, "comes after"),
+    ],
+)
+def test_answer_is_held_to_the_rules_of_fields(
+    fields: list[tuple[str, str]], ends: bool, fault: str | None
+) -> None:
+    found = find_response_fault(fields, ends=ends)
+    assert (found is None) == (fault is None)
+    assert fault is None or fault in str(found)
