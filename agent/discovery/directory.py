@@ -6,11 +6,13 @@
 A file that cannot be used is named in the log with object, field and reason, and what it said
 before stays in force until it is mended or removed. The published status takes the place of the
 annotation that an agent patches on a pod in a real cluster: its own agent writes, every one reads.
+What cannot be written, since the disk is full, is when there is room.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from agent.model.workload import Workload
     from agent.state.store import Snapshot
 
+log = logging.getLogger(__name__)
 MOST_BYTES = 8 << 20
 UNSETTLED_NANOSECONDS = 1_000_000_000
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -96,6 +99,7 @@ class DirectorySource:
         self._status.mkdir(exist_ok=True)
         self._good: dict[Path, list[SourcedObject]] = {}
         self._parsed: dict[Path, _Parsed] = {}
+        self._unwritten: dict[Path, str] = {}  # of what was published
         self.problems: tuple[ObjectProblem, ...] = ()
 
     async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
@@ -113,6 +117,7 @@ class DirectorySource:
         )
         latest: Snapshot | None = None
         async for change in changes:
+            self._write()
             if change or latest is None:
                 # Some thousand objects take a second, in which the loop has others to serve.
                 snapshot = await asyncio.to_thread(self.read)
@@ -183,12 +188,29 @@ class DirectorySource:
         """Say for all agents whether a pod of this node is captured; None takes it back."""
         path = self._status / f"{pod.namespace}.{pod.name}.yaml"
         if redirection is None:
+            self._unwritten.pop(path, None)
             path.unlink(missing_ok=True)
             return
-        # Renamed into place, so that nobody reads a half; the watch does not see the name before.
-        draft = path.with_suffix(".draft")
-        draft.write_text(f"redirection: {redirection}\n")
-        draft.replace(path)
+        has_room = not self._unwritten
+        self._unwritten[path] = f"redirection: {redirection}\n"
+        if has_room and (problem := self._write()):
+            log.error("what is published is not written yet", extra={"detail": str(problem)})
+
+    def _write(self) -> OSError | None:
+        """Write what was published and is not there; return why something could not be."""
+        for path, text in list(self._unwritten.items()):
+            try:
+                # What an agent before us wrote needs no room.
+                if not path.exists() or path.read_text() != text:
+                    # Renamed into place, so that nobody reads a half; the watch does not see the
+                    # name before.
+                    draft = path.with_suffix(".draft")
+                    draft.write_text(text)
+                    draft.replace(path)
+            except OSError as error:
+                return error
+            del self._unwritten[path]
+        return None
 
     def report(self, pod: LocalPod, reason: str, note: str) -> None:
         """Do nothing: a directory has no Events, and the log and `sidestep pods` say it."""

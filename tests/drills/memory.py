@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from agent.lab.lab import Lab
 
 V1 = Path("/sys/fs/cgroup/memory")
+DISSOLVE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -36,9 +38,19 @@ def _limited_v1(lab: Lab, node: LabNode, more_bytes: int) -> Iterator[None]:
             (cgroup / "cgroup.procs").write_text(str(pid))
         yield
     finally:
+        _dissolve(cgroup)
+
+
+def _dissolve(cgroup: Path) -> None:
+    deadline = time.monotonic() + DISSOLVE_SECONDS
+    while cgroup.is_dir():
+        assert time.monotonic() < deadline, (cgroup / "cgroup.procs").read_text()
         for left in (cgroup / "cgroup.procs").read_text().split():
-            (V1 / "cgroup.procs").write_text(left)
-        cgroup.rmdir()
+            with contextlib.suppress(ProcessLookupError):
+                (V1 / "cgroup.procs").write_text(left)
+        # One that has just been forked, or ends, is in the way.
+        with contextlib.suppress(OSError):
+            cgroup.rmdir()
 
 
 @contextlib.contextmanager

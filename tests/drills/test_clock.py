@@ -109,7 +109,7 @@ def test_clocks_jump_past_the_end_of_certificates_and_they_are_renewed(
         for node in ground.nodes:
             wait_renewed(ground, node, time.time() + AHEAD_SECONDS)
         wait_tunnel(ground)
-        pause(30 if LONG else 0)
+        pause(10 if LONG else 0)
 
     run_drill(ground, "all clocks jump 30 hours forwards", jump, survives=True)
 
@@ -126,7 +126,7 @@ def test_clocks_jump_before_the_begin_of_certificates_and_they_are_renewed(
         for node in ground.nodes:
             wait_renewed(ground, node, time.time())
         wait_tunnel(ground)
-        pause(30 if LONG else 0)
+        pause(10 if LONG else 0)
 
     run_drill(ground, "all clocks jump 30 hours back", jump, survives=True)
 
@@ -136,7 +136,7 @@ def test_node_with_a_wrong_clock_fails_closed_until_it_is_set(
 ) -> None:
     def jump(ground: Ground) -> None:
         clocks.east.set_ahead(AHEAD_SECONDS)
-        pause(30 if LONG else 8)
+        pause(30 if LONG else 6)
         clocks.east.set_ahead(0)
 
     run_drill(ground, "clock of one node 30 hours ahead, then right again", jump, survives=True)

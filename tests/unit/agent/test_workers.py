@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import workers
@@ -30,6 +31,19 @@ def test_worker_answers_when_all_is_in_force_and_ends_with_its_channel() -> None
         worker.stop()
         assert worker.process.returncode == 0
         assert not gone.done()
+
+    asyncio.run(check())
+
+
+def oom_score(pid: int | str) -> int:
+    return int(Path(f"/proc/{pid}/oom_score").read_text())
+
+
+def test_kernel_that_is_short_of_memory_ends_a_worker_first() -> None:
+    async def check() -> None:
+        worker, _gone = await start()
+        assert oom_score(worker.pid) > oom_score("self")
+        worker.stop()
 
     asyncio.run(check())
 

@@ -245,3 +245,34 @@ def test_reading_holds_up_no_event_loop(tmp_path: Path, monkeypatch: pytest.Monk
     asyncio.run(run())
     assert threading.main_thread() not in threads
     assert len(threads) == 1
+
+
+def test_what_cannot_be_written_is_published_as_soon_as_it_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    (pod,) = source.read().local_pods["n1"]
+    obstacle = tmp_path / "status/shop.cart.draft"
+    obstacle.mkdir()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        async for snapshot in source.watch(stop):
+            if snapshot.workloads[0].is_hbone:
+                stop.set()
+            elif obstacle.exists():
+                source.publish(pod, "pending")
+                source.publish(pod, "enabled")
+                assert "not written yet" in caplog.text
+                obstacle.rmdir()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    caplog.clear()
+    obstacle.mkdir()
+    DirectorySource(tmp_path).publish(pod, "enabled")  # it is there: nothing is to be written
+    source.publish(pod, "enabled")
+    source.publish(pod, "pending")
+    source.publish(pod, None)
+    assert caplog.text.count("not written yet") == 1
+    assert not source.read().workloads[0].is_hbone
