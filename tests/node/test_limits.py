@@ -100,6 +100,13 @@ def reach(member: MeshPod) -> socket.socket | None:
     return connection if is_alive(connection) else None
 
 
+def wait_reach(member: MeshPod) -> None:
+    """Wait until the application is reached again."""
+    deadline = time.monotonic() + 10
+    while reach(member) is None:
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.usefixtures("application")
 def test_connections_stop_before_the_last_descriptors_and_fit_again_later(
     mesh: MeshPair, loaded: pins.Pins
@@ -117,8 +124,7 @@ def test_connections_stop_before_the_last_descriptors_and_fit_again_later(
     assert "descriptors are in use: raise the hard limit of open files" in log
     for connection in opened:
         connection.close()
-    client.worker.settle()
-    assert reach(client) is not None
+    wait_reach(client)
 
 
 @pytest.mark.usefixtures("application")
@@ -156,16 +162,13 @@ def test_stalled_readers_fill_what_the_worker_may_keep_and_give_it_back(
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
     wait_log(server, FULL, lambda: flood(stalled))
-    assert reach(mesh.client) is None
     grown = resident_bytes(server.worker.process.pid) - before
     measured(f"30 stalled readers, 8 MiB for them: the worker grew by {grown / 1048576:.1f} MiB")
     assert grown < 20 << 20
     wait_log(server, "connections reset to make room in the buffers", lambda: None)
     for connection in stalled:
         connection.close()
-    deadline = time.monotonic() + 10
-    while reach(mesh.client) is None:
-        assert time.monotonic() < deadline
+    wait_reach(mesh.client)
 
 
 def flood(connections: list[socket.socket]) -> None:
