@@ -8,7 +8,6 @@ import selectors
 import socket
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,12 @@ import pytest
 
 from agent.model.bounds import Bounds
 from agent.tunnel import messages
-from agent.tunnel.buffers import FULL
-from tests.node.conftest import TRUST_DOMAIN, listener_message, resident_bytes
+from tests.node.conftest import TRUST_DOMAIN, listener_message
 from tests.support.labs import is_alive
 from tests.support.namespaces import PEER4
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from agent.datapath import pins
     from tests.node.conftest import MeshPair, MeshPod
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 PORT = 8080
-LINGER_RESET = b"\1\0\0\0\0\0\0\0"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -146,43 +143,3 @@ def test_worker_without_any_descriptor_is_at_rest_and_serves_who_waited(mesh: Me
     for connection in opened:
         connection.settimeout(5)
         assert is_alive(connection)
-
-
-@pytest.mark.usefixtures("application")
-def test_stalled_readers_fill_what_the_worker_may_keep_and_give_it_back(
-    mesh: MeshPair, loaded: pins.Pins, measured: Callable[[str], None]
-) -> None:
-    server = mesh.server
-    bound(server, loaded, process_buffer_bytes=8 << 20)
-    server.namespace.listen(PEER4, PORT + 1)  # accepts nothing, and reads nothing
-    assert reach(mesh.client) is not None
-    before = resident_bytes(server.worker.process.pid)
-    stalled = [mesh.client.namespace.connect(PEER4, PORT + 1) for _ in range(30)]
-    for connection in stalled:
-        connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-    wait_log(server, FULL, lambda: flood(stalled))
-    grown = resident_bytes(server.worker.process.pid) - before
-    measured(f"30 stalled readers, 8 MiB for them: the worker grew by {grown / 1048576:.1f} MiB")
-    assert grown < 20 << 20
-    wait_log(server, "connections reset to make room in the buffers", lambda: None)
-    for connection in stalled:
-        connection.close()
-    wait_reach(mesh.client)
-
-
-def flood(connections: list[socket.socket]) -> None:
-    """Send what the mesh takes now."""
-    for connection in connections:
-        with suppress(OSError):
-            while connection.send(bytes(65536)):
-                pass
-
-
-def wait_log(member: MeshPod, text: str, meanwhile: Callable[[], None]) -> None:
-    """Wait until the worker has logged something."""
-    deadline = time.monotonic() + 10
-    while text not in member.worker.log.read_text():
-        assert time.monotonic() < deadline, text
-        meanwhile()
-        member.worker.settle()
