@@ -8,7 +8,6 @@ import selectors
 import socket
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,12 @@ import pytest
 
 from agent.model.bounds import Bounds
 from agent.tunnel import messages
-from agent.tunnel.buffers import FULL
-from tests.node.conftest import TRUST_DOMAIN, listener_message, resident_bytes
+from tests.node.conftest import TRUST_DOMAIN, listener_message
 from tests.support.labs import is_alive
 from tests.support.namespaces import PEER4
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from agent.datapath import pins
     from tests.node.conftest import MeshPair, MeshPod
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 PORT = 8080
-LINGER_RESET = b"\1\0\0\0\0\0\0\0"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -100,6 +97,13 @@ def reach(member: MeshPod) -> socket.socket | None:
     return connection if is_alive(connection) else None
 
 
+def wait_reach(member: MeshPod) -> None:
+    """Wait until the application is reached again."""
+    deadline = time.monotonic() + 10
+    while reach(member) is None:
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.usefixtures("application")
 def test_connections_stop_before_the_last_descriptors_and_fit_again_later(
     mesh: MeshPair, loaded: pins.Pins
@@ -117,8 +121,7 @@ def test_connections_stop_before_the_last_descriptors_and_fit_again_later(
     assert "descriptors are in use: raise the hard limit of open files" in log
     for connection in opened:
         connection.close()
-    client.worker.settle()
-    assert reach(client) is not None
+    wait_reach(client)
 
 
 @pytest.mark.usefixtures("application")
@@ -140,46 +143,3 @@ def test_worker_without_any_descriptor_is_at_rest_and_serves_who_waited(mesh: Me
     for connection in opened:
         connection.settimeout(5)
         assert is_alive(connection)
-
-
-@pytest.mark.usefixtures("application")
-def test_stalled_readers_fill_what_the_worker_may_keep_and_give_it_back(
-    mesh: MeshPair, loaded: pins.Pins, measured: Callable[[str], None]
-) -> None:
-    server = mesh.server
-    bound(server, loaded, process_buffer_bytes=8 << 20)
-    server.namespace.listen(PEER4, PORT + 1)  # accepts nothing, and reads nothing
-    assert reach(mesh.client) is not None
-    before = resident_bytes(server.worker.process.pid)
-    stalled = [mesh.client.namespace.connect(PEER4, PORT + 1) for _ in range(30)]
-    for connection in stalled:
-        connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-    wait_log(server, FULL, lambda: flood(stalled))
-    assert reach(mesh.client) is None
-    grown = resident_bytes(server.worker.process.pid) - before
-    measured(f"30 stalled readers, 8 MiB for them: the worker grew by {grown / 1048576:.1f} MiB")
-    assert grown < 20 << 20
-    wait_log(server, "connections reset to make room in the buffers", lambda: None)
-    for connection in stalled:
-        connection.close()
-    deadline = time.monotonic() + 10
-    while reach(mesh.client) is None:
-        assert time.monotonic() < deadline
-
-
-def flood(connections: list[socket.socket]) -> None:
-    """Send what the mesh takes now."""
-    for connection in connections:
-        with suppress(OSError):
-            while connection.send(bytes(65536)):
-                pass
-
-
-def wait_log(member: MeshPod, text: str, meanwhile: Callable[[], None]) -> None:
-    """Wait until the worker has logged something."""
-    deadline = time.monotonic() + 10
-    while text not in member.worker.log.read_text():
-        assert time.monotonic() < deadline, text
-        meanwhile()
-        member.worker.settle()
