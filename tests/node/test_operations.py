@@ -410,11 +410,14 @@ def provoke_failures(watched: Watched) -> None:
         # TLS 1.3: the client is done before the server has seen that there is no certificate.
         with peer, pytest.raises((OSError, ssl.SSLError)):
             peer.recv(1)
+    (link,) = (watched.lab.pins / watched.west.name).glob("*/links/ss_bind6")
+    link.unlink()  # which the agent repairs
 
 
 def test_dashboard_and_alerts_name_what_an_agent_exposes(watched: Watched) -> None:
     provoke_failures(watched)
     watched.wait_for_sample(watched.west, "sidestep_peers_refused_total")
+    watched.wait_for_sample(watched.west, "sidestep_repairs_total", kind="link")
     watched.wait_for_sample(watched.west, "istio_tcp_connections_failed_total")
     watched.wait_for_sample(watched.east, "istio_tcp_connections_opened_total", reporter="source")
     exposed: Sample = {}
