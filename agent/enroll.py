@@ -360,7 +360,8 @@ def _guard_link(
     pins: Pins, enrollment: Enrollment, ifindex: int, undo: contextlib.ExitStack
 ) -> None:
     cookie = enrollment.netns_cookie
-    _put(pins, undo, "ss_guards", {"value": ifindex}, {"value": cookie})
+    record = records.guarded_record(enrollment.pod, cookie)
+    _put(pins, undo, "ss_guards", {"value": ifindex}, record)
     guard.attach(pins, cookie, ifindex, undo)
     enrollment.guarded_links.append(ifindex)
 

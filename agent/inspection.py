@@ -377,7 +377,7 @@ class _Expected:
                     self._add({"address": records.pack_address(address)}, own)
             case "ss_guards":
                 for ifindex in enrollment.guarded_links:
-                    self._add({"value": ifindex}, own)
+                    self._add({"value": ifindex}, records.guarded_record(pod, cookie))
             case "ss_listeners":
                 for listener in enrollment.inbound:
                     raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
