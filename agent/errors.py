@@ -117,12 +117,6 @@ class IdentityError(SidestepError):
     reason = "identity"
 
 
-class NoCertificate(IdentityError):
-    """No certificate could be had for an identity."""
-
-    reason = "certificate_missing"
-
-
 class AuthorityUnavailable(IdentityError):
     """The CA did not answer; it is asked again later, more and more rarely."""
 

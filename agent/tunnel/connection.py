@@ -193,13 +193,6 @@ class Connection:
             if stream_id in self._streams:  # RFC 9113 §8.1: we need no more of the request
                 self.reset(stream_id, ErrorCode.NO_ERROR)
 
-    def sendable(self, stream_id: int) -> int:
-        """Return how many bytes `send_data` takes now; 0 if the stream is gone."""
-        stream = self._streams.get(stream_id)
-        if stream is None or not stream.may_send:
-            return 0
-        return max(0, min(stream.send_window, self._send_window))
-
     def send_some(self, stream_id: int, data: bytes | memoryview, limit: int) -> int:
         """Send as much of `data` as the windows and `limit` allow; return how much that is.
 
@@ -225,33 +218,22 @@ class Connection:
             self._output.append(frames.build_data_head(size, 0, stream_id))
             self._output.append(data)
         else:
-            self._split(stream_id, data, 0)
+            self._split(stream_id, memoryview(data))
         return size
 
-    def send_data(self, stream_id: int, data: bytes | memoryview, *, ends: bool = False) -> None:
-        """Send at most `sendable` bytes; `ends` sends FIN after them."""
+    def end(self, stream_id: int) -> None:
+        """Send FIN: nothing more comes from us on a stream. It costs no window."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return  # reset meanwhile
-        size = len(data)
-        # A FIN alone costs no window, so it may go even where the window is below zero.
-        has_room = not size or size <= min(stream.send_window, self._send_window)
-        if not stream.may_send or not has_room:
-            raise LocalProtocolError("data was sent against the window or after the end")
-        stream.send_window -= size
-        self._send_window -= size
-        self._split(stream_id, data, int(ends))
-        if ends:
-            self._advance(stream_id, stream, StreamInput.SEND_END)
+        self._advance(stream_id, stream, StreamInput.SEND_END)
+        self._output.append(frames.build_data_head(0, frames.END_STREAM, stream_id))
 
-    def _split(self, stream_id: int, data: bytes | memoryview, flags: int) -> None:
+    def _split(self, stream_id: int, data: memoryview) -> None:
         limit = self._peer_frame_bytes
-        view = memoryview(data)
-        size = len(view)
-        for start in range(0, size or 1, limit):
-            part = view[start : start + limit]
-            last = flags if start + limit >= size else 0
-            self._output.append(frames.build_data_head(len(part), last, stream_id))
+        for start in range(0, len(data), limit):
+            part = data[start : start + limit]
+            self._output.append(frames.build_data_head(len(part), 0, stream_id))
             self._output.append(part)
 
     def acknowledge(self, stream_id: int, size: int) -> None:

@@ -130,7 +130,7 @@ class StreamChannel:
             self._pending.popleft()
         if not self._pending and self._ends and not self._has_ended and not self._is_closed:
             self._has_ended = True
-            session.connection.send_data(self._stream_id, b"", ends=True)
+            session.connection.end(self._stream_id)
         session.wants_write()
         if had_pending and not self._pending:
             self.on_drained()

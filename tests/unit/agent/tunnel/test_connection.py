@@ -24,6 +24,8 @@ from agent.tunnel.events import (
 from agent.tunnel.frames import ErrorCode, FrameType, Setting
 from tests.support.pair import Pair, data_of
 
+PLENTY = bytes(2 * Limits().stream_window)
+
 
 def frame(frame_type: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
     return frames.build_head(len(payload), frame_type, flags, stream_id) + payload
@@ -51,6 +53,11 @@ def server_after(*parts: bytes) -> tuple[Connection, list[Event]]:
     return server, found
 
 
+def send(connection: Connection, stream_id: int, data: bytes) -> None:
+    """Send what the windows have room for."""
+    assert connection.send_some(stream_id, data, len(data)) == len(data)
+
+
 def test_request_carries_authority_and_headers() -> None:
     pair = Pair()
     pair.settle()
@@ -64,11 +71,13 @@ def test_request_carries_authority_and_headers() -> None:
 def test_half_close_leaves_the_other_direction_open() -> None:
     pair = Pair()
     stream_id = pair.open()
-    pair.client.send_data(stream_id, b"question", ends=True)
+    send(pair.client, stream_id, b"question")
+    pair.client.end(stream_id)
     pair.settle()
     assert data_of(pair.server_events, stream_id) == b"question"
     assert pair.server_events[-1] == StreamEnded(stream_id)
-    pair.server.send_data(stream_id, b"answer", ends=True)
+    send(pair.server, stream_id, b"answer")
+    pair.server.end(stream_id)
     pair.settle()
     assert data_of(pair.client_events, stream_id) == b"answer"
     assert pair.client_events[-1] == StreamEnded(stream_id)
@@ -99,17 +108,14 @@ def test_stalled_reader_costs_its_window_and_stalls_no_other_stream() -> None:
     pair = Pair()
     stalled, other = pair.open(), pair.open()
     total = 0
-    while size := pair.client.sendable(stalled):
-        pair.client.send_data(stalled, b"x" * size)
+    while size := pair.client.send_some(stalled, PLENTY, len(PLENTY)):
         total += size
         pair.settle()
     assert total == Limits().stream_window
     received = 0
     for _ in range(40):
         pair.server_events.clear()
-        size = pair.client.sendable(other)
-        assert size > 0
-        pair.client.send_data(other, b"y" * size)
+        assert pair.client.send_some(other, PLENTY, len(PLENTY)) > 0
         pair.settle()
         arrived = len(data_of(pair.server_events, other))
         pair.server.acknowledge(other, arrived)
@@ -118,14 +124,7 @@ def test_stalled_reader_costs_its_window_and_stalls_no_other_stream() -> None:
     assert received > 20 * Limits().stream_window
     pair.server.acknowledge(stalled, total)
     pair.settle()
-    assert pair.client.sendable(stalled) == Limits().stream_window
-
-
-def test_sending_against_the_window_is_our_defect() -> None:
-    pair = Pair()
-    stream_id = pair.open()
-    with pytest.raises(LocalProtocolError):
-        pair.client.send_data(stream_id, b"x" * (pair.client.sendable(stream_id) + 1))
+    assert pair.client.send_some(stalled, PLENTY, len(PLENTY)) == Limits().stream_window
 
 
 def test_ping_comes_back() -> None:
@@ -144,7 +143,7 @@ def test_drain_lets_open_streams_go_on_and_refuses_new_ones() -> None:
     assert StreamReset(late, ErrorCode.REFUSED_STREAM) in pair.client_events
     assert GoAwayReceived(stream_id, ErrorCode.NO_ERROR) in pair.client_events
     assert not pair.client.may_open
-    pair.client.send_data(stream_id, b"still", ends=True)
+    send(pair.client, stream_id, b"still")
     pair.settle()
     assert data_of(pair.server_events, stream_id) == b"still"
 
@@ -366,7 +365,8 @@ def test_request_that_ends_at_once_is_a_half_closed_stream() -> None:
     server, found = server_after(request(1, ends=True))
     assert found[-1] == StreamEnded(1)
     server.respond(1, 200)
-    server.send_data(1, b"answer", ends=True)
+    send(server, 1, b"answer")
+    server.end(1)
     assert server.stream_count == 0
 
 
@@ -453,10 +453,10 @@ def test_calls_for_a_stream_that_is_gone_do_nothing() -> None:
     server, _found = server_after(request(1), frames.build_reset(1, 8))
     server.take_output()
     server.respond(1, 200)
-    server.send_data(1, b"data")
+    assert server.send_some(1, b"data", 4) == 0
+    server.end(1)
     server.acknowledge(1, 5)
     server.reset(1, 8)
-    assert server.sendable(1) == 0
     assert not server.has_output
 
 
@@ -469,7 +469,8 @@ def test_second_answer_is_our_defect() -> None:
 
 def test_refusal_after_our_end_is_our_defect() -> None:
     server, _found = server_after(request(1))
-    server.send_data(1, b"", ends=True)
+    server.end(1)
+    assert server.send_some(1, b"more", 4) == 0
     with pytest.raises(LocalProtocolError, match="SEND_END on a stream in HALF_CLOSED_LOCAL"):
         server.respond(1, 503)
 
@@ -519,7 +520,8 @@ def test_peer_with_small_frames_gets_small_frames() -> None:
     server.receive(frames.build_window_update(0, 100_000))
     server.respond(1, 200)
     server.take_output()
-    server.send_data(1, b"x" * 40_000, ends=True)
+    send(server, 1, b"x" * 40_000)
+    server.end(1)
     written, sizes, flags = server.take_output(), [], []
     while written:
         length, frame_type, flag, _stream = frames.parse_head(memoryview(written))
@@ -527,8 +529,8 @@ def test_peer_with_small_frames_gets_small_frames() -> None:
         sizes.append(length)
         flags.append(flag)
         written = written[9 + length :]
-    assert sizes == [16384, 16384, 7232]
-    assert flags == [0, 0, frames.END_STREAM]
+    assert sizes == [16384, 16384, 7232, 0]
+    assert flags == [0, 0, 0, frames.END_STREAM]
 
 
 def test_long_headers_are_sent_in_parts_that_the_peer_takes() -> None:
@@ -544,16 +546,13 @@ def test_long_headers_are_sent_in_parts_that_the_peer_takes() -> None:
 def test_smaller_window_may_go_below_zero_and_come_back() -> None:
     server, _found = server_after(request(1))
     server.respond(1, 200)
-    server.send_data(1, b"x" * 60_000)
+    send(server, 1, b"x" * 60_000)
     assert server.receive(frames.build_settings({Setting.INITIAL_WINDOW_SIZE: 1000})) == [
         SettingsReceived()
     ]
-    assert server.sendable(1) == 0
-    with pytest.raises(LocalProtocolError):
-        server.send_data(1, b"x")
-    server.send_data(1, b"", ends=False)
+    assert server.send_some(1, PLENTY, len(PLENTY)) == 0
     assert server.receive(frames.build_window_update(1, 59_001)) == [WindowOpened(1)]
-    assert server.sendable(1) == 1
+    assert server.send_some(1, PLENTY, len(PLENTY)) == 1
 
 
 def test_stream_window_beyond_what_can_be_counted_costs_the_stream() -> None:
@@ -621,7 +620,7 @@ def test_warned_client_opens_no_more_and_what_it_has_opened_is_served() -> None:
     asked = [event for event in pair.server_events if isinstance(event, ConnectRequested)]
     assert [event.stream_id for event in asked] == [first, on_the_way]
     pair.server.respond(on_the_way, 200)
-    pair.client.send_data(first, b"still here")
+    send(pair.client, first, b"still here")
     pair.settle()
     assert ResponseReceived(on_the_way, 200) in pair.client_events
     assert data_of(pair.server_events, first) == b"still here"
