@@ -29,8 +29,9 @@ from agent.lab.machine import allow_forwarding
 from agent.model.capture import HBONE_PORT
 from agent.model.pod import Exclusions, LocalPod
 from agent.tunnel.sockets import LINGER_RESET, borrow_source
-from tests.support.api_server import wait_until
 from tests.support.namespaces import Namespace
+from tests.support.packets import ACK, PUSH, SYN, tcp_packet, with_checksum
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,7 @@ SILENCE_SECONDS = 0.3  # far longer than a packet takes here
 NODE4, NODE6 = "10.78.0.1", "fd78::1"
 PODS = {"a": ("10.78.0.2", "fd78::2"), "b": ("10.78.0.3", "fd78::3")}
 BRIDGED_STRANGER = "10.78.0.4"
-SYN, ACK, PUSH = 0x02, 0x10, 0x08
+PORTS = 40000, PORT
 
 
 @dataclass
@@ -147,20 +148,6 @@ def hears(receiver: socket.socket) -> bool:
     return bool(select.select([receiver], [], [], SILENCE_SECONDS)[0])
 
 
-def tcp_packet(
-    source: str,
-    destination: str,
-    flags: int,
-    payload: bytes = b"",
-    fragment: int = 0,
-    ports: tuple[int, int] = (40000, PORT),
-) -> bytes:
-    """Return an IPv4 packet as a raw socket sends it (the kernel fills the IP checksum)."""
-    segment = struct.pack(">HHIIBBHHH", *ports, 1, 1, 5 << 4, flags, 1024, 0, 0) + payload
-    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 1, fragment, 64, 6, 0)
-    return head + socket.inet_aton(source) + socket.inet_aton(destination) + segment
-
-
 def send_raw(sender: Namespace, packet: bytes) -> None:
     raw = sender.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     raw.sendto(packet, (NODE4, 0))
@@ -195,8 +182,8 @@ def test_plaintext_from_outside_does_not_reach_a_socket_from_before(node: Node) 
 def test_raw_plaintext_does_not_leave_a_strict_pod(node: Node, tap: socket.socket) -> None:
     made = node.enroll()
     for packet in (
-        tcp_packet(PODS["a"][0], NODE4, SYN),
-        tcp_packet(PODS["a"][0], NODE4, ACK | PUSH, b"a secret"),
+        tcp_packet(PODS["a"][0], NODE4, SYN, PORTS),
+        tcp_packet(PODS["a"][0], NODE4, ACK | PUSH, PORTS, b"a secret"),
     ):
         send_raw(node.pods["a"], packet)
     assert not hears(tap)
@@ -209,7 +196,7 @@ def test_connection_past_the_hooks_is_not_opened(
 ) -> None:
     """What connect() did not capture, by a raw socket or since its link was detached."""
     made = node.enroll(is_strict=is_strict)
-    send_raw(node.pods["a"], tcp_packet(PODS["a"][0], NODE4, SYN))
+    send_raw(node.pods["a"], tcp_packet(PODS["a"][0], NODE4, SYN, PORTS))
     assert not hears(tap)
     assert node.counted(made) == {("outbound", "plaintext"): 1}
 
@@ -226,7 +213,7 @@ def test_fragments_do_not_hide_plaintext(node: Node, tap: socket.socket) -> None
     made = node.enroll()
     more, second = 0x2000, 1
     for fragment in (more, second):
-        packet = tcp_packet(PODS["a"][0], NODE4, ACK, b"a secret", fragment)
+        packet = tcp_packet(PODS["a"][0], NODE4, ACK, PORTS, b"a secret", fragment=fragment)
         send_raw(node.pods["a"], packet)
     assert not hears(tap)
     assert node.counted(made) == {("outbound", "fragment"): 2}
@@ -297,16 +284,9 @@ def _mac(link: str) -> bytes:
 
 def tagged(tags: list[int], target: bytes, source: str, destination: str) -> bytes:
     """Return a frame with plaintext TCP behind tags of VLAN 0."""
-    packet = with_checksum(tcp_packet(source, destination, ACK | PUSH, b"a secret"))
+    packet = with_checksum(tcp_packet(source, destination, ACK | PUSH, PORTS, b"a secret"))
     types = b"".join(struct.pack(">HH", kind, 0) for kind in tags) + b"\x08\x00"
     return target + bytes.fromhex("020000000001") + types + packet
-
-
-def with_checksum(packet: bytes) -> bytes:
-    """Fill the IP checksum, which the kernel does not do for a frame."""
-    total = sum(struct.unpack(">10H", packet[:20]))
-    number = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
-    return packet[:10] + number + packet[12:]
 
 
 def send_frame(sender: Namespace, link: str, frame: bytes) -> None:
@@ -376,7 +356,7 @@ def test_nobody_outside_speaks_as_the_pod_itself(node: Node, flags: int) -> None
 @pytest.mark.parametrize("is_strict", [True, False])
 def test_pod_cannot_borrow_another_address(node: Node, tap: socket.socket, is_strict: bool) -> None:
     made = node.enroll(is_strict=is_strict)
-    send_raw(node.pods["a"], tcp_packet(PODS["b"][0], NODE4, SYN))
+    send_raw(node.pods["a"], tcp_packet(PODS["b"][0], NODE4, SYN, PORTS))
     assert not hears(tap)
     assert node.counted(made) == {("outbound", "spoofed"): 1}
 
@@ -526,13 +506,11 @@ def test_neighbor_on_the_bridge_does_not_answer_a_direct_connection(bridged: Nod
     asked.connect_ex((target, PORT))
     assert not hears(false)
     assert bridged.counted(first) == {("inbound", "spoofed"): 1}  # the answer of c
-    syn = tcp_packet(PODS["a"][0], target, SYN, ports=(asked.getsockname()[1], PORT))
+    syn = tcp_packet(PODS["a"][0], target, SYN, (asked.getsockname()[1], PORT))
     frame = netns.run_in(pods["b"].fd, partial(_mac, "eth0")) + bytes.fromhex("020000000001")
     send_frame(pods["c"], "eth0", frame + b"\x08\x00" + with_checksum(syn))
     assert bridged.counted(second) == {("inbound", "spoofed"): 1}  # passed on by c
-    words = tcp_packet(
-        target, PODS["a"][0], ACK | PUSH, b"evil", ports=(PORT, client.getsockname()[1])
-    )
+    words = tcp_packet(target, PODS["a"][0], ACK | PUSH, (PORT, client.getsockname()[1]), b"evil")
     frame = netns.run_in(pods["a"].fd, partial(_mac, "eth0")) + bytes.fromhex("020000000001")
     before = bridged.counted(first)["inbound", "spoofed"]
     send_frame(pods["c"], "eth0", frame + b"\x08\x00" + with_checksum(words))
@@ -549,7 +527,7 @@ def test_replayed_flow_is_not_let_in(node: Node) -> None:
     client.connect((PODS["b"][0], PORT))
     listener.accept()[0].close()
     client.close()
-    send_raw(node.pods["a"], tcp_packet(PODS["a"][0], PODS["b"][0], SYN))
+    send_raw(node.pods["a"], tcp_packet(PODS["a"][0], PODS["b"][0], SYN, PORTS))
     assert not hears(listener)
     assert node.counted(first) == {("outbound", "plaintext"): 1}
 

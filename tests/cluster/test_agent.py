@@ -17,9 +17,10 @@ import pytest
 from agent.datapath import links, pins
 from agent.lab.machine import kill_cgroup
 from tests.cluster.test_rights import AUDIENCE, annotation, installed, token_of
-from tests.support.api_server import path_of, wait_until
+from tests.support.api_server import path_of
 from tests.support.cluster_objects import Body, namespace, pod
 from tests.support.namespaces import POD4
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,9 +19,10 @@ from agent import netns
 from cni import installer
 from tests.cluster.test_agent import SIDESTEP, Processes
 from tests.cluster.test_rights import AUDIENCE, annotation, installed, token_of
-from tests.support.api_server import path_of, wait_until
+from tests.support.api_server import path_of
 from tests.support.cluster_objects import Body, namespace, pod
 from tests.support.cri import Containerd, Sandbox
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,9 +14,9 @@ import pytest
 from agent import netlink, netns
 from tests.cluster.test_agent import SPACE, Processes, agent_token, pod_body
 from tests.cluster.test_rights import annotation, installed
-from tests.support.api_server import wait_until
 from tests.support.cluster_objects import Body, namespace, pod
 from tests.support.namespaces import PEER4, POD4, Namespace
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from agent.identity.local import LocalAuthority
-from tests.support.api_server import wait_until
 from tests.support.kube_node import KubeNode
 from tests.support.modules import ROOT
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,8 +18,9 @@ from agent.model.enrollment import MODE_LABEL
 from cni.installer import SHIM, Places
 from tests.cluster.test_agent import Processes
 from tests.cluster.test_rights import AUDIENCE, annotation, installed, token_of
-from tests.support.api_server import path_of, wait_until
+from tests.support.api_server import path_of
 from tests.support.cluster_objects import Body, namespace, pod
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,8 @@ from agent.discovery.api import Api
 from agent.discovery.occurrences import BURST_WRITES, Occurrence
 from agent.discovery.pod_events import NOTE_BYTES, PodEventWriter
 from tests.cluster.test_rights import installed, token_of
-from tests.support.api_server import wait_until
 from tests.support.cluster_objects import Body, namespace, pod
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,9 +20,10 @@ from agent.discovery.translate import REDIRECTION
 from agent.errors import CallerUnknown, ConfigError
 from agent.identity.custody import open_authority
 from agent.model.caller import Caller
-from tests.support.api_server import ApiServer, path_of, wait_until
+from tests.support.api_server import ApiServer, path_of
 from tests.support.cluster_objects import enrolled, following, namespace, pod
 from tests.support.modules import ROOT
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from kubernetes import client

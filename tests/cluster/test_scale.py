@@ -17,8 +17,9 @@ import pytest
 
 from agent.discovery.translate import REDIRECTION
 from tests.cluster.test_agent import Processes
-from tests.support.api_server import path_of, wait_until
+from tests.support.api_server import path_of
 from tests.support.cluster_objects import Body, endpoint_slice, namespace, pod, service
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,6 +17,7 @@ from tests.drills.report import Row
 from tests.drills.sniffer import Sniffer
 from tests.support.labs import SECONDS, PodEnd
 from tests.support.load import Load
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,10 +100,11 @@ def said(failed: int, how: str, gap: float) -> str:
 
 def wait_good(load: Load, since: float, seconds: float) -> None:
     """Wait until a connection has succeeded after `since`."""
-    deadline = time.monotonic() + seconds
-    while not any(moment > since for moment in load.connects.good[-50:]):
-        assert time.monotonic() < deadline, load.connects.failed[-3:]
-        pause(0.05)
+    wait_until(
+        lambda: any(moment > since for moment in load.connects.good[-50:]),
+        seconds,
+        what=lambda: load.connects.failed[-3:],
+    )
 
 
 def pause(seconds: float) -> None:

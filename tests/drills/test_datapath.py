@@ -19,6 +19,7 @@ from tests.drills.ground import LONG, Ground, pause, run_drill
 from tests.support.damage import detach, is_attached, mount_bpffs, unmount
 from tests.support.full_map import full
 from tests.support.modules import ROOT
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +53,7 @@ def link_of(ground: Ground, pod: str, program: str) -> Path:
 
 def wait_mended(is_mended: Callable[[], bool], since: float) -> float:
     """Wait until it is so, and return when the damage was done."""
-    while not is_mended():
-        assert time.monotonic() < since + MENDED_SECONDS
-        pause(0.02)
+    wait_until(is_mended, MENDED_SECONDS)
     return since
 
 

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.model.capture import HBONE_PORT
 from tests.support.damage import detach
 from tests.support.labs import PodEnd, is_alive
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,9 +244,7 @@ def policy(node: Node, kind: str, spec: dict[str, Any]) -> Iterator[None]:
 
 
 def wait_for_policies(node: Node, count: int) -> None:
-    until = time.monotonic() + 10
-    while len(node.command("policies")[1]) != count:
-        assert time.monotonic() < until
+    wait_until(lambda: len(node.command("policies")[1]) == count, 10)
 
 
 def test_nothing_is_opened_while_connect_is_detached(node: Node) -> None:

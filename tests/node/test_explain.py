@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from agent.lab.lab import Lab
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,10 +124,8 @@ def test_commands_say_what_is_in_force_and_for_whom(lab: Lab) -> None:
     lab.write_object(policy("read", "ALLOW", "server", **methods))
     broken = policy("slip", "ALLOW", "server", form=[])
     lab.write_object(broken)
-    deadline = time.monotonic() + 5
-    while len(rows := sidestep(lab, "policies")) < 2 and time.monotonic() < deadline:
-        pass  # each turn asks the agents
-    read, slip = rows
+    wait_until(lambda: len(sidestep(lab, "policies")) == 2)
+    read, slip = sidestep(lab, "policies")
     assert (read["policy"], read["state"]) == ("AuthorizationPolicy shop/read", "in force")
     assert read["pods"] == ["shop/server"]
     assert "spec.rules[0].to[0].operation.methods" in read["warnings"][0]
@@ -161,9 +160,7 @@ def test_strict_namespace_takes_no_plaintext_and_its_pods_still_speak(lab: Lab) 
         "spec": {"mtls": {"mode": "STRICT"}},
     }
     lab.write_object(body)
-    deadline = time.monotonic() + 5
-    while not sidestep(lab, "policies") and time.monotonic() < deadline:
-        pass  # each turn asks the agents
+    wait_until(lambda: sidestep(lab, "policies"))
     assert subprocess.run(ask, check=False, capture_output=True).returncode != 0
     for server in ("server", "neighbor", "neighbor"):
         assert fetch(lab, server) == 0

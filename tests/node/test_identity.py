@@ -28,6 +28,7 @@ from agent.lab import machine
 from agent.lab.lab import Lab
 from tests.support.certificates import PEM
 from tests.support.labs import scrape
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -269,10 +270,9 @@ def wait_for_refused(lab: Lab, node: str, reason: str) -> None:
     """Wait until the metrics of a node's agent tell of a peer that was refused for a reason."""
     (found,) = [known for known in lab.cluster().nodes if known.name == node]
     labels = frozenset({("direction", "inbound"), ("reason", reason)})
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not scrape(lab, found).get(("sidestep_peers_refused_total", labels)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)  # workers tell once a second
+    wait_until(
+        lambda: scrape(lab, found).get(("sidestep_peers_refused_total", labels)), WAIT_SECONDS
+    )
 
 
 def wait_revoked(lab: Lab, count: int) -> None:

@@ -31,6 +31,7 @@ from tests.node.test_drift import (
 )
 from tests.support.damage import detach, is_attached
 from tests.support.labs import entries, is_alive, scrape, wait_for_entry
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,9 +123,7 @@ def test_who_takes_away_again_and_again_is_answered_later_and_named(node: Node) 
     (pod,) = [each for each in state["pods"] if each["name"] == "client"]
     assert (pod["state"], pod["reason"]) == ("enrolled", Contested.reason)
     assert of_pod.name in pod["detail"]
-    until = time.monotonic() + FIGHT_SECONDS
-    while not (is_attached(of_node) and is_attached(of_pod)):
-        assert time.monotonic() < until
+    wait_until(lambda: is_attached(of_node) and is_attached(of_pod), FIGHT_SECONDS)
 
 
 def test_pod_that_the_next_agent_cannot_enroll_stays_closed(node: Node) -> None:

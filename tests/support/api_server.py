@@ -11,7 +11,7 @@ import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import urllib3
 from cryptography.hazmat.primitives import serialization
@@ -20,9 +20,7 @@ from kubernetes import client
 
 from tests.support.modules import ROOT
 from tests.support.ports import free_port
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.support.waiting import wait_until
 
 Body = dict[str, Any]
 HOST = "127.0.0.1"
@@ -239,11 +237,3 @@ def write_secrets(directory: Path) -> None:
         )
     )
     (directory / "tokens.csv").write_text('admin,admin,admin,"system:masters"\n')
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for what another process does and tells nobody (AssertionError if never)."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never happened"
-        time.sleep(0.02)

@@ -22,7 +22,7 @@ from cni.conflist import PLUGIN_TYPE
 from cni.contention import MOST_STRIKES
 from cni.installer import InstallError, Places, install, uninstall, watch
 from cni.protocol import SUCCESS
-from tests.support.api_server import wait_until
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
