@@ -326,13 +326,10 @@ class _Attached:
 
 def _program_id(pins: Pins, name: str) -> int | None:
     try:
-        fd = pins.program(name)
+        with libbpf.closing(pins.program(name)) as fd:
+            return libbpf.program_facts(fd).id
     except KernelError:
         return None
-    try:
-        return libbpf.program_facts(fd).id
-    finally:
-        os.close(fd)
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 
+    from pyroute2.iproute.linux import IPRoute
+
     Interface = IPv4Interface | IPv6Interface
     Network = IPv4Network | IPv6Network
 
@@ -155,26 +157,26 @@ def add_reply_route(family: int) -> None:
         )
 
 
+def _has_reply_rule(ipr: IPRoute, family: int) -> bool:
+    return any(
+        rule.get_attr("FRA_PRIORITY") == REPLY_RULE_PRIORITY
+        and rule.get_attr("FRA_FWMARK") == REPLY_MARK
+        and rule.get_attr("FRA_TABLE") == REPLY_TABLE
+        for rule in ipr.get_rules(family=family)
+    )
+
+
 def has_reply_route() -> bool:
     """Say whether `add_reply_route` has been here, for the rule of IPv4."""
     with _session("rules cannot be listed") as ipr:
-        return any(
-            rule.get_attr("FRA_PRIORITY") == REPLY_RULE_PRIORITY
-            and rule.get_attr("FRA_FWMARK") == REPLY_MARK
-            for rule in ipr.get_rules(family=socket.AF_INET)
-        )
+        return _has_reply_rule(ipr, socket.AF_INET)
 
 
 def reply_route(family: int) -> tuple[bool, bool]:
     """Say whether the rule of `add_reply_route` is there, and whether its route is."""
     has_rule = has_route = False
     with _session("rules and routes cannot be listed", errno.EAFNOSUPPORT) as ipr:
-        has_rule = any(
-            rule.get_attr("FRA_PRIORITY") == REPLY_RULE_PRIORITY
-            and rule.get_attr("FRA_FWMARK") == REPLY_MARK
-            and rule.get_attr("FRA_TABLE") == REPLY_TABLE
-            for rule in ipr.get_rules(family=family)
-        )
+        has_rule = _has_reply_rule(ipr, family)
         has_route = any(
             route["type"] == _RTN_LOCAL and route["dst_len"] == 0
             for route in ipr.get_routes(family=family, table=REPLY_TABLE)

@@ -9,6 +9,7 @@ structures are those of linux/bpf.h and of libbpf's bpf.h, whose members are app
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -171,6 +172,15 @@ def _errno_text(result: int) -> str:
     # libbpf 1.x returns -errno and sets errno as well.
     number = -result if result < 0 else ctypes.get_errno()
     return f"{errno.errorcode.get(number, number)}, {os.strerror(number)}"
+
+
+@contextlib.contextmanager
+def closing(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def open_pin(path: Path) -> int:

@@ -23,8 +23,6 @@ from agent.datapath.source import (
 from agent.errors import FeatureMissing, KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from agent.datapath.pins import Pins
 
 
@@ -37,19 +35,11 @@ def cgroup_root(mounts: Path = Path("/proc/self/mounts")) -> Path:
     raise FeatureMissing("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 
 
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def attach_cgroup(pins: Pins, root: Path) -> None:
     """Attach every cgroup program at `root`; a link that is there gets the program of `pins`."""
-    with _closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
+    with libbpf.closing(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as cgroup_fd:
         for name, (_program_type, attach_type) in CGROUP_PROGRAMS.items():
-            with _closing(pins.program(name)) as program_fd:
+            with libbpf.closing(pins.program(name)) as program_fd:
                 _attach(pins, name, program_fd, cgroup_fd, attach_type)
 
 
@@ -98,7 +88,7 @@ def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
     text = pins.lookup_text()
     stamped = stamped_text(text, netns_cookie, [pins.maps[name].fd for name in MAPS])
     name = lookup_link_name(netns_cookie)
-    with _closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd:
+    with libbpf.closing(libbpf.load_sk_lookup(LOOKUP_PROGRAM, stamped)) as program_fd:
         _attach(pins, name, program_fd, netns_fd, libbpf.ATTACH_SK_LOOKUP)
 
 
@@ -125,7 +115,7 @@ def attach_guard(pins: Pins, netns_cookie: int, ifindex: int) -> None:
     """
     for name, (_program_type, attach_type) in GUARD_PROGRAMS.items():
         link = guard_link_name(name, netns_cookie, ifindex)
-        with _closing(pins.program(name)) as program_fd:
+        with libbpf.closing(pins.program(name)) as program_fd:
             _attach(pins, link, program_fd, ifindex, attach_type)
 
 

@@ -10,7 +10,6 @@ Called by `agent.commands`.
 from __future__ import annotations
 
 import contextlib
-import os
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -476,7 +475,7 @@ def list_programs(directory: Path) -> list[Row]:
     guarded: dict[int, list[int]] = {}
     guarded_pods: dict[int, set[str]] = {}
     for path in sorted((directory / "links").iterdir()):
-        with _closing(libbpf.open_pin(path)) as fd:
+        with libbpf.closing(libbpf.open_pin(path)) as fd:
             facts = libbpf.link_facts(fd)
         if facts.type == libbpf.LINK_TYPE_TCX:
             guarded.setdefault(facts.program_id, []).append(facts.target)
@@ -492,7 +491,7 @@ def list_programs(directory: Path) -> list[Row]:
             attached[facts.program_id] = (_place(facts), facts.id)
     rows: list[Row] = []
     for path in sorted((directory / "programs").iterdir()):
-        with _closing(libbpf.open_pin(path)) as fd:
+        with libbpf.closing(libbpf.open_pin(path)) as fd:
             program_id = libbpf.program_facts(fd).id
             found = attached.get(program_id)
             place: str | None = found[0] if found else None
@@ -505,14 +504,9 @@ def list_programs(directory: Path) -> list[Row]:
             rows.append(_program_row(fd, directory, place, link, pods))
     for program_id, pod_place, pod_link, pods in copies:
         # The program may have gone with its link meanwhile.
-        with contextlib.suppress(KernelError), _closing(libbpf.open_program(program_id)) as fd:
+        with (
+            contextlib.suppress(KernelError),
+            libbpf.closing(libbpf.open_program(program_id)) as fd,
+        ):
             rows.append(_program_row(fd, directory, pod_place, pod_link, pods))
     return rows
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from agent.errors import Contested, MapError
-from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from agent.model.capture import HBONE_PORT
 from agent.state.patience import FREE_TRIES
-from tests.node.test_drift import (
+from tests.support.damage import detach, is_attached
+from tests.support.damaged_node import (
     Node,
     add_exception,
     clear_slot,
     delete_pod,
     destroy_listener,
+    open_node,
     remove_connect,
     remove_guard,
     remove_lookup,
@@ -29,7 +29,6 @@ from tests.node.test_drift import (
     reset_sysctl,
     steal_address,
 )
-from tests.support.damage import detach, is_attached
 from tests.support.labs import entries, is_alive, scrape, wait_for_entry
 from tests.support.waiting import wait_until
 
@@ -44,14 +43,7 @@ PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
-    with ExitStack() as stack:
-        lab = Lab(f"t{os.getpid()}")
-        lab.agent_options = ("--upkeep-seconds", str(LOOK_SECONDS))
-        stack.callback(lab.down)
-        lab.up(DEFAULT_CLUSTER, print)
-        lab.label_namespace("shop", "ambient")
-        made = Node(lab, stack)
-        made.server.echo(9000)
+    with open_node("--upkeep-seconds", str(LOOK_SECONDS)) as made:
         yield made
 
 

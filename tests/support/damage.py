@@ -18,24 +18,18 @@ _library = ctypes.CDLL("libbpf.so.1", use_errno=True)
 
 def detach(pin: Path) -> None:
     """Detach a link and leave its pin, as `bpftool link detach pinned` does."""
-    fd = libbpf.open_pin(pin)
-    try:
+    with libbpf.closing(libbpf.open_pin(pin)) as fd:
         result = _library.bpf_link_detach(fd)
-    finally:
-        os.close(fd)
     assert result == 0, os.strerror(-result)
 
 
 def is_attached(pin: Path) -> bool:
     """Whether there is a link at `pin`, and it is attached."""
     try:
-        fd = libbpf.open_pin(pin)
+        with libbpf.closing(libbpf.open_pin(pin)) as fd:
+            return libbpf.link_facts(fd).target != 0
     except MapError:
         return False
-    try:
-        return libbpf.link_facts(fd).target != 0
-    finally:
-        os.close(fd)
 
 
 def mount_bpffs(place: Path) -> None:
