@@ -8,8 +8,7 @@
     Location  id = 1, line = 4 { function_id = 1, line = 2 }
     Function  id = 1, name = 2, system_name = 3, filename = 4
 
-Source: proto/profile.proto of github.com/google/pprof. Encoded by hand: eight messages of numbers
-do not need protobuf's runtime in the agent (docs/decisions/0006-grpc-without-protobuf.md).
+Source: proto/profile.proto of github.com/google/pprof. `agent.protobuf` encodes it.
 """
 
 from __future__ import annotations
@@ -17,34 +16,18 @@ from __future__ import annotations
 import gzip
 from typing import TYPE_CHECKING
 
+from agent.protobuf import build_bytes, build_number, build_varint
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from agent.model.stacks import Frame, Stacks
 
-VARINT, LENGTH = 0, 2
 PROCESS = "process"
 
 
-def _varint(value: int) -> bytes:
-    made = bytearray()
-    while value > 0x7F:
-        made.append(value & 0x7F | 0x80)
-        value >>= 7
-    made.append(value)
-    return bytes(made)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3 | VARINT) + _varint(value)
-
-
-def _bytes(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | LENGTH) + _varint(len(content)) + content
-
-
 def _packed(field: int, values: list[int]) -> bytes:
-    return _bytes(field, b"".join(map(_varint, values)))
+    return build_bytes(field, b"".join(map(build_varint, values)))
 
 
 def build_profile(processes: Mapping[str, Stacks], seconds: float, frequency: int) -> bytes:
@@ -66,21 +49,23 @@ def build_profile(processes: Mapping[str, Stacks], seconds: float, frequency: in
         return locations.setdefault(frame, len(locations) + 1)
 
     period = 1_000_000_000 // frequency
-    made = _bytes(1, _number(1, text("samples")) + _number(2, text("count")))
-    made += _bytes(1, _number(1, text("cpu")) + _number(2, text("nanoseconds")))
+    made = build_bytes(1, build_number(1, text("samples")) + build_number(2, text("count")))
+    made += build_bytes(1, build_number(1, text("cpu")) + build_number(2, text("nanoseconds")))
     for process, stacks in processes.items():
-        label = _bytes(3, _number(1, text(PROCESS)) + _number(2, text(process)))
+        label = build_bytes(3, build_number(1, text(PROCESS)) + build_number(2, text(process)))
         for stack, count in stacks:
             places = _packed(1, [location(frame) for frame in stack])
-            made += _bytes(2, places + _packed(2, [count, count * period]) + label)
+            made += build_bytes(2, places + _packed(2, [count, count * period]) + label)
     for (name, file, line), number in locations.items():
-        place = _number(1, function(name, file)) + _number(2, line)
-        made += _bytes(4, _number(1, number) + _bytes(4, place))
+        place = build_number(1, function(name, file)) + build_number(2, line)
+        made += build_bytes(4, build_number(1, number) + build_bytes(4, place))
     for (name, file), number in functions.items():
-        names = _number(2, text(name)) + _number(3, text(name)) + _number(4, text(file))
-        made += _bytes(5, _number(1, number) + names)
-    made += _number(10, int(seconds * 1_000_000_000))
-    made += _bytes(11, _number(1, text("cpu")) + _number(2, text("nanoseconds")))
-    made += _number(12, period)
-    made += b"".join(_bytes(6, each.encode()) for each in texts)
+        names = (
+            build_number(2, text(name)) + build_number(3, text(name)) + build_number(4, text(file))
+        )
+        made += build_bytes(5, build_number(1, number) + names)
+    made += build_number(10, int(seconds * 1_000_000_000))
+    made += build_bytes(11, build_number(1, text("cpu")) + build_number(2, text("nanoseconds")))
+    made += build_number(12, period)
+    made += b"".join(build_bytes(6, each.encode()) for each in texts)
     return gzip.compress(made, mtime=0)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from agent import netlink, netns
+from agent.protobuf import build_bytes, build_number, parse_fields
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -37,45 +38,17 @@ CALL_SECONDS = 60.0
 Message = dict[int, list[Any]]
 
 
-def _varint(value: int) -> bytes:
-    made = bytearray()
-    while value > 0x7F:
-        made.append(value & 0x7F | 0x80)
-        value >>= 7
-    made.append(value)
-    return bytes(made)
-
-
 def _write(number: int, value: bytes | str | int) -> bytes:
     if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
+        return build_number(number, value)
+    return build_bytes(number, value.encode() if isinstance(value, str) else value)
 
 
 def _read(data: bytes) -> Message:
     """Read the fields of a message by number; what is nested stays bytes."""
     found: Message = {}
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        tag = varint()
-        value: Any = varint()
-        if tag & 7 == 2:
-            size, value = value, data[at : at + value]
-            at += size
-        found.setdefault(tag >> 3, []).append(value)
+    for number, value in parse_fields(data):
+        found.setdefault(number, []).append(value)
     return found
 
 
