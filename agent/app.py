@@ -114,6 +114,7 @@ class Agent:
             self._direct,
             source,
             self._enforcement.plaintext_ports,
+            self._on_pod_gone,
         )
         self._arrivals = Arrivals(
             settings.node, source, self._roster, self._on_arrived, self._on_left
@@ -433,10 +434,18 @@ class Agent:
             return
         if not self._departure.done():
             await self._apply_to_pods(snapshot)
-            # A pod that leaves still answers peers that have not heard of it.
-            leaving = {self._identity(each.pod) for each in self._roster.draining()}
-            self._credentials.forget_others(identities | leaving)
+            self._forget_certificates()
         await self._admin.changed()
+
+    def _forget_certificates(self) -> None:
+        """Keep those of the pods here; one that leaves still answers who has not heard of it."""
+        leaving = (each.pod for each in self._roster.draining())
+        pods = (*self._desired.values(), *leaving)
+        self._credentials.forget_others({self._identity(pod) for pod in pods})
+
+    def _on_pod_gone(self) -> None:
+        self._forget_certificates()
+        self._tell_watchers()
 
     async def _apply_to_pods(self, snapshot: Snapshot) -> None:
         try:

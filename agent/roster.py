@@ -90,11 +90,12 @@ class Roster:
         direct: DirectPath,
         source: Source,
         plaintext_ports: Callable[[LocalPod], frozenset[int] | None],
+        on_gone: Callable[[], None],
     ) -> None:
         """Know no pod yet.
 
         `plaintext_ports(pod)` are the only ports at which a STRICT pod takes plaintext, None for a
-        pod that is not STRICT.
+        pod that is not STRICT. `on_gone()` when the last connection of a pod that left has ended.
         """
         self._pins = pins
         self._pod_cgroups = pod_cgroups
@@ -102,6 +103,7 @@ class Roster:
         self._direct = direct
         self._source = source
         self._plaintext_ports = plaintext_ports
+        self._on_gone = on_gone
         self._enrolled: dict[str, Enrollment] = {}
         self._draining: dict[str, Enrollment] = {}
         # Held for one step of one pod: the runtime brings pods while `apply` goes through others,
@@ -450,6 +452,7 @@ class Roster:
         self._drained.discard(uid)
         self._let_go(self._draining.pop(uid))
         self._let_go_of_one.set()
+        self._on_gone()
 
     async def _take_back(self, uid: str) -> None:
         """Free 15008 of a pod that comes back while it drains; its connections go on."""

@@ -418,7 +418,7 @@ def test_pod_that_closes_the_listeners_in_it_harms_itself(
     """SOCK_DESTROY, which CAP_NET_ADMIN allows: a worker must not turn in circles over it."""
     pod = ground.lab.find_pod("saboteur")
     assert ground.command("saboteur", "ss", "-K", "-l", "-t") == 0
-    wait_for_entry(ground.lab, pod.node, "accept failed", lambda row: row["pod"] == pod.name)
+    wait_for_entry(ground.lab, pod.node, "accept failed", lambda row: row["pod"] == pod.key)
     vault = vaults["vault"]
     for _ in range(20):
         assert ask(ground.open_socket("client"), (vault.address, PORT)) == SECRET

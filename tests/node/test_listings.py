@@ -79,6 +79,9 @@ def test_changes_of_a_map_are_shown_until_somebody_interrupts(lab: Lab) -> None:
     with ExitStack() as stack:
         PodEnd(lab, "server", stack).echo(9001)
         client = PodEnd(lab, "client", stack)
+        # A shell gives what it starts in the background SIGINT ignored, and so would we.
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         watching = stack.enter_context(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
