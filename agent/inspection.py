@@ -19,10 +19,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from agent import guard, netlink, netns, sock_diag
-from agent.datapath import features, libbpf, links, listing, records
+from agent.datapath import features, libbpf, links, listing
 from agent.datapath.source import CGROUP_PROGRAMS, PROGRAMS
-from agent.enroll import REPLY_SYSCTLS, exclusion_entries, guard_link
+from agent.enroll import REPLY_SYSCTLS, guard_link
 from agent.errors import KernelError, SidestepError
+from agent.expectation import COMPARED, Expected, describe, describe_value, owner, packed
 from agent.model.capture import REPLY_MARK
 from agent.model.endpoint import endpoint
 from agent.state.drift import Drift, compare
@@ -36,21 +37,9 @@ if TYPE_CHECKING:
     from agent.datapath.pins import Pins
     from agent.datapath.records import ServicePorts
     from agent.enroll import Enrollment
+    from agent.expectation import Packed
     from agent.roster import Roster
 
-Packed = tuple[tuple[str, "Value"], ...]
-# Maps whose entries follow from the enrolled pods, and where a pod's cookie stands: in the key, or
-# the value.
-COOKIE_PLACES = {
-    "ss_pods": ("key", "value"),
-    "ss_pod_names": ("key", "value"),
-    "ss_local": ("value", "value"),
-    "ss_bypass": ("key", "netns_cookie"),
-    "ss_ports": ("key", "netns_cookie"),
-    "ss_listeners": ("key", "value"),
-    "ss_guards": ("value", "netns_cookie"),
-}
-COMPARED = (*COOKIE_PLACES, "ss_services", "ss_endpoints")  # maps
 FAMILIES: dict[int, str] = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 
 
@@ -161,7 +150,7 @@ class Inspection:
     # -- maps ---------------------------------------------------------------------------------
 
     def _map(self, name: str) -> Iterator[Finding]:
-        expected = _Expected(self._pins, name)
+        expected = Expected(self._pins, name)
         for enrollment in self._roster.enrollments():
             expected.add_pod(enrollment, is_strict=self._roster.is_strict(enrollment.pod))
         expected.add_services(self._services())
@@ -171,20 +160,20 @@ class Inspection:
         kept = self._kept()
         opened = self._pins.maps[name]
         observed = {
-            key: _packed(value)
-            for key, value in ((_packed(key), value) for key, value in opened.items())
-            if _owner(name, key, _packed(value)) not in kept
+            key: packed(value)
+            for key, value in ((packed(key), value) for key, value in opened.items())
+            if owner(name, key, packed(value)) not in kept
         }
         for drift in compare(expected.entries, observed):
             shown = drift.expected if drift.expected is not None else drift.found
             assert shown is not None
-            owner = _owner(name, drift.key, shown)
+            cookie = owner(name, drift.key, shown)
             yield Finding(
-                names.get(owner, f"netns cookie {owner}") if owner is not None else None,
+                names.get(cookie, f"netns cookie {cookie}") if cookie is not None else None,
                 "map",
-                f"{name} {_text(_entry(name, drift.key, shown, names))}",
-                _value_text(name, drift.key, drift.expected, names),
-                _value_text(name, drift.key, drift.found, names),
+                f"{name} {describe(name, drift.key, shown, names)}",
+                describe_value(name, drift.key, drift.expected, names),
+                describe_value(name, drift.key, drift.found, names),
                 partial(_mend_entry, opened, drift, expected.writes.get(drift.key)),
             )
 
@@ -352,59 +341,6 @@ def _look_inside() -> _Inside:
     )
 
 
-class _Expected:
-    """The entries that one map ought to have."""
-
-    def __init__(self, pins: Pins, name: str) -> None:
-        self._map, self._name = pins.maps[name], name
-        self.entries: dict[Packed, Packed] = {}
-        # What to write where that is not what is read: a sockhash takes a descriptor.
-        self.writes: dict[Packed, Record] = {}
-
-    def add_pod(self, enrollment: Enrollment, *, is_strict: bool) -> None:
-        pod, cookie = enrollment.pod, enrollment.netns_cookie
-        own: Record = {"value": cookie}
-        match self._name:
-            case "ss_pods":
-                self._add(own, records.pod_record(pod, is_strict=is_strict))
-            case "ss_pod_names":
-                self._add(own, records.pod_name_record(pod))
-            case "ss_local":
-                for address in pod.addresses:
-                    self._add({"address": records.pack_address(address)}, own)
-            case "ss_guards":
-                for ifindex in enrollment.guarded_links:
-                    self._add({"value": ifindex}, records.guarded_record(pod, cookie))
-            case "ss_listeners":
-                for listener in enrollment.inbound:
-                    raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)
-                    key = self._add(own, {"value": int.from_bytes(raw, "little")})
-                    self.writes[key] = {"value": listener.fileno()}
-            case "ss_bypass" | "ss_ports":
-                for name, exception in exclusion_entries(enrollment):
-                    if name == self._name:
-                        self._add(exception, {"value": 1})
-        if self._name == "ss_ports":
-            for port in enrollment.plaintext_ports:
-                self._add(records.port_key(cookie, port, records.PLAINTEXT), {"value": 1})
-
-    def add_services(self, services: ServicePorts) -> None:
-        for (address, port), endpoints in services.items():
-            if self._name == "ss_services":
-                key = records.service_port_key(address, port)
-                self._add(key, {"value": len(endpoints)})
-            elif self._name == "ss_endpoints":
-                for index, (host, target) in enumerate(endpoints):
-                    key = records.service_port_key(address, port, index)
-                    self._add(key, {"address": records.pack_address(host), "port_be": target})
-
-    def _add(self, key: Record, value: Record) -> Packed:
-        key_layout, value_layout = self._map.key, self._map.value
-        packed = _packed(key_layout.decode(key_layout.encode(**key)))
-        self.entries[packed] = _packed(value_layout.decode(value_layout.encode(**value)))
-        return packed
-
-
 def _named(enrollment: Enrollment) -> str:
     return f"{enrollment.pod.namespace}/{enrollment.pod.name}"
 
@@ -415,39 +351,6 @@ def _has_interface(ifindex: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _packed(record: Record) -> Packed:
-    return tuple(record.items())
-
-
-def _owner(name: str, key: Packed, value: Packed) -> int | None:
-    place = COOKIE_PLACES.get(name)
-    if place is None:
-        return None
-    found = dict(key if place[0] == "key" else value)[place[1]]
-    assert isinstance(found, int)
-    return found
-
-
-def _entry(name: str, key: Packed, value: Packed, names: listing.PodNames) -> listing.Row:
-    return listing.describe_entry(name, dict(key), dict(value), names)
-
-
-def _text(row: listing.Row) -> str:
-    skipped = ("pod", "netns_cookie", "socket_cookie", "endpoints", "endpoint", "endpoint_port")
-    return " ".join(f"{name}={row[name]}" for name in row if name not in skipped and row[name])
-
-
-def _value_text(
-    name: str, key: Packed, value: Packed | None, names: listing.PodNames
-) -> str | None:
-    if value is None:
-        return None
-    row = _entry(name, key, value, names) | {
-        member: found for member, found in value if member == "is_strict"
-    }
-    return " ".join(f"{member}={found}" for member, found in row.items() if found is not None)
 
 
 async def _call(function: Callable[[], object]) -> None:
