@@ -384,6 +384,12 @@ def _containers(template: dict[str, Any]) -> list[dict[str, Any]]:
     return spec["containers"] + spec.get("initContainers", [])
 
 
+def mesh_without_helm(node: KubeNode) -> None:
+    run_documented(node, "Without Helm, put the image's name")
+    run_documented(node, "## Mesh a namespace")
+    wait_until(lambda: redirections(node) == ["enabled"] * 2)
+
+
 def test_operator_without_helm_installs_and_takes_it_all_away(node: KubeNode) -> None:
     write_manifests(node)
     with open_shop(node, *HELLO):
@@ -391,9 +397,7 @@ def test_operator_without_helm_installs_and_takes_it_all_away(node: KubeNode) ->
         plain = request(node)
         sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
         before = listing(node, sandboxes)
-        run_documented(node, "Without Helm, put the image's name")
-        run_documented(node, "## Mesh a namespace")
-        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        mesh_without_helm(node)
         assert request(node) == plain
         wait_until(lambda: carries(node))
         run_documented(node, "Without Helm, delete the agents first")
@@ -410,9 +414,7 @@ def test_node_goes_on_without_the_mesh_where_everything_is_deleted_at_once(node:
         plain = request(node)
         sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
         before = listing(node, sandboxes)
-        run_documented(node, "Without Helm, put the image's name")
-        run_documented(node, "## Mesh a namespace")
-        wait_until(lambda: redirections(node) == ["enabled"] * 2)
+        mesh_without_helm(node)
         # Not in the documented order: rights and account of the agent go with it.
         node.kubectl("delete", "-f", str(node.directory / "sidestep.yaml"))
         wait_until(lambda: request(node) == plain)

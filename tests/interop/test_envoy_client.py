@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -14,11 +12,19 @@ import pytest
 
 from agent.bench.envoy import build_client
 from agent.identity.local import LocalAuthority
-from agent.model.bounds import DEFAULT_BOUNDS, Bounds
+from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT
 from agent.model.identity import SpiffeId
 from agent.tunnel import messages
 from tests.interop.conftest import Neighbors, identity
+from tests.interop.exchanges import (
+    SMALL,
+    SMALL_BOUNDS,
+    answer_backwards,
+    ask_and_hang_up,
+    ends_without_data,
+    transfer,
+)
 from tests.node.test_tunnel import echo, read_all
 from tests.support.namespaces import PEER4, POD4
 from tests.support.policies import authorization
@@ -32,12 +38,6 @@ pytestmark = pytest.mark.root
 
 Serve = Callable[..., threading.Thread]
 LOCAL_PORT, APP_PORT = 9000, 8080
-SMALL = {
-    "initial_stream_window_size": 65535,
-    "initial_connection_window_size": 65535,
-    "max_concurrent_streams": 2,
-}
-SMALL_BOUNDS = Bounds(stream_buffer_bytes=65535)
 
 
 def start(
@@ -53,13 +53,6 @@ def start(
 
 def dial(server: Neighbors) -> socket.socket:
     return server.theirs.connect("127.0.0.1", LOCAL_PORT)
-
-
-def ends_without_data(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1) == b""
-    except ConnectionResetError:
-        return True
 
 
 def test_echo_and_the_clients_own_address(server: Neighbors, serve: Serve) -> None:
@@ -83,15 +76,8 @@ def test_echo_and_the_clients_own_address(server: Neighbors, serve: Serve) -> No
 
 def test_half_close_leaves_the_answer(server: Neighbors, serve: Serve) -> None:
     start(server)
-
-    def handle(accepted: socket.socket) -> None:
-        accepted.sendall(read_all(accepted)[::-1])
-
-    serve(server.ours.namespace.listen(PEER4, APP_PORT), handle)
-    connection = dial(server)
-    connection.sendall(b"question")
-    connection.shutdown(socket.SHUT_WR)
-    assert read_all(connection) == b"noitseuq"
+    serve(server.ours.namespace.listen(PEER4, APP_PORT), answer_backwards)
+    ask_and_hang_up(dial(server))
 
 
 def answer_then_listen(accepted: socket.socket) -> None:
@@ -121,24 +107,8 @@ def test_large_transfers_both_ways_at_once(
     server: Neighbors, serve: Serve, http2: dict[str, Any]
 ) -> None:
     start(server, **http2)
-    data = os.urandom(1 << 20) * 12
     serve(server.ours.namespace.listen(PEER4, APP_PORT), echo, 3)
-    connections = [dial(server) for _ in range(3)]
-    for connection in connections:
-        connection.settimeout(30)
-
-    def send(connection: socket.socket) -> None:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
-
-    senders = [threading.Thread(target=send, args=(connection,)) for connection in connections]
-    for sender in senders:
-        sender.start()
-    for connection in connections:
-        received = read_all(connection)
-        assert hashlib.sha256(received).digest() == hashlib.sha256(data).digest()
-    for sender in senders:
-        sender.join()
+    transfer([dial(server) for _ in range(3)])
 
 
 def test_application_that_is_not_there_ends_the_connection(server: Neighbors) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -17,10 +15,13 @@ from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT
 from agent.model.identity import SpiffeId
 from tests.interop.conftest import Neighbors, identity
-from tests.interop.test_envoy_client import (
+from tests.interop.exchanges import (
     SMALL,
     SMALL_BOUNDS,
+    answer_backwards,
+    ask_and_hang_up,
     ends_without_data,
+    transfer,
 )
 from tests.node.test_tunnel import echo, read_all
 from tests.support.namespaces import PEER4
@@ -72,15 +73,8 @@ def test_echo_through_the_tunnel(client: Neighbors, serve: Serve) -> None:
 
 def test_half_close_leaves_the_answer(client: Neighbors, serve: Serve) -> None:
     client.start_envoy(build(client))
-
-    def handle(accepted: socket.socket) -> None:
-        accepted.sendall(read_all(accepted)[::-1])
-
-    serve(client.theirs.listen(PEER4, APP_PORT), handle)
-    connection = dial(client)
-    connection.sendall(b"question")
-    connection.shutdown(socket.SHUT_WR)
-    assert read_all(connection) == b"noitseuq"
+    serve(client.theirs.listen(PEER4, APP_PORT), answer_backwards)
+    ask_and_hang_up(dial(client))
 
 
 @pytest.mark.parametrize(
@@ -92,24 +86,8 @@ def test_large_transfers_both_ways_at_once(
     client: Neighbors, serve: Serve, http2: dict[str, Any]
 ) -> None:
     client.start_envoy(build(client, **http2))
-    data = os.urandom(1 << 20) * 12
     serve(client.theirs.listen(PEER4, APP_PORT), echo, 5)
-    connections = [dial(client) for _ in range(5)]
-    for connection in connections:
-        connection.settimeout(30)
-
-    def send(connection: socket.socket) -> None:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
-
-    senders = [threading.Thread(target=send, args=(connection,)) for connection in connections]
-    for sender in senders:
-        sender.start()
-    for connection in connections:
-        received = read_all(connection)
-        assert hashlib.sha256(received).digest() == hashlib.sha256(data).digest()
-    for sender in senders:
-        sender.join()
+    transfer([dial(client) for _ in range(5)])
 
 
 def test_refusal_by_policy_is_a_reset(client: Neighbors) -> None:
