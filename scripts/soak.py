@@ -20,7 +20,6 @@ import os
 import signal
 import socket
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -35,8 +34,10 @@ import yaml
 from agent import netns
 from agent.datapath import listing
 from agent.lab.lab import Lab
-from tests.support.footprint import bpf_objects, files, private_bytes
+from agent.tunnel.sockets import LINGER_RESET
+from tests.support.footprint import bpf_objects, files
 from tests.support.labs import scrape
+from tests.support.processes import descriptor_count, private_bytes, thread_count
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -60,7 +61,6 @@ FORGETTING = {"ss_verdicts", "ss_guard_flows"}
 
 ECHO, ASK, RESET = 9000, 9001, 9002
 BULK_BYTES = 2 << 20
-LINGER_RESET = struct.pack("ii", 1, 0)
 MODE = "istio.io/dataplane-mode"
 PODS = {"client": "east", "near": "east", "far": "west", "guarded": "west", "passing": "west"}
 LEFTOVERS = ("/run/netns", "/sys/fs/bpf", "/run/sidestep", "/sys/class/net")
@@ -345,9 +345,9 @@ class Meter:
         """Return descriptors, threads, tunnels, connections and map entries."""
         found: Holdings = {}
         for name, pid in self._processes():
-            found[f"{name} descriptors"] = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            found[f"{name} descriptors"] = descriptor_count(pid)
             if "worker" in name:  # asyncio's pool in a control process grows, up to its limit
-                found[f"{name} threads"] = len(list(Path(f"/proc/{pid}/task").iterdir()))
+                found[f"{name} threads"] = thread_count(pid)
         for node in self._nodes:
             found |= self._of_node(node)
         return found

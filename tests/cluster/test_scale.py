@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from agent.discovery.translate import REDIRECTION
 from tests.cluster.test_agent import Processes
 from tests.support.api_server import path_of
 from tests.support.cluster_objects import Body, endpoint_slice, namespace, pod, service
+from tests.support.processes import cpu_seconds, resident_bytes
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -113,17 +113,6 @@ def processes_below(pid: int) -> Iterator[int]:
             yield from processes_below(int(child))
 
 
-def resident_megabytes(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def cpu_seconds(pid: int) -> float:
-    # The fields after the name, which may have blanks in it: utime and stime are 14 and 15.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def change_pods(server: ApiServer, count: int, word: str) -> float:
     """Change so many pods at the usual pace; return how many that were in a second."""
     merge = "application/merge-patch+json"
@@ -197,7 +186,7 @@ def test_whole_agent_in_a_large_cluster(
         wait_until(lambda: processes.state()["ready"], 60.0)  # the machine may be busy
         took = time.monotonic() - began
         pids = list(processes_below(agent.pid))
-        sizes = {pid: resident_megabytes(pid) for pid in pids}
+        sizes = {pid: resident_bytes(pid) / 2**20 for pid in pids}
         before, at = sum(map(cpu_seconds, pids)), time.monotonic()
         change_pods(api_server, CHANGES_EACH_SECOND * CHANGE_SECONDS, "pending")
         share = (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - at)

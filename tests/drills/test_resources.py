@@ -14,7 +14,6 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,10 +23,12 @@ from tests.drills.ground import LONG, Ground, pause, run_drill
 from tests.drills.memory import limited
 from tests.support.descriptors import none_left
 from tests.support.labs import PodEnd, entries, is_alive
+from tests.support.processes import cpu_seconds
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from agent.lab.cluster import LabNode
 
@@ -35,7 +36,6 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(150)]
 ECHO_PORT, STALL_PORT = 9003, 9004
 MORE_BYTES = 48 << 20
 DESCRIPTORS, CONNECTIONS = 160, 300
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -108,11 +108,6 @@ def lasting_processes(ground: Ground, node: LabNode) -> list[int]:
     return [agent, *(worker["pid"] for worker in state["workers"])]
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
-    return sum(int(each[11]) + int(each[12]) for each in fields) / TICKS
-
-
 def test_agent_without_descriptors_waits_at_rest(ground: Ground) -> None:
     shares = []
 
@@ -121,9 +116,9 @@ def test_agent_without_descriptors_waits_at_rest(ground: Ground) -> None:
         seconds = 8.0 if LONG else 2.0  # less than a client waits for an answer
         with none_left(pids):
             pause(0.5)  # what is ready still is dealt with
-            before = cpu_seconds(pids)
+            before = sum(map(cpu_seconds, pids))
             pause(seconds)
-            shares.append((cpu_seconds(pids) - before) / seconds)
+            shares.append((sum(map(cpu_seconds, pids)) - before) / seconds)
 
     run_drill(ground, "no descriptor left in all processes of an agent", exhaust, survives=True)
     assert shares[0] < 0.3

@@ -181,9 +181,3 @@ def serve() -> Iterator[Callable[..., threading.Thread]]:
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import selectors
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +16,7 @@ from agent.tunnel import messages
 from tests.node.conftest import TRUST_DOMAIN, listener_message
 from tests.support.labs import is_alive
 from tests.support.namespaces import PEER4
+from tests.support.processes import cpu_seconds, descriptor_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 PORT = 8080
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @pytest.fixture
@@ -74,12 +72,7 @@ def bound(member: MeshPod, loaded: pins.Pins, **limits: Any) -> None:
 
 def held(member: MeshPod) -> int:
     """Count the worker's descriptors."""
-    return len(list(Path(f"/proc/{member.worker.process.pid}/fd").iterdir()))
-
-
-def processor_seconds(member: MeshPod) -> float:
-    fields = Path(f"/proc/{member.worker.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    return descriptor_count(member.worker.process.pid)
 
 
 def allow(member: MeshPod, soft: int, hard: int) -> None:
@@ -132,11 +125,11 @@ def test_worker_without_any_descriptor_is_at_rest_and_serves_who_waited(mesh: Me
     allow(client, held(client) + 1, hard)
     opened = [client.namespace.connect(PEER4, PORT) for _ in range(5)]
     assert is_alive(opened[0])
-    before, began = processor_seconds(client), time.monotonic()
+    before, began = cpu_seconds(client.worker.process.pid), time.monotonic()
     opened[1].settimeout(1)
     with pytest.raises(TimeoutError):
         opened[1].recv(1)
-    share = (processor_seconds(client) - before) / (time.monotonic() - began)
+    share = (cpu_seconds(client.worker.process.pid) - before) / (time.monotonic() - began)
     assert share < 0.2
     assert client.worker.log.read_text().count("Too many open files") == 1
     allow(client, soft, hard)

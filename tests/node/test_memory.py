@@ -19,8 +19,8 @@ from agent.bench.servers import Server
 from agent.bench.tools import build_wire
 from agent.datapath import links
 from tests.node.test_tunnel import in_a_row
-from tests.support.footprint import private_bytes
 from tests.support.namespaces import PEER4
+from tests.support.processes import private_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

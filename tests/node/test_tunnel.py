@@ -12,19 +12,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from agent import netns
 from agent.tunnel.connection import Limits
+from agent.tunnel.sockets import LINGER_RESET
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Namespace, Network
-from tests.node.conftest import MeshPair, resident_bytes
+from tests.support.processes import descriptor_count, resident_bytes, thread_count
+
+if TYPE_CHECKING:
+    from tests.node.conftest import MeshPair
 
 pytestmark = pytest.mark.root
 
 Serve = Callable[..., threading.Thread]
 IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT = 262, 30  # linux/in.h, linux/tcp.h
-LINGER_RESET = b"\1\0\0\0\0\0\0\0"
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -341,9 +345,7 @@ class Holdings:
 
     @classmethod
     def of(cls, pid: int) -> Holdings:
-        process = Path(f"/proc/{pid}")
-        descriptors = len(list((process / "fd").iterdir()))
-        return cls(descriptors, len(list((process / "task").iterdir())), resident_bytes(pid))
+        return cls(descriptor_count(pid), thread_count(pid), resident_bytes(pid))
 
 
 def in_a_row(mesh: MeshPair, count: int) -> None:

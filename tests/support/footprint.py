@@ -106,12 +106,6 @@ def contents(root: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
-def private_bytes(pid: int) -> int:
-    """Return the memory that a process shares with no other."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) << 10
-
-
 def files(*roots: Path) -> set[str]:
     """Return the path of everything at and below some directories."""
     return {str(path) for root in roots if root.exists() for path in (root, *root.rglob("*"))}

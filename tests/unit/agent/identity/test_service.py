@@ -24,6 +24,7 @@ from agent.model.identity import SpiffeId
 from tests.support.ca_process import HOST, NODE_TOKENS, CaProcess
 from tests.support.certificates import PEM
 from tests.support.clock import Clock, build_shim
+from tests.support.processes import cpu_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -357,13 +358,6 @@ async def issue_all(ca: CaProcess, names: list[str]) -> tuple[float, float, list
     cpu = cpu_seconds(ca.process.pid) - cpu
     await client.close()
     return seconds, cpu, issued
-
-
-def cpu_seconds(pid: int) -> float:
-    from pathlib import Path
-
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_what_a_ca_with_another_clock_signs_is_not_used_until_its_clock_is_set(

@@ -11,13 +11,12 @@ import pytest
 
 from agent.tunnel import tcp
 from agent.tunnel.reactor import Reactor
+from agent.tunnel.sockets import LINGER_RESET
 from agent.tunnel.tcp import TcpChannel
 from tests.support.loop import count_rounds, run_rounds, run_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-LINGER_RESET = b"\1\0\0\0\0\0\0\0"
 
 
 class End:
