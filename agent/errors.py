@@ -285,6 +285,12 @@ class TunnelError(SidestepError):
     reason = "tunnel"
 
 
+class PodGone(TunnelError):
+    """A pod left while its connection still waited for a certificate or a tunnel."""
+
+    reason = "pod_gone"
+
+
 class OutOfDescriptors(TunnelError):
     """The process may open no more files for connections."""
 

@@ -131,14 +131,18 @@ class Worker:
 
         COUNTS.on_first = on_first
         BUFFERS.call_later = self._reactor.call_later
-        BUFFERS.on_full = partial(log, FULL, level="warning")
+        BUFFERS.on_full = self._log_full
         BUFFERS.on_relieved = self._log_relieved
         self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
         self._reactor.run()
         self._tell_counts()  # those of the connections that have ended just now
 
-    def _log_relieved(self, count: int) -> None:
-        log("connections reset to make room in the buffers", level="error", count=count)
+    def _log_full(self, pod: str) -> None:
+        if self._ledger.may_log("warning", SCOPE):
+            log(FULL, level="warning", pod=pod)
+
+    def _log_relieved(self, pod: str, count: int) -> None:
+        log("connections reset to make room in the buffers", level="error", pod=pod, count=count)
 
     def _on_message(self) -> None:
         try:

@@ -124,7 +124,7 @@ def default_workers() -> int:
 @click.option(
     "--process-buffer-bytes", type=click.IntRange(1 << 20, 1 << 40),
     default=DEFAULT_BOUNDS.process_buffer_bytes, show_default=True,
-    help="What each worker keeps for slow readers, of all connections together.",
+    help="What each worker keeps for slow readers: of all pods, and of one pod a quarter.",
 )  # fmt: skip
 @click.option(
     "--connections-per-pod", type=click.IntRange(1, 1 << 20),

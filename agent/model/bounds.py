@@ -23,7 +23,7 @@ class Bounds:
     tunnels_per_peer: int = 256  # from one pod to one workload: 25,600 connections
     header_bytes: int = 16 << 10
     stream_buffer_bytes: int = 2 << 20
-    process_buffer_bytes: int = 256 << 20  # of all connections: 128 stalled readers
+    process_buffer_bytes: int = 256 << 20  # of all pods; of one a quarter: 32 stalled readers
     connections_per_pod: int = 32_768
     spare_descriptors: int = 64
 

@@ -140,7 +140,7 @@ class Inbound:
             elif dialed is None:
                 refuse(reason)
             else:
-                left = TcpChannel(self._reactor, accepted)
+                left = TcpChannel(self._reactor, accepted, served.share)
                 _join(admission, access, left, dialed)
                 left.start()
                 dialed.start()
@@ -167,6 +167,7 @@ class Inbound:
                 context,
                 Role.SERVER,
                 self._trust,
+                served.share,
                 bounds=self._bounds,
             )
             self.tunnels += 1
@@ -262,7 +263,7 @@ class Inbound:
             session.respond(event.stream_id, status)
             _complete(admission, access, f"{status}: {reason}")
 
-        early = Kept(lambda: end(503, FULL))
+        early = Kept(served.share, lambda: end(503, FULL))
 
         if not admission.verdict.is_allowed:
             end(401, str(admission.verdict))
@@ -323,7 +324,7 @@ class Inbound:
 
         def on_connected(error: OSError | None) -> None:
             if error is None:
-                on_dialed(TcpChannel(self._reactor, own), "")
+                on_dialed(TcpChannel(self._reactor, own, served.share), "")
             elif error.errno == errno.EADDRNOTAVAIL and not is_any_port:
                 self._dial(served, source, address, port, on_dialed, is_any_port=True)
             else:

@@ -160,8 +160,8 @@ class Outbound:
                 sockets.abort(accepted)
                 access.complete(f"connect failed: {error}")
                 return
-            left = TcpChannel(self._reactor, accepted)
-            right = TcpChannel(self._reactor, dialed)
+            left = TcpChannel(self._reactor, accepted, served.share)
+            right = TcpChannel(self._reactor, dialed, served.share)
             relay = Relay(
                 left,
                 right,
@@ -227,7 +227,7 @@ class Outbound:
                     return
                 if grant is not None:
                     grant()
-                left = TcpChannel(self._reactor, accepted)
+                left = TcpChannel(self._reactor, accepted, served.share)
                 relay = Relay(
                     left,
                     channel,

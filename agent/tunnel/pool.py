@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ from agent.tunnel.session import Session
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
 
     from agent.model.pod import Address
     from agent.model.workload import Workload
@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 # the other has none open in between.
 IN_USE_SECONDS = 10.0
 
+# So many tunnels in a row may take no stream at all before who waits is refused: a peer that is
+# replaced says GOAWAY once, one that says it with its first settings would be dialed for ever.
+VAIN_DIALS = 3
+
+OnSession = Callable[["Session | None", str], None]
 # Source pod, source identity, destination, its network and address.
 Key = tuple[str, str, str, str, str]
 
@@ -55,7 +60,7 @@ class _Entry:
     is_last: bool = False  # its pod has left
     was_used: bool = False
     idle_since: float = 0.0
-    waiters: list[Callable[[Session | None, str], None]] = field(default_factory=list)
+    waiters: list[tuple[OnSession, int]] = field(default_factory=list)  # and its vain dials
     idle: Timer | None = None
 
 
@@ -84,9 +89,13 @@ class Pool:
         context: ssl.SSLContext,
         workload: Workload,
         address: Address,
-        on_session: Callable[[Session | None, str], None],
+        on_session: OnSession,
+        vain_dials: int = 0,
     ) -> None:
-        """Find or dial a tunnel for one stream; `on_session` opens it at once."""
+        """Find or dial a tunnel for one stream; `on_session` opens it at once.
+
+        `vain_dials` counts the tunnels that it has waited for already.
+        """
         identity = str(served.identity)
         key = (served.pod.uid, identity, workload.uid, workload.network, str(address))
         entries = self._entries.setdefault(key, [])
@@ -102,7 +111,7 @@ class Pool:
                     on_session(entry.session, "")
                     return
             elif not entry.is_ready and len(entry.waiters) < limit:
-                entry.waiters.append(on_session)
+                entry.waiters.append((on_session, vain_dials))
                 return
         # Those that drain are full for good, and end by themselves.
         count = sum(_state(entry) != "draining" for entry in entries)
@@ -113,7 +122,7 @@ class Pool:
                 " are full (--tunnels-per-peer)",
             )
             return
-        entry = _Entry(waiters=[on_session])
+        entry = _Entry(waiters=[(on_session, vain_dials)])
         entries.append(entry)
         self._dial(key, entry, served, context, workload, address)
 
@@ -144,7 +153,14 @@ class Pool:
                     self._fail(key, entry, Failure(reason, Flag.CONNECT))
                 return
             entry.session = Session(
-                self._reactor, own, context, Role.CLIENT, self._trust, expected, self._bounds
+                self._reactor,
+                own,
+                context,
+                Role.CLIENT,
+                self._trust,
+                served.share,
+                expected,
+                self._bounds,
             )
             entry.session.on_ready = on_ready
             entry.session.on_closed = on_closed
@@ -171,12 +187,18 @@ class Pool:
         def on_ready(session: Session) -> None:
             entry.is_ready = True
             waiters, entry.waiters = entry.waiters, []
-            for waiter in waiters:
+            for waiter, vain_dials in waiters:
                 if session.connection.may_open:
                     entry.was_used = True
                     waiter(session, "")
+                    continue
+                # One that took others is full, which says nothing of the next.
+                vain = 0 if entry.was_used else vain_dials + 1
+                if vain < VAIN_DIALS:
+                    self.acquire(served, context, workload, address, waiter, vain)
                 else:
-                    self.acquire(served, context, workload, address, waiter)
+                    reason = f"the peer took no stream on {vain} tunnels in a row"
+                    waiter(None, Failure(reason, Flag.HTTP2))
             if entry.is_outdated or entry.is_last:
                 session.drain()
             elif not session.channels:
@@ -213,7 +235,7 @@ class Pool:
         if entry.idle is not None:
             entry.idle.cancel()
         waiters, entry.waiters = entry.waiters, []
-        for waiter in waiters:
+        for waiter, _vain_dials in waiters:
             waiter(None, reason)
 
     def count(self) -> dict[str, int]:

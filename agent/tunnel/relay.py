@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from agent.tunnel.buffers import BUFFERS
-
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from agent.tunnel.buffers import Share
 
 
 class Channel(Protocol):
     """One end of a byte stream, driven by callbacks that the relay sets."""
+
+    share: Share  # of the pod that the connection is of
 
     on_data: Callable[[bytes | memoryview], None]  # a view is valid during the call only
     on_end: Callable[[], None]
@@ -82,14 +84,14 @@ class Relay:
     def _on_left_data(self, data: bytes | memoryview) -> None:
         self.sent += len(data)
         self._right.write(data)
-        if not self._is_left_paused and self._right.buffered > BUFFERS.high_water:
+        if not self._is_left_paused and self._right.buffered > self._right.share.high_water:
             self._is_left_paused = True
             self._left.pause()
 
     def _on_right_data(self, data: bytes | memoryview) -> None:
         self.received += len(data)
         self._left.write(data)
-        if not self._is_right_paused and self._left.buffered > BUFFERS.high_water:
+        if not self._is_right_paused and self._left.buffered > self._left.share.high_water:
             self._is_right_paused = True
             self._right.pause()
 

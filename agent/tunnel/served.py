@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from agent.loglines import Format, Levels, build_line
-from agent.tunnel.buffers import BUFFERS, FULL
+from agent.tunnel.buffers import FULL, Share
 
 if TYPE_CHECKING:
     from agent.model.bounds import Bounds
@@ -46,13 +46,17 @@ class ServedPod:
     is_leaving: bool = False
     connections: int = 0  # open ones of the pod, both directions, in this worker
     tunnels: int = 0  # accepted for the pod, in this worker
+    share: Share = field(init=False)  # of the worker's buffers
+
+    def __post_init__(self) -> None:
+        self.share = Share(f"{self.pod.namespace}/{self.pod.name}")
 
 
 def refusal(served: ServedPod, bounds: Bounds) -> str:
     """Say why a pod's newest connection is one too many; empty if it is not."""
     if served.connections > bounds.connections_per_pod:
         return TOO_MANY
-    return FULL if BUFFERS.is_full else ""
+    return FULL if served.share.is_full else ""
 
 
 def log(message: str, *, level: str = "info", scope: str = SCOPE, **fields: object) -> None:

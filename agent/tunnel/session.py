@@ -25,7 +25,6 @@ from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPe
 from agent.identity.verify import explain
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.tunnel import sockets
-from agent.tunnel.buffers import BUFFERS
 from agent.tunnel.connection import Connection, Limits, Role
 from agent.tunnel.events import (
     ConnectionTerminated,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 
     from agent.identity.verify import Peer
     from agent.model.identity import SpiffeId
+    from agent.tunnel.buffers import Share
     from agent.tunnel.events import Event
     from agent.tunnel.reactor import Reactor
     from agent.tunnel.trust import Trust
@@ -79,6 +79,7 @@ class StreamChannel:
         self.on_abort: Callable[[], None] = _nothing
         self.on_drained: Callable[[], None] = _nothing
         self.on_response: Callable[[int], None] = lambda _status: None
+        self.share = session.share
         self._session = session
         self._stream_id = stream_id
         self._pending: deque[memoryview] = deque()
@@ -113,7 +114,7 @@ class StreamChannel:
     def _keep(self, data: bytes | memoryview) -> None:
         self._pending.append(memoryview(bytes(data)))
         self.buffered += len(data)
-        BUFFERS.change(self, len(data))
+        self.share.change(self, len(data))
 
     def flush(self) -> None:
         """Send what is pending as far as it may go; called when a window opens."""
@@ -123,7 +124,7 @@ class StreamChannel:
             data = self._pending[0]
             sent = session.send(self._stream_id, data)
             self.buffered -= sent
-            BUFFERS.change(self, -sent)
+            self.share.change(self, -sent)
             if sent < len(data):
                 self._pending[0] = data[sent:]
                 break
@@ -169,7 +170,7 @@ class StreamChannel:
             self._is_closed = True
             self._pending.clear()
             held, self.buffered = self.buffered, 0
-            BUFFERS.change(self, -held)
+            self.share.change(self, -held)
             self._session.connection.reset(self._stream_id, code)
             self._session.forget_stream(self._stream_id)
 
@@ -204,6 +205,7 @@ class Session:
         context: ssl.SSLContext,
         role: Role,
         trust: Trust,
+        share: Share,
         expected: SpiffeId | None = None,
         bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
@@ -226,6 +228,7 @@ class Session:
         self.refusal = ""  # the reason code, if it is the peer's certificate that ended it
         self.handshake_failure = ""  # the reason code, if it ended before TLS was done
         self.channels: dict[int, StreamChannel] = {}
+        self.share = share
         self._reactor = reactor
         self._trust = trust
         self._expected = expected
@@ -277,7 +280,7 @@ class Session:
         Less than all without a closed window puts the stream in the line for the socket. The output
         refers to `data` until the next `write_now`, which has to follow for a view of a buffer.
         """
-        if BUFFERS.is_full and self._unsent:
+        if self.share.is_full and self._unsent:
             self._waiting.setdefault(stream_id)
             return 0
         sent = self.connection.send_some(stream_id, data, self._room)
@@ -333,7 +336,7 @@ class Session:
         try:
             if ready & ~WRITE:
                 # A socket that has ended is reported for ever: it is read in any case.
-                if not (BUFFERS.is_full and not ready & BROKEN and self._waits_for_room()):
+                if not (self.share.is_full and not ready & BROKEN and self._waits_for_room()):
                     self._read()
             elif not self._is_established:
                 self._handshake()
@@ -377,7 +380,7 @@ class Session:
 
     def _read(self) -> None:
         try:
-            size = self._socket.recv_into(_raw[:RECORD_BYTES] if BUFFERS.is_full else _raw)
+            size = self._socket.recv_into(_raw[:RECORD_BYTES] if self.share.is_full else _raw)
         except BlockingIOError:
             return
         if not size:
@@ -445,7 +448,7 @@ class Session:
 
     def _note(self, buffered: int) -> None:
         by, self.buffered = buffered - self.buffered, buffered
-        BUFFERS.change(self, by)
+        self.share.change(self, by)
 
     def _waits_for_room(self) -> bool:
         """Stop reading while there is no room and a stream's bytes would have to be kept."""
@@ -453,7 +456,7 @@ class Session:
             return False
         self._reads = 0
         self._watch(self._watched & ~READ)
-        BUFFERS.wait_room(self.read_again)
+        self.share.wait_room(self.read_again)
         return True
 
     def read_again(self) -> None:
@@ -571,7 +574,7 @@ class Session:
 
     def give_up(self) -> None:
         """Close now: there is no room for what the peer does not take."""
-        self.fail("the peer took nothing while the worker's buffers were full")
+        self.fail("the peer took nothing while the pod's share of the buffers was full")
 
     def fail(self, reason: str, code: str = "handshake_broken") -> None:
         """Close now; every open stream is aborted. `code` counts if TLS was not done."""

@@ -14,7 +14,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from agent import netns
-from agent.errors import OutOfDescriptors
+from agent.errors import OutOfDescriptors, PodGone
 from agent.model.capture import LISTENER_PORTS, REPLY_MARK
 
 if TYPE_CHECKING:
@@ -74,7 +74,12 @@ class PodSockets:
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def open(self, netns_fd: int, family: int) -> socket.socket:
-        """Return a non-blocking, exempt TCP socket in the namespace behind `netns_fd`."""
+        """Return a non-blocking, exempt TCP socket in the namespace behind `netns_fd`.
+
+        PodGone if that is negative: the pod has left while a connection waited for something.
+        """
+        if netns_fd < 0:
+            raise PodGone("the pod has left")
         netns.enter(netns_fd)
         try:
             made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

@@ -9,12 +9,12 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from agent.tunnel import sockets
-from agent.tunnel.buffers import BUFFERS
 from agent.tunnel.reactor import BROKEN, READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from agent.tunnel.buffers import Share
     from agent.tunnel.reactor import Reactor
 
 READ_BYTES = 512 * 1024
@@ -44,7 +44,8 @@ class TcpChannel:
 
     is_shared = False
 
-    def __init__(self, reactor: Reactor, own: socket.socket) -> None:
+    def __init__(self, reactor: Reactor, own: socket.socket, share: Share) -> None:
+        self.share = share
         self.on_data: Callable[[bytes | memoryview], None] = _no_data
         self.on_end = self.on_abort = self.on_drained = _nothing
         self._reactor = reactor
@@ -97,7 +98,7 @@ class TcpChannel:
 
     def _read(self) -> None:
         try:
-            if self._is_large and not BUFFERS.is_full:
+            if self._is_large and not self.share.is_full:
                 size = self._socket.recv_into(_scratch)
                 data: bytes | memoryview = _scratch[:size]
             else:
@@ -133,7 +134,7 @@ class TcpChannel:
             data = data[sent:]
         self._pending.append(bytes(data))
         self.buffered += len(data)
-        BUFFERS.change(self, len(data))
+        self.share.change(self, len(data))
         self._update()
 
     def _flush(self) -> None:
@@ -147,7 +148,7 @@ class TcpChannel:
                 self._fail()
                 return
             self.buffered -= sent
-            BUFFERS.change(self, -sent)
+            self.share.change(self, -sent)
             if sent < len(data):
                 self._pending[0] = memoryview(data)[sent:]
                 return
@@ -195,7 +196,7 @@ class TcpChannel:
             self._is_closed = True
             self._pending.clear()
             held, self.buffered = self.buffered, 0
-            BUFFERS.change(self, -held)
+            self.share.change(self, -held)
             self._reactor.forget(self._fd)
             sockets.abort(self._socket)
 

@@ -27,6 +27,27 @@ static __always_inline struct endpoint choose_endpoint(const struct address *des
 	return chosen ? *chosen : endpoint;
 }
 
+/* Whether two pods and a port have a verdict of the current generation, and which that is. */
+static __always_inline bool has_verdict(u64 source_netns_cookie, u64 destination_netns_cookie,
+					const struct address *destination, __be16 port_be,
+					u64 *generation)
+{
+	struct verdict_key key = {};
+	u64 *current, *allowed;
+	u32 zero = 0;
+
+	key.source_netns_cookie = source_netns_cookie;
+	key.destination_netns_cookie = destination_netns_cookie;
+	key.port_be = port_be;
+	key.is_v6 = !address_is_v4(destination);
+	allowed = ss_verdicts.lookup(&key);
+	current = ss_generation.lookup(&zero);
+	if (!allowed || !current || *allowed != *current)
+		return false;
+	*generation = *allowed;
+	return true;
+}
+
 /*
  * Whether a connection has a verdict of the current generation. If so the socket is remembered for
  * sockops. Closed on any failed lookup: the connection then goes through the agent.
@@ -35,28 +56,21 @@ static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_
 					  const struct endpoint *endpoint)
 {
 	struct local local = {.address = endpoint->address};
-	struct verdict_key key = {};
 	struct direct *direct;
-	u64 *destination_netns_cookie, *generation, *allowed;
-	u32 zero = 0;
+	u64 *destination_netns_cookie, generation;
 
 	destination_netns_cookie = ss_local.lookup(&local);
 	if (!destination_netns_cookie)
 		return false;
-	key.source_netns_cookie = source_netns_cookie;
-	key.destination_netns_cookie = *destination_netns_cookie;
-	key.port_be = endpoint->port_be;
-	key.is_v6 = !address_is_v4(&endpoint->address);
-	allowed = ss_verdicts.lookup(&key);
-	generation = ss_generation.lookup(&zero);
-	if (!allowed || !generation || *allowed != *generation)
+	if (!has_verdict(source_netns_cookie, *destination_netns_cookie, &endpoint->address,
+			 endpoint->port_be, &generation))
 		return false;
 	direct = ss_direct.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!direct)
 		return false;
 	direct->destination_netns_cookie = *destination_netns_cookie;
 	direct->destination = endpoint->address;
-	direct->generation = *allowed;
+	direct->generation = generation;
 	direct->is_probe = false;
 	return true;
 }

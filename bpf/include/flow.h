@@ -62,10 +62,10 @@ static __always_inline struct connection sockops_connection(struct bpf_sock_ops 
 /*
  * The verdict is looked at again, after the flow can be seen: between connect() and the SYN there
  * may be any time (TCP_FASTOPEN_CONNECT waits for the first data). Either the agent, which starts a
- * generation and then lists the flows, finds this one, or this finds the generation. Closed: a flow
- * that is not published is captured at its destination.
+ * generation and then lists the flows, finds this one, or this finds the generation. Closed: false
+ * if the flow is not published. Guard then drops the SYN, or else lookup captures it.
  */
-static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
+static __always_inline bool publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
 {
 	struct connection connection = sockops_connection(ops, direct);
 	struct direct_flow flow = {};
@@ -75,7 +75,7 @@ static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct dire
 
 	flow.source_netns_cookie = bpf_get_netns_cookie(ops);
 	if (!owner || *owner != flow.source_netns_cookie)
-		return; /* the address of another: its connections are not to be overwritten */
+		return false; /* the address of another, whose connections this could end */
 	flow.destination_netns_cookie = direct->destination_netns_cookie;
 	flow.socket_cookie = bpf_get_socket_cookie(ops);
 	flow.began_ns = bpf_ktime_get_ns();
@@ -83,10 +83,25 @@ static __always_inline void publish_direct(struct bpf_sock_ops *ops, struct dire
 	flow.destination = direct->destination;
 	flow.source_port_be = bpf_htons(ops->local_port);
 	flow.destination_port_be = sockops_remote_port_be(ops);
-	ss_direct_flows.update(&connection, &flow);
+	if (ss_direct_flows.update(&connection, &flow))
+		return false;
 	generation = ss_generation.lookup(&zero);
-	if (!generation || *generation != direct->generation)
-		ss_direct_flows.delete(&connection);
+	if (generation && *generation == direct->generation)
+		return true;
+	ss_direct_flows.delete(&connection);
+	return false;
+}
+
+/*
+ * Before the SYN of a flow that was not published goes out again: most changes of policy allow the
+ * connection as before, and by then somebody's first one has a verdict for it.
+ */
+static __always_inline bool publish_late(struct bpf_sock_ops *ops, struct direct *direct)
+{
+	return has_verdict(bpf_get_netns_cookie(ops), direct->destination_netns_cookie,
+			   &direct->destination, sockops_remote_port_be(ops),
+			   &direct->generation) &&
+	       publish_direct(ops, direct);
 }
 
 /*

@@ -123,6 +123,8 @@ static __always_inline bool judge_direct(struct __sk_buff *skb, const struct pod
 							  &flow->remote, flow->remote_port_be);
 	struct direct_flow *direct = ss_direct_flows.lookup(&connection);
 	bool is_client, is_server;
+	u64 other_cookie;
+	u32 link;
 
 	if (!direct)
 		return false;
@@ -131,13 +133,18 @@ static __always_inline bool judge_direct(struct __sk_buff *skb, const struct pod
 	if (!is_client && !is_server)
 		return false;
 	*outcome = OUTCOME_PASSED;
-	if (is_outbound && is_client)
+	if (is_outbound && is_client) {
 		direct->source_link = skb->ifindex;
-	else if (is_outbound)
+	} else if (is_outbound) {
 		direct->destination_link = skb->ifindex;
-	else if (skb->ingress_ifindex !=
-		 (is_client ? direct->destination_link : direct->source_link))
-		*outcome = OUTCOME_SPOOFED;
+	} else {
+		link = is_client ? direct->destination_link : direct->source_link;
+		other_cookie =
+			is_client ? direct->destination_netns_cookie : direct->source_netns_cookie;
+		/* Who left the mesh before it said a word has no guard that could have seen it. */
+		if (skb->ingress_ifindex != link && (link || ss_pods.lookup(&other_cookie)))
+			*outcome = OUTCOME_SPOOFED;
+	}
 	return true;
 }
 

@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,7 +39,6 @@ from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from agent.datapath.pins import Pins
     from agent.enroll import Enrollment
@@ -49,6 +49,9 @@ PORT = 9000
 SILENCE_SECONDS = 0.3  # far longer than a packet takes here
 NODE4, NODE6 = "10.78.0.1", "fd78::1"
 PODS = {"a": ("10.78.0.2", "fd78::2"), "b": ("10.78.0.3", "fd78::3")}
+TCP_FASTOPEN_CONNECT = 30  # linux/tcp.h
+FASTOPEN_SYSCTL = Path("/proc/sys/net/ipv4/tcp_fastopen")
+FASTOPEN_NO_COOKIE = "5"  # clients, and data in the SYN without a cookie
 BRIDGED_STRANGER = "10.78.0.4"
 PORTS = 40000, PORT
 SYS_MEMBARRIER = {"x86_64": 324, "aarch64": 283}  # asm/unistd.h
@@ -551,6 +554,50 @@ def test_neighbor_on_the_bridge_does_not_answer_a_direct_connection(bridged: Nod
     before = bridged.counted(first)["inbound", "spoofed"]
     send_frame(pods["c"], "eth0", frame + b"\x08\x00" + with_checksum(words))
     assert bridged.counted(first)["inbound", "spoofed"] == before + 1  # into what was open before
+
+
+def test_change_of_policy_between_connect_and_syn_costs_a_second(node: Node) -> None:
+    """TCP_FASTOPEN_CONNECT makes that moment as long as a test wants it."""
+    first, second = node.enroll("a"), node.enroll("b")
+    node.allow(first, second)
+    verdicts = direct.Verdicts(node.pins.maps["ss_verdicts"], node.pins.maps["ss_generation"])
+    netns.run_in(node.pods["a"].fd, lambda: FASTOPEN_SYSCTL.write_text(FASTOPEN_NO_COOKIE))
+    listener = node.pods["b"].listen(PODS["b"][0], PORT)
+    client = node.pods["a"].open_socket()
+    client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+    client.connect((PODS["b"][0], PORT))
+    verdicts.renew()
+    client.setblocking(False)
+    client.send(b"question")
+    assert node.counted(first) == {("outbound", "plaintext"): 1}
+    assert not hears(listener)
+    node.allow(first, second)
+    server, _address = listener.accept()
+    with server:
+        server.settimeout(5)
+        assert server.recv(100) == b"question"
+    (flow,) = direct.live_flows(node.pins)
+    assert flow.source_port == client.getsockname()[1]
+
+
+def test_pod_that_leaves_the_mesh_before_it_answers_still_answers(node: Node) -> None:
+    with ExitStack() as stack:
+        first, second = node.enroll("a"), replace(node, stack=stack).enroll("b")
+        node.allow(first, second)
+        listener = node.pods["b"].listen(PODS["b"][0], PORT)
+        _run(node.pods["b"], f"ip route add blackhole {PODS['a'][0]}/32")
+        client = node.pods["a"].open_socket()
+        client.setblocking(False)
+        client.connect_ex((PODS["b"][0], PORT))
+        wait_until(lambda: list(direct.live_flows(node.pins)))
+    _run(node.pods["b"], f"ip route delete blackhole {PODS['a'][0]}/32")
+    server, _address = listener.accept()
+    with server:
+        client.setblocking(True)
+        client.settimeout(5)
+        client.sendall(b"question")
+        server.settimeout(5)
+        assert server.recv(100) == b"question"
 
 
 def test_replayed_flow_is_not_let_in(node: Node) -> None:

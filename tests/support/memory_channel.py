@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from agent.tunnel.buffers import Share
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,6 +26,7 @@ class MemoryChannel:
         self.on_end: Callable[[], None] = _unset
         self.on_abort: Callable[[], None] = _unset
         self.on_drained: Callable[[], None] = _unset
+        self.share = Share("shop/memory")
         self.capacity = capacity
         self.delivered = b""  # what the far end has received
         self.has_sent_end = False  # the far end has received FIN

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from agent.tunnel.buffers import BUFFERS
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.tunnel.buffers import Share
 
 
 class Stalled:
@@ -10,13 +13,14 @@ class Stalled:
 
     is_shared = False
 
-    def __init__(self) -> None:
+    def __init__(self, share: Share) -> None:
         self.buffered = 0
+        self._share = share
 
     def keep(self, count: int) -> None:
         """Keep so many more, or fewer."""
         self.buffered += count
-        BUFFERS.change(self, count)
+        self._share.change(self, count)
 
     def give_up(self) -> None:
         """Forget them."""

@@ -9,6 +9,7 @@ from agent.identity.local import LocalAuthority
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
 from agent.tunnel import tls
+from agent.tunnel.buffers import Share
 from agent.tunnel.connection import Role
 from agent.tunnel.messages import PutCertificate
 from agent.tunnel.session import Session
@@ -47,11 +48,14 @@ def make_session(
     context: ssl.SSLContext,
     role: Role,
     bounds: Bounds = DEFAULT_BOUNDS,
+    share: Share | None = None,
 ) -> Session:
     """Start one end of a tunnel on a connected socket."""
     own.setblocking(False)
     expected = SERVER if role is Role.CLIENT else None
-    return Session(reactor, own, context, role, Trust(reactor, TRUST_DOMAIN), expected, bounds)
+    trust = Trust(reactor, TRUST_DOMAIN)
+    share = share or Share("shop/pod")
+    return Session(reactor, own, context, role, trust, share, expected, bounds)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from tests.support.tunnel import CLIENT, SERVER, Witness, make_session
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from agent.tunnel.buffers import Share
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.reactor import Reactor
     from agent.tunnel.session import Session, StreamChannel
@@ -36,13 +37,16 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 class Wire:
     """A tunnel over TCP, and the applications' ends of what goes through it."""
 
-    def __init__(self, reactor: Reactor, authority: Authority, stack: ExitStack) -> None:
+    def __init__(
+        self, reactor: Reactor, authority: Authority, stack: ExitStack, share: Share
+    ) -> None:
         self.reactor = reactor
+        self.share = share  # of both pods
         self._stack = stack
         ours, theirs = tcp_pair()
         contexts = authority.context(CLIENT, Role.CLIENT), authority.context(SERVER, Role.SERVER)
-        self.client = Witness(make_session(reactor, ours, contexts[0], Role.CLIENT))
-        self.server = Witness(make_session(reactor, theirs, contexts[1], Role.SERVER))
+        self.client = Witness(make_session(reactor, ours, contexts[0], Role.CLIENT, share=share))
+        self.server = Witness(make_session(reactor, theirs, contexts[1], Role.SERVER, share=share))
         self.server.session.on_request = self._on_request
         self.ended: list[tuple[int, int, bool]] = []  # of relays, client and server side
         self._far: list[socket.socket] = []
@@ -57,7 +61,7 @@ class Wire:
         self._far.append(self._stack.enter_context(application))
 
     def _join(self, channel: StreamChannel, own: socket.socket) -> None:
-        tcp = TcpChannel(self.reactor, own)
+        tcp = TcpChannel(self.reactor, own, self.share)
         Relay(tcp, channel, lambda *report: self.ended.append(report))
         tcp.start()
 
@@ -80,7 +84,7 @@ class Wire:
 
 @contextmanager
 def buffer_limit(reactor: Reactor, limit: int) -> Iterator[None]:
-    """Let this process buffer so many bytes; at the end nothing must be left.
+    """Let this process buffer so many bytes, of which a pod gets a part; none must be left.
 
     The account begins anew: other tests have left channels that nobody closed.
     """

@@ -1,4 +1,4 @@
-"""The account of buffered bytes: when a worker is full, and who has to give way."""
+"""The account of buffered bytes: when a pod is full, and who has to give way."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tunnel.buffers import BUFFERS, FULL_SECONDS, HIGH_WATER, Buffers, Kept
+from agent.tunnel.buffers import BUFFERS, FULL_SECONDS, HIGH_WATER, Buffers, Kept, Share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 class Keeper:
-    """Keeps bytes, and notes when it had to give up."""
+    """Keeps bytes, by the high water, and notes when it had to give up."""
 
-    def __init__(self, scene: Scene, name: str, *, is_shared: bool = False) -> None:
+    def __init__(self, scene: Scene, share: Share, name: str, *, is_shared: bool = False) -> None:
+        self.share = share
         self.is_shared = is_shared
         self.partner: Keeper | None = None  # ends with it
         self.scene = scene
@@ -23,36 +24,47 @@ class Keeper:
         self.buffered = 0
 
     def keep(self, count: int) -> None:
-        self.buffered += count
-        self.scene.buffers.change(self, count)
+        self.buffered += count * HIGH_WATER
+        self.share.change(self, count * HIGH_WATER)
 
     def give_up(self) -> None:
         self.scene.given_up.append(self.name)
-        self.keep(-self.buffered)
+        self.release()
         if self.partner is not None:
-            self.partner.keep(-self.partner.buffered)
+            self.partner.release()
+
+    def release(self) -> None:
+        self.keep(-self.buffered // HIGH_WATER)
 
 
 class Scene:
-    """An account of 100 bytes, and what it did."""
+    """An account of 400 times the high water, so 100 for a pod, and what it did."""
 
     def __init__(self) -> None:
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.told: list[object] = []
         self.given_up: list[str] = []
         self.buffers = Buffers()
-        self.buffers.set_limit(100)
+        self.buffers.set_limit(400 * HIGH_WATER)
         self.buffers.call_later = lambda seconds, call: self.timers.append((seconds, call))
-        self.buffers.on_full = lambda: self.told.append("full")
-        self.buffers.on_relieved = self.told.append
+        self.buffers.on_full = self.told.append
+        self.buffers.on_relieved = lambda pod, count: self.told.append((pod, count))
+        self.share = self.new_share("pod")
+
+    def new_share(self, pod: str) -> Share:
+        return Share(pod, self.buffers)
 
     def is_full(self) -> bool:
-        return self.buffers.is_full
+        return self.share.is_full
 
-    def keeper(self, name: str, count: int = 0, *, is_shared: bool = False) -> Keeper:
-        made = Keeper(self, name, is_shared=is_shared)
-        made.keep(count)
-        return made
+    def keeper(self, name: str, count: int, *, is_shared: bool = False) -> Keeper:
+        return keep(self, self.share, name, count, is_shared=is_shared)
+
+
+def keep(scene: Scene, share: Share, name: str, count: int, *, is_shared: bool = False) -> Keeper:
+    made = Keeper(scene, share, name, is_shared=is_shared)
+    made.keep(count)
+    return made
 
 
 @pytest.fixture
@@ -60,18 +72,70 @@ def scene() -> Scene:
     return Scene()
 
 
-def test_account_is_full_at_its_limit_until_a_quarter_is_free(scene: Scene) -> None:
+def test_pod_is_full_at_its_part_until_a_quarter_of_that_is_free(scene: Scene) -> None:
     one, other = scene.keeper("one", 60), scene.keeper("other", 39)
     assert not scene.is_full()
     other.keep(1)
-    assert (scene.buffers.is_full, scene.buffers.high_water) == (True, 0)
+    assert (scene.share.is_full, scene.share.high_water) == (True, 0)
     one.keep(-24)
     assert scene.is_full()
     one.keep(20)
     one.keep(-21)
-    assert (scene.buffers.is_full, scene.buffers.high_water) == (False, HIGH_WATER)
-    assert scene.buffers.held == 75
-    assert scene.told == ["full"]
+    assert (scene.share.is_full, scene.share.high_water) == (False, HIGH_WATER)
+    assert scene.buffers.held == scene.share.held == 75 * HIGH_WATER
+    assert scene.told == ["pod"]
+
+
+def test_two_full_pods_are_nothing_to_a_third(scene: Scene) -> None:
+    third = scene.keeper("third", 99)
+    full = [scene.new_share(f"full-{number}") for number in range(2)]
+    for share in full:
+        keep(scene, share, "only", 100)
+    assert all(share.is_full for share in full)
+    assert not scene.is_full()
+    third.keep(1)
+    assert scene.is_full()
+
+
+def test_pod_that_takes_more_than_is_free_is_full_itself_and_a_smaller_one_is_not(
+    scene: Scene,
+) -> None:
+    shares = [scene.new_share(f"full-{number}") for number in range(6)]
+    keepers = [keep(scene, share, "only", 0) for share in shares]
+    while not all(share.is_full for share in shares):
+        for share, keeper in zip(shares, keepers, strict=True):
+            if not share.is_full:
+                keeper.keep(1)
+    assert [share.held // HIGH_WATER for share in shares] == [58, 57, 57, 57, 57, 57]
+    victim = scene.keeper("victim", 28)
+    assert not scene.is_full()
+    victim.keep(1)
+    assert scene.is_full()
+
+
+def test_pod_that_others_made_full_has_room_when_they_have_passed_on(scene: Scene) -> None:
+    calls: list[str] = []
+    scene.keeper("mine", 70)
+    others = [keep(scene, scene.new_share(f"other-{number}"), "it", 99) for number in range(3)]
+    assert scene.is_full()  # 33 are free
+    scene.share.wait_room(lambda: calls.append("room"))
+    others[0].keep(-9)
+    assert scene.is_full()
+    others[0].release()
+    assert not scene.is_full()
+    assert calls == ["room"]
+
+
+def test_pod_with_less_than_the_high_water_is_not_full_when_nothing_is_left(scene: Scene) -> None:
+    for number in range(5):
+        keep(scene, scene.new_share(f"other-{number}"), "it", 99)
+    victim = scene.keeper("victim", 0)
+    victim.buffered = HIGH_WATER - 1
+    scene.share.change(victim, victim.buffered)
+    assert not scene.is_full()
+    victim.buffered += 1
+    scene.share.change(victim, 1)
+    assert scene.is_full()
 
 
 def test_who_waits_for_room_is_called_once(scene: Scene) -> None:
@@ -81,8 +145,8 @@ def test_who_waits_for_room_is_called_once(scene: Scene) -> None:
     def on_room() -> None:
         calls.append("room")
 
-    scene.buffers.wait_room(on_room)
-    scene.buffers.wait_room(on_room)
+    scene.share.wait_room(on_room)
+    scene.share.wait_room(on_room)
     only.keep(-10)
     assert calls == []
     only.keep(-90)
@@ -92,7 +156,7 @@ def test_who_waits_for_room_is_called_once(scene: Scene) -> None:
     assert calls == ["room"]
 
 
-def test_those_that_moved_nothing_give_up_first_and_the_largest_of_them(scene: Scene) -> None:
+def test_all_those_that_moved_nothing_give_up_the_largest_first(scene: Scene) -> None:
     moving = scene.keeper("moving", 60)
     scene.keeper("small", 10)
     scene.keeper("large", 30)
@@ -100,8 +164,8 @@ def test_those_that_moved_nothing_give_up_first_and_the_largest_of_them(scene: S
     ((seconds, relieve),) = scene.timers
     assert seconds == FULL_SECONDS
     relieve()
-    assert scene.given_up == ["large"]  # which was enough
-    assert scene.told == ["full", 1]
+    assert scene.given_up == ["large", "small"]
+    assert scene.told == ["pod", ("pod", 2)]
     assert not scene.is_full()
 
 
@@ -135,7 +199,7 @@ def test_who_ended_with_another_one_is_not_asked_again(scene: Scene) -> None:
         one.partner = other
     scene.timers[0][1]()
     assert scene.given_up == ["left", "other"]
-    assert scene.told == ["full", 2]
+    assert scene.told == ["pod", ("pod", 2)]
 
 
 def test_nobody_gives_up_for_what_is_over(scene: Scene) -> None:
@@ -148,26 +212,28 @@ def test_nobody_gives_up_for_what_is_over(scene: Scene) -> None:
     second()
     assert scene.given_up == ["only"]
     second()
-    assert scene.told == ["full", "full", 1]
+    assert scene.told == ["pod", "pod", ("pod", 1)]
 
 
 def test_account_without_a_clock_or_a_limit_still_counts() -> None:
     scene = Scene()
     scene.buffers = Buffers()
-    keeper = scene.keeper("one", 1 << 40)
+    scene.share = scene.new_share("pod")
+    keeper = scene.keeper("one", 1 << 24)
     assert not scene.is_full()
     scene.buffers.set_limit(10)
     keeper.keep(1)
     assert scene.is_full()
-    scene.buffers.on_relieved(1)
-    keeper.keep(-keeper.buffered)
+    scene.buffers.on_relieved("pod", 1)
+    keeper.release()
+    assert not scene.is_full()
     assert scene.buffers.held == 0
 
 
 def test_bytes_that_wait_for_somebody_are_in_the_account_until_they_are_taken() -> None:
     ended: list[str] = []
     before = BUFFERS.held
-    kept = Kept(lambda: ended.append("ended"))
+    kept = Kept(Share("shop/server-0"), lambda: ended.append("ended"))
     kept.keep(memoryview(b"one "))
     kept.keep(b"two")
     assert BUFFERS.held == before + 7

@@ -16,7 +16,7 @@ from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel import buffers as buffers_module
 from agent.tunnel.access import Ledger
-from agent.tunnel.buffers import BUFFERS, FULL
+from agent.tunnel.buffers import FULL, PARTS
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.gate import Gate
@@ -189,19 +189,19 @@ def test_pod_gets_no_more_tunnels_than_connections(
     assert stage.wait(stage.ask(stage.tunnel())) == 200
 
 
-def test_worker_that_buffers_all_it_may_refuses_both_kinds(
+def test_pod_that_buffers_all_it_may_refuses_both_kinds(
     scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = scene()
     tunnel = stage.tunnel()
-    with buffer_limit(stage.reactor, 1):
-        stalled = Stalled()
-        stalled.keep(1)
+    with buffer_limit(stage.reactor, PARTS << 20):
+        stalled = Stalled(stage.served.share)
+        stalled.keep(1 << 20)
         assert stage.wait(stage.ask(tunnel)) == 503
         assert is_reset(stage.plaintext())
-        stalled.keep(-1)
+        stalled.keep(-1 << 20)
     assert capsys.readouterr().err.count(FULL) == 2 * LOGGED
-    assert not is_full()
+    assert not is_full(stage)
     assert stage.wait(stage.ask(tunnel)) == 200
 
 
@@ -216,12 +216,12 @@ def test_bytes_for_an_application_that_does_not_accept_cost_the_stream_once_ther
     count = 1
     while stage.wait_some(answers := stage.ask(tunnel)):
         count += 1  # until its queue is full
-    with buffer_limit(stage.reactor, 1000):
+    with buffer_limit(stage.reactor, PARTS << 20):
         *_, waiting = tunnel.session.channels.values()
-        waiting.write(bytes(1000))
-        run_until(stage.reactor, is_full)
+        waiting.write(bytes(1 << 20))
+        run_until(stage.reactor, lambda: is_full(stage))
         assert stage.wait(answers) == 503
-        assert not is_full()
+        assert not is_full(stage)
     assert f"503: {FULL}" in capsys.readouterr().err
     accepted: list[socket.socket] = []
 
@@ -236,8 +236,8 @@ def test_bytes_for_an_application_that_does_not_accept_cost_the_stream_once_ther
         each.close()
 
 
-def is_full() -> bool:
-    return BUFFERS.is_full
+def is_full(stage: Scene) -> bool:
+    return stage.served.share.is_full
 
 
 def test_peer_that_is_silent_is_hung_up_in_time(scene: Callable[..., Scene]) -> None:

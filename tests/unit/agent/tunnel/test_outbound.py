@@ -19,7 +19,7 @@ from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel import session as session_module
 from agent.tunnel.access import Ledger
-from agent.tunnel.buffers import FULL
+from agent.tunnel.buffers import FULL, PARTS, Share
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
 from agent.tunnel.frames import ErrorCode
@@ -111,7 +111,9 @@ class Scene:
         accepted.setblocking(False)
         context = build_context(self.certificates[SERVER], is_server=True)
         trust = Trust(self.reactor, TRUST_DOMAIN)
-        session = Session(self.reactor, accepted, context, Role.SERVER, trust)
+        session = Session(
+            self.reactor, accepted, context, Role.SERVER, trust, Share("shop/server-0")
+        )
         session.on_request = self._on_request
         self.sessions.append(session)
 
@@ -250,16 +252,16 @@ def test_pod_gets_no_more_connections_than_it_may_have(
         run_until(stage.reactor, lambda: stage.requests == 2)
 
 
-def test_worker_that_buffers_all_it_may_gets_no_more_connections(
+def test_pod_that_buffers_all_it_may_gets_no_more_connections(
     scene: Callable[..., Scene], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = scene()
-    stalled = Stalled()
-    with buffer_limit(stage.reactor, 1):
-        stalled.keep(1)
+    stalled = Stalled(stage.served.share)
+    with buffer_limit(stage.reactor, PARTS << 20):
+        stalled.keep(1 << 20)
         with stage.connect() as refused:
             assert refused.recv(1) == b""
-        stalled.keep(-1)
+        stalled.keep(-1 << 20)
         assert FULL in capsys.readouterr().err
         assert stage.requests == 0
         with stage.connect():

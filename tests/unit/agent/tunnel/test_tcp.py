@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.tunnel import tcp
+from agent.tunnel.buffers import Share
 from agent.tunnel.reactor import Reactor
 from agent.tunnel.sockets import LINGER_RESET
 from agent.tunnel.tcp import TcpChannel
@@ -26,7 +27,7 @@ class End:
         self.reactor = reactor
         self.own = own
         self.peer = peer
-        self.channel = TcpChannel(reactor, own)
+        self.channel = TcpChannel(reactor, own, Share("shop/client-0"))
         self.received = b""
         self.seen: list[str] = []
         self.channel.on_data = self._on_data
@@ -197,7 +198,7 @@ def test_closed_channel_sends_fin_and_says_nothing_more(end: End) -> None:
 
 def test_channel_that_was_not_joined_says_so(end: End) -> None:
     with pytest.raises(AssertionError, match="before it was joined"):
-        TcpChannel(Reactor(), end.own).on_data(b"x")
+        TcpChannel(Reactor(), end.own, Share("shop/client-0")).on_data(b"x")
 
 
 # -- connect ------------------------------------------------------------------------------------
