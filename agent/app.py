@@ -567,7 +567,7 @@ class Agent:
             return
         self._roster.guard()
         # Only now: what a worker still allowed by the old policies is void with the new generation.
-        self._direct.renew()
+        self._direct.renew(self._enforcement.passes)
         closed = self._direct.close_unless(self._enforcement.passes)
         log.info("policies in force", extra={"closed_direct_connections": closed})
 

@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from agent import netns, sock_diag
-from agent.datapath.direct import FlowEnds, Flows, Totals, Verdicts, live_flows
+from agent.datapath.direct import DirectFlow, FlowEnds, Flows, Totals, Verdicts, live_flows
 from agent.errors import NetlinkError
 from agent.loglines import ACCESS
 from agent.model.endpoint import endpoint
@@ -31,12 +31,14 @@ from agent.tunnel.labels import Party, build_labels
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from agent.datapath.direct import DirectFlow, FlowEnd
+    from agent.datapath.direct import FlowEnd, Verdict
     from agent.datapath.pins import Pins
     from agent.datapath.ring import Batch
     from agent.model.pod import Address, LocalPod
     from agent.sock_diag import TcpSocket
     from agent.tunnel.counts import Counted, Labels
+
+    Judge = Callable[[DirectFlow, LocalPod, LocalPod], bool]
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger(ACCESS)
@@ -101,7 +103,7 @@ class DirectPath:
             self._netns_fds[netns_cookie] = os.dup(netns_fd)
         self._pods[netns_cookie] = pod
         if not pod.may_go_direct:
-            self.renew()  # it may have gone direct until now
+            self.renew(_any)  # it may have gone direct until now
 
     def name_workloads(self, workloads: Mapping[str, Workload]) -> None:
         """Know the pods' labels and owners, by uid, for metrics."""
@@ -112,15 +114,41 @@ class DirectPath:
 
         Its verdicts do not: the namespace may come back as somebody else's.
         """
-        self.renew()
         self._gone.add(netns_cookie)
+        self.renew(_any)
         self._forget_gone()
 
-    def renew(self) -> None:
-        """Make every verdict void: each next connection is judged again."""
-        self._verdicts.renew()
+    def renew(self, passes: Judge | None = None) -> None:
+        """Make every verdict void, but those that hold by `passes`, as `close_unless` asks it.
 
-    def close_unless(self, passes: Callable[[DirectFlow, LocalPod, LocalPod], bool]) -> int:
+        What is void is judged again by the next connection. A connection whose SYN leaves just now
+        needs one to follow: it has gone past the agent already, and waits for a verdict (flow.h).
+        """
+        self._verdicts.renew()
+        if passes is not None:
+            self._verdicts.carry_over(partial(self._holds, passes))
+
+    def _holds(self, passes: Judge, verdict: Verdict) -> bool:
+        cookies = (verdict.source_cookie, verdict.destination_cookie)
+        if not self._gone.isdisjoint(cookies):
+            return False
+        source, destination = map(self._pods.get, cookies)
+        if not (source and destination and source.may_go_direct and destination.may_go_direct):
+            return False
+        ends = [
+            [each for each in pod.addresses if each.version == verdict.version]
+            for pod in (source, destination)
+        ]
+        if [len(addresses) for addresses in ends] != [1, 1]:
+            return False  # a policy may speak of one of them
+        ((own,), (other,)) = ends
+        flow = DirectFlow(
+            cookies[0], own, 0, cookies[1], other, verdict.destination_port, socket_cookie=0,
+            began_ns=0,
+        )  # fmt: skip
+        return passes(flow, source, destination)
+
+    def close_unless(self, passes: Judge) -> int:
         """Close the open connections that do not pass any more; return how many.
 
         `passes` gets a connection, the pod that opened it and the one that serves it. A connection
@@ -312,6 +340,10 @@ class DirectPath:
 
     def _identity(self, pod: LocalPod) -> str:
         return str(SpiffeId(self._trust_domain, pod.namespace, pod.service_account))
+
+
+def _any(_flow: DirectFlow, _source: LocalPod, _destination: LocalPod) -> bool:
+    return True
 
 
 def _bare(pod: LocalPod) -> Workload:

@@ -56,8 +56,9 @@ WARM_CYCLES = 2  # what a process allocates once: a table, a codec, an arena of 
 # conversations, and so shows what each of them keeps from 12 bytes on; two minutes, from 400.
 MOST_GROWTH_KIB = 8192
 LOOKS, LOOK_SECONDS = 10, 0.5  # for the first silence; a renewal takes descriptors for a moment
-# LRU maps forget when they are full, and sockets keep their own; every other map is counted.
-FORGETTING = {"ss_verdicts", "ss_guard_flows"}
+# LRU maps forget when they are full, sockets keep their own, and a counter is there from the first
+# event of its kind on; every other map is counted.
+UNCOUNTED = {"ss_verdicts", "ss_guard_flows", "ss_counters", "ss_captures"}
 
 ECHO, ASK, RESET = 9000, 9001, 9002
 BULK_BYTES = 2 << 20
@@ -361,7 +362,7 @@ class Meter:
         for directory in (self._lab.pins / node.name).iterdir():
             for row in listing.list_maps(directory):
                 entries = row["entries"]
-                if isinstance(entries, int) and row["name"] not in FORGETTING:
+                if isinstance(entries, int) and row["name"] not in UNCOUNTED:
                     found[f"{node.name} {row['name']}"] = entries
         return {key: value for key, value in found.items() if value}
 

@@ -16,7 +16,7 @@ from agent.datapath import libbpf, records
 from agent.datapath.ring import HEAD_BYTES, RingBuffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from agent.datapath.btf import Layout, Value
     from agent.datapath.maps import Map, Record
@@ -39,6 +39,16 @@ class DirectFlow:
     destination_port: int
     socket_cookie: int  # of the client's socket
     began_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verdict is about: two namespaces, a port of the second, and a family."""
+
+    source_cookie: int
+    destination_cookie: int
+    destination_port: int
+    version: int  # of IP
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,13 @@ class Verdicts:
     def renew(self) -> None:
         """Start a new generation: every verdict before it is void. For the control process."""
         self._generation.put(GENERATION_KEY, {"value": self.generation + 1})
+
+    def carry_over(self, holds: Callable[[Verdict], bool]) -> None:
+        """Give the verdicts that the last generation voided, and that still hold, to this one."""
+        generation = self.generation
+        for key, value in list(self._verdicts.items()):
+            if value["value"] == generation - 1 and holds(_verdict(key)):
+                self._verdicts.put(key, {"value": generation})
 
 
 class FlowEnds:
@@ -179,6 +196,15 @@ def _totals_layout(end: Layout, flow: Layout) -> struct.Struct:
         text += f"{place - position}x{code}"
         position = place + struct.calcsize(f"={code}")
     return struct.Struct(f"{text}{end.size - position}x")
+
+
+def _verdict(key: Record) -> Verdict:
+    return Verdict(
+        _number(key, "source_netns_cookie"),
+        _number(key, "destination_netns_cookie"),
+        _number(key, "port_be"),
+        6 if key["is_v6"] else 4,
+    )
 
 
 def live_flows(pins: Pins) -> Iterator[DirectFlow]:

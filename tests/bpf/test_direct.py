@@ -436,6 +436,30 @@ def test_other_connections_of_the_pods_stay_open(neighbors: Neighbors, shop: Sho
     client.close()
 
 
+def test_verdict_that_still_holds_outlives_the_change(neighbors: Neighbors, shop: Shop) -> None:
+    neighbors.allow()
+    asked = []
+
+    def passes(flow: direct.DirectFlow, source: LocalPod, destination: LocalPod) -> bool:
+        asked.append((source.name, str(flow.source), destination.name, str(flow.destination)))
+        assert flow.destination_port == PORT
+        return flow.destination.version == 4
+
+    shop.control.renew(passes)
+    assert sorted(asked) == [
+        ("client", POD4, "server", PEER4),
+        ("client", POD6, "server", PEER6),
+    ]
+    client, _served = neighbors.join(PEER4)
+    assert neighbors.is_captured(PEER6)
+    client.close()
+    neighbors.next_end()
+    shop.control.renew()
+    assert neighbors.is_captured(PEER4)
+    shop.control.renew(lambda *_flow: True)  # what was void stays so
+    assert neighbors.is_captured(PEER4)
+
+
 def test_pod_that_leaves_takes_its_verdicts_along(neighbors: Neighbors, shop: Shop) -> None:
     """Its namespace may come back as another account's."""
     neighbors.allow()
