@@ -85,6 +85,8 @@ def _places_of_term(term: Term, guard: tuple[Match, ...]) -> list[Place]:
         return [(whole, port) for port in values.ports]
     if values.is_any:
         return [(Probe(attribute, Form.ANY, 0, guard), "")]
+    if not values.prefixes and not values.suffixes:
+        return [(whole, text) for text in values.exact]
     return [
         *((whole, text) for text in values.exact),
         *((Probe(attribute, Form.PREFIX, len(text), guard), text) for text in values.prefixes),
@@ -150,6 +152,10 @@ class RuleTable:
                 guard = guard or clause.matches
         if not fileable:
             return {(Probe(Attribute.DESTINATION_PORT, Form.ALWAYS, guard=guard), "")}
+        if len(fileable) == 1 and all(len(match) == 1 for match in fileable[0].matches):
+            # Nearly every rule of many: there is nothing to choose.
+            terms = (match[0] for match in fileable[0].matches)
+            return {place for term in terms for place in _places_of_term(term, guard)}
         fullness, places = self._places_of(fileable[0], guard)
         for clause in fileable[1:]:
             if not fullness:
