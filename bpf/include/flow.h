@@ -125,6 +125,20 @@ static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct d
 	end->was_reset = !is_both && state != BPF_TCP_FIN_WAIT2;
 }
 
+static __always_inline void remember_end(u64 netns_cookie, const struct address *local,
+					 __be16 local_port_be, const struct address *remote,
+					 __be16 remote_port_be, u32 link)
+{
+	struct pod_flow guarded = {};
+
+	guarded.netns_cookie = netns_cookie;
+	guarded.local = *local;
+	guarded.remote = *remote;
+	guarded.local_port_be = local_port_be;
+	guarded.remote_port_be = remote_port_be;
+	ss_guard_flows.update(&guarded, &link);
+}
+
 /*
  * Guard lets pass what it remembers, once the flow is gone. From LAST_ACK nothing with payload
  * comes any more, since both FINs are acknowledged, and most connections end there on one of both
@@ -132,24 +146,12 @@ static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct d
  */
 static __always_inline void remember_guarded(const struct direct_flow *flow)
 {
-	struct pod_flow guarded = {};
-	u32 link = flow->destination_link;
-
-	if (!flow->source_link || !link)
+	if (!flow->source_link || !flow->destination_link)
 		return; /* one end has not said a word, so it has none that are late */
-	guarded.netns_cookie = flow->source_netns_cookie;
-	guarded.local = flow->source;
-	guarded.remote = flow->destination;
-	guarded.local_port_be = flow->source_port_be;
-	guarded.remote_port_be = flow->destination_port_be;
-	ss_guard_flows.update(&guarded, &link);
-	link = flow->source_link;
-	guarded.netns_cookie = flow->destination_netns_cookie;
-	guarded.local = flow->destination;
-	guarded.remote = flow->source;
-	guarded.local_port_be = flow->destination_port_be;
-	guarded.remote_port_be = flow->source_port_be;
-	ss_guard_flows.update(&guarded, &link);
+	remember_end(flow->source_netns_cookie, &flow->source, flow->source_port_be,
+		     &flow->destination, flow->destination_port_be, flow->destination_link);
+	remember_end(flow->destination_netns_cookie, &flow->destination, flow->destination_port_be,
+		     &flow->source, flow->source_port_be, flow->source_link);
 }
 
 static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)

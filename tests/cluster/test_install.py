@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -228,16 +229,39 @@ def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Before:
+    """The shop outside the mesh, and its node: what is to be the same again."""
+
+    node: KubeNode
+    answer: str
+    sandboxes: list[str]
+    listed: dict[str, str]
+
+    def wait_again(self) -> None:
+        """Wait until all is as it was."""
+        # The last pods of the hooks go in the background.
+        cluster = self.listed["cluster"]
+        wait_until(lambda: listing(self.node, self.sandboxes)["cluster"] == cluster)
+        assert listing(self.node, self.sandboxes) == self.listed
+
+
+@contextmanager
+def plain_shop(node: KubeNode) -> Iterator[Before]:
+    """Have the shop answer without the mesh, and look at the node."""
+    with open_shop(node, *HELLO):
+        wait_until(lambda: request(node))
+        answer = request(node)
+        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
+        yield Before(node, answer, sandboxes, listing(node, sandboxes))
+
+
 def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
     node: KubeNode, measured: Callable[[str], None]
 ) -> None:
-    with open_shop(node, *HELLO):
-        wait_until(lambda: request(node))
-        plain = request(node)
-        assert plain.startswith("hello 10.247.0.")
-        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
-        assert len(sandboxes) == 2
-        before = listing(node, sandboxes)
+    with plain_shop(node) as before:
+        assert before.answer.startswith("hello 10.247.0.")
+        assert len(before.sandboxes) == 2
 
         began = time.monotonic()
         with installed(node):
@@ -248,7 +272,7 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
             # Running pods, without a restart.
             node.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
             wait_until(lambda: redirections(node) == ["enabled"] * 2)
-            assert request(node) == plain
+            assert request(node) == before.answer
             wait_until(lambda: carries(node))
 
             # A pod that starts is in the mesh before its first process.
@@ -261,10 +285,8 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
             assert [restarts(node, "shop", pod) for pod in ("server", "client")] == ["0", "0"]
 
         assert redirections(node) == []
-        assert request(node) == plain
-        # The last pods of the hooks go in the background.
-        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
-        assert listing(node, sandboxes) == before
+        assert request(node) == before.answer
+        before.wait_again()
 
 
 def change_under_traffic(node: KubeNode, *command: str) -> float:
@@ -392,36 +414,26 @@ def mesh_without_helm(node: KubeNode) -> None:
 
 def test_operator_without_helm_installs_and_takes_it_all_away(node: KubeNode) -> None:
     write_manifests(node)
-    with open_shop(node, *HELLO):
-        wait_until(lambda: request(node))
-        plain = request(node)
-        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
-        before = listing(node, sandboxes)
+    with plain_shop(node) as before:
         mesh_without_helm(node)
-        assert request(node) == plain
+        assert request(node) == before.answer
         wait_until(lambda: carries(node))
         run_documented(node, "Without Helm, delete the agents first")
         assert redirections(node) == []
-        assert request(node) == plain
-        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
-        assert listing(node, sandboxes) == before
+        assert request(node) == before.answer
+        before.wait_again()
 
 
 def test_node_goes_on_without_the_mesh_where_everything_is_deleted_at_once(node: KubeNode) -> None:
     write_manifests(node)
-    with open_shop(node, *HELLO):
-        wait_until(lambda: request(node))
-        plain = request(node)
-        sandboxes = node.run(["ls", "/run/netns"]).stdout.split()
-        before = listing(node, sandboxes)
+    with plain_shop(node) as before:
         mesh_without_helm(node)
         # Not in the documented order: rights and account of the agent go with it.
         node.kubectl("delete", "-f", str(node.directory / "sidestep.yaml"))
-        wait_until(lambda: request(node) == plain)
+        wait_until(lambda: request(node) == before.answer)
         start_late(node)
         assert request(node, "late").startswith("hello 10.247.0.")
         node.kubectl("delete", "pod", "late", "-n", "shop")
         # What is left on the node can be taken away afterwards.
         run_documented(node, "If everything was deleted at once")
-        wait_until(lambda: listing(node, sandboxes)["cluster"] == before["cluster"])
-        assert listing(node, sandboxes) == before
+        before.wait_again()
