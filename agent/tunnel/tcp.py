@@ -91,8 +91,9 @@ class TcpChannel:
             # RST while we do not read: there may be data before it, but nobody wants it any more.
             if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._fail()
-            else:
-                # Both FINs have passed and we do not read now: epoll would report it for ever.
+            elif not self._watched:
+                # Both FINs have passed and we do not read now: epoll would report it for ever. Who
+                # was resumed since this was reported hears of it again, and then reads.
                 self._reactor.forget(self._fd)
                 self._is_detached = True
 

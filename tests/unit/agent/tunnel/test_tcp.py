@@ -11,7 +11,7 @@ import pytest
 
 from agent.tunnel import tcp
 from agent.tunnel.buffers import Share
-from agent.tunnel.reactor import Reactor
+from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.sockets import LINGER_RESET
 from agent.tunnel.tcp import TcpChannel
 from tests.support.loop import count_rounds, run_rounds, run_until
@@ -184,6 +184,26 @@ def test_both_fins_while_paused_keep_the_loop_at_rest(end: End) -> None:
     assert end.seen == []
     end.channel.resume()
     run_until(end.reactor, lambda: end.seen)
+    assert (end.received, end.seen) == (b"unread", ["end"])
+
+
+def test_resume_between_the_report_of_both_fins_and_its_callback_is_not_lost(end: End) -> None:
+    end.channel.start()
+    end.channel.pause()
+    end.channel.finish()
+    run_rounds(end.reactor, 3)  # the peer's ACK makes it a candidate, before the other one
+    with ExitStack() as stack:
+        first, other = (stack.enter_context(each) for each in socket.socketpair())
+        other.send(b"x")
+
+        def resume(_ready: int) -> None:
+            end.reactor.forget(first.fileno())
+            end.channel.resume()
+
+        end.reactor.watch(first.fileno(), READ, resume)  # is ready before the channel's socket
+        end.peer.send(b"unread")
+        end.peer.shutdown(socket.SHUT_WR)
+        run_until(end.reactor, lambda: end.seen)
     assert (end.received, end.seen) == (b"unread", ["end"])
 
 
