@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     Serve = Callable[[socket.socket, tuple[str, int]], None]
 
-ACCEPTS_PER_TURN = 64
+# Then others have their turn, and the requests that these make leave (session.HEADERS_TOGETHER).
+ACCEPTS_PER_TURN = 4
 QUEUE_LENGTH = 2048  # more than a listener keeps
 REST_SECONDS = 0.1
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -74,7 +75,7 @@ class Listening:
                 return
             self._is_failing = False
             accepted.setblocking(False)
-            self._serve(accepted, peer)
+            self._serve(accepted, (peer[0], peer[1]))  # IPv6 has two numbers more
 
     def _rest(self, error: OSError) -> None:
         if not self._is_failing:

@@ -107,7 +107,7 @@ class Outbound:
 
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
         """Take over one accepted connection."""
-        host, port = peer[:2]
+        host, port = peer
         source = ip_address(host)
         origin = self._origins.lookup(served.netns_cookie, source, port)
         if origin is None:

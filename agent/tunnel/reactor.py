@@ -48,6 +48,7 @@ class Reactor:
         self._cancelled = 0  # of those timers
         self._order = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
+        self._next: deque[Callable[[], None]] = deque()
         self._is_running = False
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
@@ -84,10 +85,15 @@ class Reactor:
         """Call once, in the next round."""
         self._soon.append(callback)
 
+    def call_next(self, callback: Callable[[], None]) -> None:
+        """Call once, before the next descriptor of this round has its turn."""
+        self._next.append(callback)
+
     def run(self) -> None:
         """Run until `stop`."""
         self._is_running = True
         poll, callbacks, soon, timers = self._epoll.poll, self._callbacks, self._soon, self._timers
+        following = self._next
         while self._is_running:
             if soon:
                 patience = 0.0
@@ -99,8 +105,12 @@ class Reactor:
                 callback = callbacks.get(fd)  # another callback may have forgotten it
                 if callback is not None:
                     callback(ready)
+                    while following:
+                        following.popleft()()
             for _ in range(len(soon)):
                 soon.popleft()()
+                while following:
+                    following.popleft()()
             if timers and timers[0][0] <= time.monotonic():
                 self._fire()
 

@@ -8,7 +8,7 @@ of its own, and read its header and its body apart; here one call takes or gives
 room for, many records and the frames of many streams together (docs/performance.md).
 
 Small messages of one round of the reactor leave in one record at its end; large ones at once, since
-they are views of the reader's buffer, which the next reader needs.
+they are views of the reader's buffer, which the next reader needs; and header blocks a few at once.
 
 Writing is bounded: while more than a little waits for the socket, no stream gets to send, and when
 it has drained the waiting streams take turns.
@@ -58,6 +58,9 @@ READ_BYTES = 512 * 1024  # in one turn, then others get theirs
 PLAINTEXT_BYTES = 16 * 1024
 RECORD_BYTES = PLAINTEXT_BYTES + 256  # RFC 8446 §5.2: plaintext, padding and all
 UNSENT_BYTES = 1024 * 1024
+# To open a connection is work at both ends: of many that come together the peer begins with these
+# while we go on with the others, instead of waiting for all (docs/performance.md).
+HEADERS_TOGETHER = 4
 
 # A worker has one thread, and nobody keeps a view of these beyond a callback.
 _raw = memoryview(bytearray(READ_BYTES))
@@ -246,6 +249,7 @@ class Session:
         self._watched = WRITE if role is Role.CLIENT else READ
         self._reads = READ  # or 0 while it waits for room
         self._is_write_due = False
+        self._unwritten_headers = 0
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
         reactor.watch(self._fd, self._watched, self._on_io)
@@ -257,7 +261,7 @@ class Session:
         """Send a CONNECT; the answer comes to its channel."""
         stream_id = self.connection.open_stream(authority, headers)
         self.channels[stream_id] = StreamChannel(self, stream_id)
-        self.wants_write()
+        self._write_headers()
         return stream_id
 
     def respond(self, stream_id: int, status: int) -> None:
@@ -265,6 +269,12 @@ class Session:
         self.connection.respond(stream_id, status)
         if status != 200:
             self.forget_stream(stream_id)
+        self._write_headers()
+
+    def _write_headers(self) -> None:
+        self._unwritten_headers += 1
+        if self._unwritten_headers == HEADERS_TOGETHER:
+            self._reactor.call_next(self.write_now)
         self.wants_write()
 
     def forget_stream(self, stream_id: int) -> None:
@@ -313,6 +323,7 @@ class Session:
     def _encrypt(self) -> None:
         if not self._is_established or not self.connection.has_output:
             return
+        self._unwritten_headers = 0
         parts = self.connection.take_parts()
         last = parts.pop()
         try:
