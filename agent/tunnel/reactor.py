@@ -44,6 +44,7 @@ class Reactor:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._fresh: set[int] = set()  # watched since epoll was asked
         self._timers: list[tuple[float, int, Timer]] = []
         self._cancelled = 0  # of those timers
         self._order = itertools.count()
@@ -55,6 +56,7 @@ class Reactor:
         """Call `callback(ready events)` when `fd` is ready."""
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
+        self._fresh.add(fd)
 
     def change(self, fd: int, events: int) -> None:
         """Watch `fd` for other events."""
@@ -93,7 +95,7 @@ class Reactor:
         """Run until `stop`."""
         self._is_running = True
         poll, callbacks, soon, timers = self._epoll.poll, self._callbacks, self._soon, self._timers
-        following = self._next
+        following, fresh = self._next, self._fresh
         while self._is_running:
             if soon:
                 patience = 0.0
@@ -101,9 +103,12 @@ class Reactor:
                 patience = max(0.0, timers[0][0] - time.monotonic())
             else:
                 patience = -1.0
+            fresh.clear()
             for fd, ready in poll(patience, EVENTS_PER_ROUND):
-                callback = callbacks.get(fd)  # another callback may have forgotten it
-                if callback is not None:
+                # Another callback may have forgotten it, and a new socket have its number: what was
+                # reported is not of that one.
+                callback = callbacks.get(fd)
+                if callback is not None and fd not in fresh:
                     callback(ready)
                     while following:
                         following.popleft()()

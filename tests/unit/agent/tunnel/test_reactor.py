@@ -85,6 +85,46 @@ def test_descriptor_that_another_callback_forgot_is_not_reported() -> None:
     assert len(called) == 1
 
 
+def test_what_was_reported_of_a_descriptor_is_not_for_the_next_one_of_its_number() -> None:
+    reactor, stale = Reactor(), list[int]()
+    with ExitStack() as stack:
+        ends = [stack.enter_context(each) for _ in range(3) for each in socket.socketpair()]
+        first, second, silent = ends[::2]
+
+        def replace(_ready: int) -> None:
+            reactor.forget(first.fileno())
+            reactor.forget(second.fileno())
+            os.dup2(silent.fileno(), second.fileno())
+            reactor.watch(second.fileno(), READ, stale.append)
+
+        reactor.watch(first.fileno(), READ, replace)
+        reactor.watch(second.fileno(), READ, lambda _ready: None)
+        for other in ends[1:4:2]:
+            other.send(b"x")
+        run_rounds(reactor, 3)
+        assert stale == []
+        ends[5].send(b"x")
+        run_until(reactor, lambda: stale)
+
+
+def test_call_next_runs_before_the_next_descriptor_has_its_turn() -> None:
+    reactor, seen = Reactor(), list[str]()
+    with ExitStack() as stack:
+        ends = [stack.enter_context(each) for _ in range(2) for each in socket.socketpair()]
+        for own, other in zip(ends[::2], ends[1::2], strict=True):
+            other.send(b"x")
+
+            def on_ready(_ready: int, own: socket.socket = own) -> None:
+                seen.append("ready")
+                own.recv(1)
+                reactor.call_soon(lambda: seen.append("soon"))
+                reactor.call_next(lambda: seen.append("next"))
+
+            reactor.watch(own.fileno(), READ, on_ready)
+        run_until(reactor, lambda: seen.count("soon") == 2)
+    assert seen == ["ready", "next", "ready", "next", "soon", "soon"]
+
+
 def test_timers_fire_in_order_of_their_time() -> None:
     reactor, fired = Reactor(), list[str]()
     reactor.call_later(0.02, lambda: fired.append("late"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 from collections.abc import Callable
@@ -124,6 +125,27 @@ def test_stream_carries_bytes_and_ends_both_ways(tunnel: Tunnel) -> None:
     far.channel.close()
     assert (tunnel.client.idle, tunnel.server.idle) == (1, 1)
     assert tunnel.client.session.channels == {}
+
+
+@pytest.mark.parametrize(("count", "is_written"), [(3, False), (4, True), (7, True)])
+def test_of_many_streams_the_first_leave_before_the_round_ends(
+    tunnel: Tunnel, count: int, is_written: bool
+) -> None:
+    found: list[bool] = []
+
+    def open_all() -> None:
+        for _ in range(count):
+            tunnel.client.session.open_stream("10.0.0.1:80", {})
+
+    def look() -> None:  # in the same round
+        events = select.poll()
+        events.register(tunnel.server.session._socket, select.POLLIN)
+        found.append(bool(events.poll(0)))
+
+    tunnel.reactor.call_soon(open_all)
+    tunnel.reactor.call_soon(look)
+    tunnel.until(lambda: len(tunnel.server.requests) == count)
+    assert found == [is_written]
 
 
 def test_refusal_reaches_the_client_and_leaves_no_stream(tunnel: Tunnel) -> None:
