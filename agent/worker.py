@@ -348,10 +348,7 @@ class Worker:
         served = self._served.get(uid)
         if served is None:
             return
-        for port, listener in served.listeners:
-            if port != HBONE_PORT:
-                listener.close()
-        served.listeners = [found for found in served.listeners if found[0] == HBONE_PORT]
+        # It is captured no more, but what was is still on its way to the listeners: they stay.
 
         def leave() -> None:
             del self._departures[uid]
@@ -397,6 +394,8 @@ class Worker:
         if (departure := self._departures.pop(uid, None)) is not None:
             departure.cancel()
         for _port, listener in served.listeners:
+            if comes_back:
+                listener.serve_queue()
             listener.close()
         served.listeners = []
         if comes_back:

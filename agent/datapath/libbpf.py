@@ -354,6 +354,16 @@ def create_link(program_fd: int, target_fd: int, attach_type: int, what: str) ->
     return int(fd)
 
 
+def detach_link(link_fd: int, what: str) -> None:
+    """End what a link does, now (BPF_LINK_DETACH, Linux 5.9); fd and pins of it are husks then.
+
+    A link whose last pin goes ends a moment later, when the kernel gets to it.
+    """
+    result = _library().bpf_link_detach(link_fd)
+    if result < 0:
+        raise AttachError(f"{what} cannot be detached: {_errno_text(result)}")
+
+
 def update_link(link_fd: int, program_fd: int, what: str) -> None:
     """Put another program behind a link, atomically."""
     result = _library().bpf_link_update(link_fd, program_fd, None)

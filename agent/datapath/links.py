@@ -93,8 +93,19 @@ def attach_lookup(pins: Pins, netns_fd: int, netns_cookie: int) -> None:
 
 
 def detach_lookup(pins: Pins, netns_cookie: int) -> None:
-    """Remove the pod's lookup link, if it is there."""
-    _detach(pins, lookup_link_name(netns_cookie))
+    """Remove the pod's lookup link, if it is there.
+
+    Nothing is looked up any more when this returns: the listener that lookup finds goes next, and
+    what found none would be refused.
+    """
+    name = lookup_link_name(netns_cookie)
+    if name not in pins.links and pins.link_path(name).exists():  # an agent before us left it
+        with contextlib.suppress(KernelError):
+            pins.hold_link(name, libbpf.open_pin(pins.link_path(name)))
+    if name in pins.links:
+        with contextlib.suppress(KernelError):  # a husk
+            libbpf.detach_link(pins.links[name], name)
+    _detach(pins, name)
 
 
 def guard_link_name(program: str, netns_cookie: int, ifindex: int) -> str:

@@ -57,7 +57,7 @@ class AddPod:
 
 @dataclass(frozen=True, slots=True)
 class DrainPod:
-    """Accept only tunnels for a pod, and say Drained when its last inbound connection has ended.
+    """Serve a pod that is captured no more, and say Drained when its last connection has ended.
 
     Peers dial 15008 until they have heard that the pod has left.
     """

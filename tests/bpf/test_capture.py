@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent import enroll, netns
-from agent.datapath import records
+from agent.datapath import links, records
 from agent.datapath.exemption import exempt
 from agent.enroll import Enrollment
 from agent.model.capture import HBONE_PORT
@@ -275,6 +275,21 @@ def test_application_sees_the_clients_address(
         received = 0
         while received < 300_000:
             received += len(dialed.recv(65536))
+
+
+def test_nothing_is_looked_up_once_lookup_is_detached(
+    loaded: Pins, network: Network, enrolled: Enroll
+) -> None:
+    # The kernel ends a link a moment after its last pin has gone, and no listener is left by then.
+    server = network.pod.listen(POD4, 8080)
+    enrollment = enrolled()
+    loaded.maps["ss_listeners"].delete({"value": enrollment.netns_cookie})
+    for _ in range(20):
+        links.attach_lookup(loaded, enrollment.netns_fd, enrollment.netns_cookie)
+        client = network.peer.open_socket(socket.AF_INET)
+        links.detach_lookup(loaded, enrollment.netns_cookie)
+        client.connect((POD4, 8080))
+        server.accept()[0].close()
 
 
 def test_unenroll_leaves_the_pod_as_it_was(loaded: Pins, network: Network) -> None:

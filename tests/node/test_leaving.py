@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent import netlink, netns
+from agent.datapath.exemption import exempt
 from agent.enroll import REPLY_SYSCTLS
 from agent.tunnel import messages
 from agent.tunnel.events import ResponseReceived
@@ -103,6 +105,24 @@ def test_pod_that_comes_back_at_once_keeps_its_connections(lab: Lab) -> None:
             with client.connect(server.address, PORT) as fresh:
                 assert is_alive(fresh)
     assert has_reply_route(lab, "server")
+
+
+@pytest.mark.parametrize("leaver", ["client", "server"])
+def test_what_was_captured_before_the_leave_is_served(mesh: MeshPair, leaver: str) -> None:
+    """Capture has ended when a worker hears of it, but connections are on the way to a listener."""
+    member = mesh.client if leaver == "client" else mesh.server
+    listener = mesh.server.namespace.listen(PEER4, PORT)
+    member.worker.tell(messages.DrainPod(member.workload.uid))
+    member.worker.settle()
+    if leaver == "client":
+        connection = mesh.client.namespace.connect(PEER4, PORT)  # by 15001
+    else:
+        connection = mesh.client.namespace.open_socket(socket.AF_INET)
+        exempt(mesh.exempt_map, connection)
+        connection.connect((PEER4, PORT))  # in plain text, by 15006
+    connection.sendall(b"word")
+    with listener.accept()[0] as accepted:
+        assert accepted.recv(4) == b"word"
 
 
 def test_tunnel_of_a_pod_that_comes_back_is_of_use_all_the_time(mesh: MeshPair) -> None:
