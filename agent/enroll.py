@@ -17,9 +17,9 @@ and are not opened anew, so that no connection in their queues is lost.
 
 Undo runs in reverse order, in two parts. `release` ends capture: all but the reply route and 15008,
 which open connections and peers that have not heard yet still need. `unenroll` takes those too. The
-workers have listeners of their own and keep them while the pod drains, for what was captured and is
-on the way. No process of the pod is touched. The caller holds the returned Enrollment; its
-listeners are what the workers accept on.
+workers have listeners of their own and keep them a little longer, for what was captured and is on
+the way. No process of the pod is touched. The caller holds the returned Enrollment; its listeners
+are what the workers accept on.
 
 Called by the reconciler, and by tests. Does not decide which pod takes part.
 """

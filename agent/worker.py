@@ -348,10 +348,15 @@ class Worker:
         served = self._served.get(uid)
         if served is None:
             return
-        # It is captured no more, but what was is still on its way to the listeners: they stay.
 
         def leave() -> None:
             del self._departures[uid]
+            # Later than capture: what was captured was still on its way to the listeners.
+            for port, listener in served.listeners:
+                if port != HBONE_PORT:
+                    listener.serve_queue()
+                    listener.close()
+            served.listeners = [found for found in served.listeners if found[0] == HBONE_PORT]
             served.is_leaving = True
             self._end_drain(uid)
 
