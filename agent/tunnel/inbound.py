@@ -296,9 +296,9 @@ class Inbound:
             else:
                 session.respond(event.stream_id, 200)
                 _join(admission, access, channel, dialed)
+                channel.resume()  # before the relay may pause it
                 for data in early.take():
                     channel.on_data(data)
-                channel.resume()
                 if has_ended:
                     channel.on_end()
                 dialed.start()

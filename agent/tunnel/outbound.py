@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import socket
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
@@ -226,7 +227,8 @@ class Outbound:
                         refuse(f"the peer answered {status}")
                     return
                 if grant is not None:
-                    grant()
+                    with suppress(SidestepError):  # the next one comes through here as well
+                        grant()
                 left = TcpChannel(self._reactor, accepted, served.share)
                 relay = Relay(
                     left,

@@ -91,7 +91,13 @@ class StreamChannel:
         self._is_paused = False
         self._unacknowledged = 0
         self._ends = self._has_ended = False
+        self.has_received_end = False
         self._is_closed = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether both ENDs have passed: the peer's to us, and ours into the tunnel's output."""
+        return self.has_received_end and self._has_ended
 
     @staticmethod
     def _drop(_data: bytes | memoryview) -> None:
@@ -134,7 +140,7 @@ class StreamChannel:
             self._pending.popleft()
         if not self._pending and self._ends and not self._has_ended and not self._is_closed:
             self._has_ended = True
-            session.connection.end(self._stream_id)
+            session.end(self._stream_id)
         session.wants_write()
         if had_pending and not self._pending:
             self.on_drained()
@@ -245,14 +251,15 @@ class Session:
         self._unsent: bytes | memoryview = b""
         self.buffered = 0  # of what the socket did not take
         self._room = UNSENT_BYTES  # for bytes of streams, until the socket has drained
-        self._is_established = self._is_ready = self.is_closed = False
+        self._is_established = self._is_ready = self.is_closed = self._drains = False
         self._watched = WRITE if role is Role.CLIENT else READ
         self._reads = READ  # or 0 while it waits for room
         self._is_write_due = False
         self._unwritten_headers = 0
+        self._unwritten_ends: set[int] = set()
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
-        self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
         reactor.watch(self._fd, self._watched, self._on_io)
+        self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
         Session.open_count += 1
 
     # -- streams ------------------------------------------------------------------------------
@@ -299,6 +306,11 @@ class Session:
             self._waiting.setdefault(stream_id)  # who waits already keeps its place
         return sent
 
+    def end(self, stream_id: int) -> None:
+        """Put END_STREAM into the output."""
+        self.connection.end(stream_id)
+        self._unwritten_ends.add(stream_id)
+
     # -- input and output ---------------------------------------------------------------------
 
     def wants_write(self) -> None:
@@ -324,6 +336,7 @@ class Session:
         if not self._is_established or not self.connection.has_output:
             return
         self._unwritten_headers = 0
+        self._unwritten_ends.clear()
         parts = self.connection.take_parts()
         last = parts.pop()
         try:
@@ -458,6 +471,8 @@ class Session:
             self.fail("the tunnel was ended")
 
     def _note(self, buffered: int) -> None:
+        if self.is_closed:
+            buffered = 0  # an error of TLS has just ended it
         by, self.buffered = buffered - self.buffered, buffered
         self.share.change(self, by)
 
@@ -500,6 +515,7 @@ class Session:
             case StreamEnded():
                 channel = self.channels.get(event.stream_id)
                 if channel is not None:
+                    channel.has_received_end = True
                     channel.on_end()
             case StreamReset():
                 channel = self.channels.get(event.stream_id)
@@ -533,6 +549,8 @@ class Session:
             self._schedule_ping()
             if self._role is Role.CLIENT:
                 self.on_ready(self)
+                if self._drains:
+                    self.drain()
         for channel in list(self.channels.values()):
             channel.flush()
 
@@ -567,6 +585,9 @@ class Session:
             self.connection.warn()
             self.wants_write()
             return
+        if not self._is_ready:
+            self._drains = True  # when those who wait for it have opened their streams
+            return
         self.connection.is_draining = True
         self.on_draining(self)
         if not self.channels:
@@ -588,13 +609,17 @@ class Session:
         self.fail("the peer took nothing while the pod's share of the buffers was full")
 
     def fail(self, reason: str, code: str = "handshake_broken") -> None:
-        """Close now; every open stream is aborted. `code` counts if TLS was not done."""
+        """Close now; streams that have not ended both ways are aborted.
+
+        `code` counts if TLS was not done.
+        """
         if self.is_closed:
             return
         if not self._is_established:
             self.handshake_failure = self.refusal or code
         self._trust.leave(self)
         self._deadline.cancel()
+        is_written = not self._unsent and not self._outgoing.pending
         # a GOAWAY or an alert with the reason's code, if the socket takes it at once
         with contextlib.suppress(ssl.SSLError, OSError):
             if self._is_established:
@@ -605,8 +630,10 @@ class Session:
         Session.open_count -= 1
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}
-        for channel in channels.values():
-            channel.on_abort()
+        for stream_id, channel in channels.items():
+            # What has ended both ways needs no tunnel any more, only an application that reads.
+            if not (channel.has_ended and is_written and stream_id not in self._unwritten_ends):
+                channel.on_abort()
         if self._is_established:
             self._socket.close()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def none_left(pids: Iterable[int]) -> Iterator[None]:
 @contextmanager
 def descriptors_left(count: int) -> Iterator[None]:
     """Let this process open `count` more files, and no others, while the block runs."""
+    gc.collect()  # sockets of other tests must not make room in between
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = [os.open("/dev/null", os.O_RDONLY) for _ in range(count + 1)]
     for fd in found:

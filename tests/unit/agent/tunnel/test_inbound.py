@@ -6,15 +6,16 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from agent import netlink, netns
-from agent.model.bounds import Bounds
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel import buffers as buffers_module
+from agent.tunnel import tcp
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import FULL, PARTS
 from agent.tunnel.connection import Role
@@ -238,6 +239,34 @@ def test_bytes_for_an_application_that_does_not_accept_cost_the_stream_once_ther
 
 def is_full(stage: Scene) -> bool:
     return stage.served.share.is_full
+
+
+def test_bytes_before_the_answer_are_bounded_like_those_after_it(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = tcp.connect
+
+    def late(reactor: Reactor, own: socket.socket, *rest: Any) -> None:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        reactor.call_later(0.05, lambda: connect(reactor, own, *rest))
+
+    monkeypatch.setattr(tcp, "connect", late)
+    stage = scene()
+    stage.application.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    tunnel = stage.tunnel()
+    channel = tunnel.session.channels[tunnel.session.open_stream(f"{ADDRESS}:{PORT}", {})]
+    answers: list[int] = []
+    channel.on_response = answers.append
+
+    def fill() -> None:
+        while channel.buffered < 1 << 20:
+            channel.write(bytes(1 << 18))
+
+    channel.on_drained = fill
+    fill()
+    assert stage.wait(answers) == 200
+    stage.wait_some([])  # the application reads nothing
+    assert 0 < stage.served.share.held <= 2 * DEFAULT_BOUNDS.stream_buffer_bytes
 
 
 def test_peer_that_is_silent_is_hung_up_in_time(scene: Callable[..., Scene]) -> None:

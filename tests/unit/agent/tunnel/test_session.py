@@ -364,6 +364,40 @@ def test_drained_client_is_idle_at_once_if_it_has_no_stream(tunnel: Tunnel) -> N
     assert tunnel.client.idle == 1
 
 
+def test_stream_that_has_ended_both_ways_outlives_its_tunnel(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    open_near, _open_far = tunnel.open()
+    near.channel.finish()
+    far.channel.write(b"all of it")
+    far.channel.finish()
+    tunnel.until(lambda: near.seen)
+    tunnel.server.session.fail("the peer is gone")
+    tunnel.until(lambda: tunnel.client.reasons)
+    # An application may still have to read it, and gets it whole.
+    assert (bytes(near.received), near.seen) == (b"all of it", ["end"])
+    assert open_near.seen == ["abort"]
+
+
+def test_end_that_has_not_left_yet_is_lost_with_the_tunnel(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    far.channel.finish()
+    tunnel.until(lambda: near.seen)
+    near.channel.finish()
+    tunnel.client.session.fail("the peer is gone")
+    assert near.seen == ["end", "abort"]
+
+
+def test_client_that_drains_in_its_handshake_serves_who_waits_for_it(join: Join) -> None:
+    tunnel = join()
+    session = tunnel.client.session
+    opened: list[int] = []
+    session.on_ready = lambda made: opened.append(made.open_stream("10.0.0.1:80", {}))
+    session.drain()
+    tunnel.until(lambda: tunnel.server.requests)
+    assert opened == [1]
+    assert session.connection.is_draining
+
+
 def test_refused_peer_is_named_by_code_and_closed_once(tunnel: Tunnel) -> None:
     near, _far = tunnel.open()
     tunnel.client.session.refuse(PeerRevoked("revoked"))
