@@ -55,9 +55,7 @@ def _attach(pins: Pins, name: str, program_fd: int, target_fd: int, attach_type:
     interface is gone, is a husk (ENOLINK) and is replaced.
     """
     path = pins.link_path(name)
-    if name not in pins.links and path.exists():  # an agent before us left it
-        with contextlib.suppress(KernelError):
-            pins.hold_link(name, libbpf.open_pin(path))
+    _take_up(pins, name)
     if name not in pins.links or not _has_updated(pins.links[name], program_fd, name):
         _detach(pins, name)
         pins.hold_link(name, libbpf.create_link(program_fd, target_fd, attach_type, name))
@@ -68,6 +66,14 @@ def _attach(pins: Pins, name: str, program_fd: int, target_fd: int, attach_type:
         except (KernelError, OSError):
             _detach(pins, name)
             raise
+
+
+def _take_up(pins: Pins, name: str) -> None:
+    """Hold a link that an agent before us left, if there is one."""
+    path = pins.link_path(name)
+    if name not in pins.links and path.exists():
+        with contextlib.suppress(KernelError):
+            pins.hold_link(name, libbpf.open_pin(path))
 
 
 def _has_updated(link_fd: int, program_fd: int, name: str) -> bool:
@@ -99,9 +105,7 @@ def detach_lookup(pins: Pins, netns_cookie: int) -> None:
     what found none would be refused.
     """
     name = lookup_link_name(netns_cookie)
-    if name not in pins.links and pins.link_path(name).exists():  # an agent before us left it
-        with contextlib.suppress(KernelError):
-            pins.hold_link(name, libbpf.open_pin(pins.link_path(name)))
+    _take_up(pins, name)
     if name in pins.links:
         with contextlib.suppress(KernelError):  # a husk
             libbpf.detach_link(pins.links[name], name)

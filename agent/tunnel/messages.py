@@ -57,7 +57,7 @@ class AddPod:
 
 @dataclass(frozen=True, slots=True)
 class DrainPod:
-    """Serve a pod that is captured no more, and say Drained when its last connection has ended.
+    """Serve a pod that is not captured now, and say Drained after its last inbound connection.
 
     Peers dial 15008 until they have heard that the pod has left.
     """
