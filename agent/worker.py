@@ -379,7 +379,7 @@ class Worker:
                 self._trust.drain_all()  # those, too, whose handshake has ended meanwhile
                 if time.monotonic() >= hears_until:
                     self._trust.close_idle()
-            if self._ledger.has_open or (has_successor and Session.open_count):
+            if self._ledger.has_open or Session.open_count:
                 self._reactor.call_later(RETIRE_TURN_SECONDS, look)
             else:
                 self._reactor.call_soon(self._reactor.stop)  # what was said goodbye to is written

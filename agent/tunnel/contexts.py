@@ -59,6 +59,10 @@ class Contexts:
         for is_server in (False, True):
             self._contexts.pop((identity, is_server), None)
 
+    def is_current(self, identity: str, context: ssl.SSLContext) -> bool:
+        """Whether `client` gives this one now."""
+        return self._contexts.get((identity, False)) is context
+
     def client(self, identity: str, on_context: OnContext) -> None:
         """Give the context for dialing as `identity`: at once, or when there is one.
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # A tunnel may end while a request is on its way: the peer restarts, or says GOAWAY. Nothing of the
 # application was sent before the answer, so the request may be made again.
 TRIES = 3
+# A peer like us dials its application for half of this (tcp.CONNECT_SECONDS) and then says 503.
+ANSWER_SECONDS = 2 * tcp.CONNECT_SECONDS
 CLUSTER_DOMAIN = "cluster.local"
 DENIED = "the peer answered 401: denied by a policy at the destination"
 
@@ -205,8 +207,15 @@ class Outbound:
             stream_id = session.open_stream(authority, headers)
             channel = session.channels[stream_id]
 
+            def on_silence() -> None:
+                channel.abort(ErrorCode.CANCEL)
+                refuse(f"the peer did not answer in {ANSWER_SECONDS:g} s")
+
+            silence = self._reactor.call_later(ANSWER_SECONDS, on_silence)
+
             def on_abort() -> None:
                 nonlocal tries_left
+                silence.cancel()
                 was_heard = channel.reset_code not in (None, ErrorCode.REFUSED_STREAM)
                 if was_heard or not tries_left:
                     refuse("the peer reset the stream before it answered")
@@ -218,6 +227,7 @@ class Outbound:
             channel.on_abort = on_abort
 
             def on_response(status: int) -> None:
+                silence.cancel()
                 if status != 200:
                     channel.on_abort = lambda: None
                     channel.abort()

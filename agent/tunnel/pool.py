@@ -55,6 +55,7 @@ class _Entry:
     """A tunnel that is being dialed (no session yet, or not ready) or in use."""
 
     session: Session | None = None
+    context: ssl.SSLContext | None = None  # that it is dialed with
     is_ready: bool = False
     is_outdated: bool = False  # our certificate was renewed while it was dialed
     is_last: bool = False  # its pod has left
@@ -135,6 +136,7 @@ class Pool:
         workload: Workload,
         address: Address,
     ) -> None:
+        entry.context = context
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         try:
             own = self._sockets.open(served.netns_fd, family)
@@ -219,7 +221,9 @@ class Pool:
         entries.append(successor)
 
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
-            if context is None or successor.is_last:
+            if successor.is_last:
+                self._fail(key, successor, "the pod has left the mesh")
+            elif context is None:
                 self._fail(key, successor, reason)
             else:
                 self._dial(key, successor, served, context, workload, address)
@@ -261,6 +265,8 @@ class Pool:
         for key, entries in list(self._entries.items()):
             if key[1] == identity:
                 for entry in list(entries):
+                    if entry.context is None or self._contexts.is_current(identity, entry.context):
+                        continue  # it waited for this certificate
                     entry.is_outdated = True
                     if entry.session is not None and entry.is_ready:
                         entry.session.drain()

@@ -31,6 +31,8 @@ class Channel(Protocol):
     on_abort: Callable[[], None]
     on_drained: Callable[[], None]
 
+    is_broken: bool  # it has failed, and is about to say so by `on_abort`
+
     @property
     def buffered(self) -> int:
         """Bytes accepted by `write` and not yet passed on."""
@@ -118,11 +120,13 @@ class Relay:
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        ended = self._left_ended and self._right_ended
-        if ended and not self._is_done and not self._left.buffered and not self._right.buffered:
+        left, right = self._left, self._right
+        if not (self._left_ended and self._right_ended) or self._is_done:
+            return
+        if not (left.buffered or right.buffered or left.is_broken or right.is_broken):
             self._is_done = True
-            self._left.close()
-            self._right.close()
+            left.close()
+            right.close()
             self._on_done(self.sent, self.received, False)
 
     def abort(self) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPeer
 from agent.identity.verify import explain
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
-from agent.tunnel import sockets
+from agent.tunnel import lingering, sockets
 from agent.tunnel.connection import Connection, Limits, Role
 from agent.tunnel.events import (
     ConnectionTerminated,
@@ -75,6 +75,7 @@ class StreamChannel:
     """One stream as a relay.Channel."""
 
     is_shared = False
+    is_broken = False  # a stream that fails says so at once
 
     def __init__(self, session: Session, stream_id: int) -> None:
         self.on_data: Callable[[bytes | memoryview], None] = self._drop
@@ -205,7 +206,7 @@ class Session:
     """
 
     is_shared = True
-    open_count = 0  # of this worker, from the constructor to the end
+    open_count = 0  # of this worker, from the constructor until the socket is closed
 
     def __init__(
         self,
@@ -252,6 +253,7 @@ class Session:
         self.buffered = 0  # of what the socket did not take
         self._room = UNSENT_BYTES  # for bytes of streams, until the socket has drained
         self._is_established = self._is_ready = self.is_closed = self._drains = False
+        self._broken = ""  # why nothing can be written any more; what has arrived is still read
         self._watched = WRITE if role is Role.CLIENT else READ
         self._reads = READ  # or 0 while it waits for room
         self._is_write_due = False
@@ -260,6 +262,7 @@ class Session:
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         reactor.watch(self._fd, self._watched, self._on_io)
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
+        self._progress = (0, 0)  # of the socket, when a ping was sent or last waited for
         Session.open_count += 1
 
     # -- streams ------------------------------------------------------------------------------
@@ -287,6 +290,7 @@ class Session:
     def forget_stream(self, stream_id: int) -> None:
         """Deliver no more events of a stream."""
         if self.channels.pop(stream_id, None) is not None:
+            self._unwritten_ends.discard(stream_id)
             self.wants_write()
             if not self.channels:
                 self.on_idle(self)
@@ -336,7 +340,6 @@ class Session:
         if not self._is_established or not self.connection.has_output:
             return
         self._unwritten_headers = 0
-        self._unwritten_ends.clear()
         parts = self.connection.take_parts()
         last = parts.pop()
         try:
@@ -410,7 +413,7 @@ class Session:
         if not size:
             is_open = self._is_established
             text = "the peer closed the tunnel" if is_open else "EOF during the handshake"
-            self.fail(text, "handshake_eof")
+            self.fail(self._broken or text, "handshake_eof")
             return
         self._incoming.write(_raw[:size])
         if not self._is_established and not self._handshake():
@@ -442,6 +445,8 @@ class Session:
 
     def _write(self) -> None:
         """Write until the socket is full or nothing is left; then the waiting take their turn."""
+        if self._broken:
+            return
         while not self.is_closed:
             if not self._unsent:
                 self._encrypt()
@@ -452,6 +457,10 @@ class Session:
                 sent = self._socket.send(self._unsent)
             except BlockingIOError:
                 sent = 0
+            except (BrokenPipeError, ConnectionResetError) as error:
+                # epoll goes on reporting it, so that it is read to its end.
+                self._broken = f"{type(error).__name__}: {error}"
+                return
             except OSError as error:
                 self.fail(f"{type(error).__name__}: {error}")
                 return
@@ -465,10 +474,11 @@ class Session:
             if self._waiting:
                 self._serve_waiting()
         self._watch(self._reads)
+        self._unwritten_ends.clear()
         if self.buffered:
             self._note(0)
-        if self.connection.is_terminated and self._is_established:
-            self.fail("the tunnel was ended")
+        if self.connection.is_terminated and self._is_established and not self.is_closed:
+            self._finish()
 
     def _note(self, buffered: int) -> None:
         if self.is_closed:
@@ -560,15 +570,19 @@ class Session:
     def _ping(self) -> None:
         self.connection.ping(b"sidestep")
         self.wants_write()
+        self._expect_pong()
+
+    def _expect_pong(self) -> None:
+        self._progress = sockets.progress(self._socket)
         self._deadline = self._reactor.call_later(PONG_SECONDS, self._on_deadline)
 
     def _on_deadline(self) -> None:
-        self.fail(
-            "the peer did not answer a ping in time"
-            if self._is_ready
-            else "the peer did not finish the handshake in time",
-            "handshake_timeout",
-        )
+        if not self._is_ready:
+            self.fail("the peer did not finish the handshake in time", "handshake_timeout")
+        elif sockets.progress(self._socket) == self._progress:
+            self.fail("the peer did not answer a ping in time")
+        else:
+            self._expect_pong()  # on a slow link the ping or its answer waits behind other bytes
 
     # -- end ----------------------------------------------------------------------------------
 
@@ -617,25 +631,37 @@ class Session:
             return
         if not self._is_established:
             self.handshake_failure = self.refusal or code
-        self._trust.leave(self)
-        self._deadline.cancel()
-        is_written = not self._unsent and not self._outgoing.pending
         # a GOAWAY or an alert with the reason's code, if the socket takes it at once
         with contextlib.suppress(ssl.SSLError, OSError):
             if self._is_established:
                 self._tls.write(self.connection.take_output())
             self._socket.send(bytes(self._unsent) + self._outgoing.read())
-        self.is_closed = True
-        self._note(0)
-        Session.open_count -= 1
-        self._reactor.forget(self._fd)
-        channels, self.channels = self.channels, {}
-        for stream_id, channel in channels.items():
-            # What has ended both ways needs no tunnel any more, only an application that reads.
-            if not (channel.has_ended and is_written and stream_id not in self._unwritten_ends):
-                channel.on_abort()
+        self._end()
         if self._is_established:
             self._socket.close()
         else:
             sockets.abort(self._socket)
+        self._count_out()
         self.on_closed(self, reason)
+
+    def _finish(self) -> None:
+        """Close in order: all is written, and the peer is heard out."""
+        self._end()
+        lingering.linger(self._reactor, self._socket, self._count_out)
+        self.on_closed(self, "the tunnel was ended")
+
+    def _end(self) -> None:
+        self.is_closed = True
+        self._trust.leave(self)
+        self._deadline.cancel()
+        self._note(0)
+        self._reactor.forget(self._fd)
+        channels, self.channels = self.channels, {}
+        for stream_id, channel in channels.items():
+            # What has ended both ways needs no tunnel any more, only an application that reads.
+            if not channel.has_ended or stream_id in self._unwritten_ends:
+                channel.on_abort()
+
+    @staticmethod
+    def _count_out() -> None:
+        Session.open_count -= 1

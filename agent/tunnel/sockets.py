@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 from agent import netns
@@ -28,6 +29,8 @@ BORROWED_PORTS = range(1024, 32768)
 MOST_PORTS = 16  # a pod that listens on so many in a row leaves the choice to the kernel
 # struct linger {on or off, seconds}: with no time to linger, close() sends RST.
 LINGER_RESET, LINGER_NOT = b"\1\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"
+# struct tcp_info: tcpi_bytes_acked and tcpi_bytes_received (linux/tcp.h, since 4.2).
+PROGRESS = struct.Struct("=120xQQ")
 
 
 def borrow_source(own: socket.socket, source: Address, ports: Iterable[int] = ()) -> None:
@@ -123,6 +126,17 @@ class PodSockets:
 def reset_on_close(own: socket.socket, *, is_reset: bool) -> None:
     """Say what closing a socket means to its peer: RST, or the FIN that it may have had already."""
     own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET if is_reset else LINGER_NOT)
+
+
+def progress(own: socket.socket) -> tuple[int, int]:
+    """Return how many bytes the peer of a TCP socket has acknowledged and sent so far.
+
+    What the kernel only keeps for it does not count: this grows as long as there is a peer that
+    takes or sends anything, however slowly.
+    """
+    info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, PROGRESS.size)
+    acknowledged, received = PROGRESS.unpack(info)
+    return acknowledged, received
 
 
 def abort(own: socket.socket) -> None:

@@ -58,7 +58,7 @@ class TcpChannel:
         self._has_read_all = False
         self._is_large = False
         self._ends = self._has_ended = False
-        self._is_closed = False
+        self._is_closed = self.is_broken = False
         self._is_detached = True  # the reactor does not know the socket
         self._watched = 0
 
@@ -184,6 +184,7 @@ class TcpChannel:
     def _fail(self) -> None:
         # Not from within a caller's write: it may be in the middle of its own bookkeeping.
         if not self._is_closed:
+            self.is_broken = True
             self.abort()
             self._reactor.call_soon(self.on_abort)
 

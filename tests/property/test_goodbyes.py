@@ -30,7 +30,15 @@ from agent.tunnel.served import ServedPod
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_until
-from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, Authority, Witness, make_session
+from tests.support.tunnel import (
+    CLIENT,
+    SERVER,
+    TRUST_DOMAIN,
+    Authority,
+    Witness,
+    end_sessions,
+    make_session,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,7 +86,7 @@ class Scene:
         session = make_session(
             self.reactor, accepted, self._server_context, Role.SERVER, self.peer_bounds
         )
-        self._stack.callback(session.fail, "the test is over")
+        self._stack.callback(end_sessions, self.reactor, [session])
         self.tunnels.append(Witness(session))
         self.greet(session, len(self.tunnels))
 
@@ -89,7 +97,7 @@ class Scene:
         def on_session(session: Session | None, reason: str) -> None:
             self.answers.append((session, reason))
             if session is not None:
-                self._stack.callback(session.fail, "the test is over")
+                self._stack.callback(end_sessions, self.reactor, [session])
                 session.open_stream(f"{ADDRESS}:80", {})
 
         for _ in range(count):

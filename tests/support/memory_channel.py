@@ -30,6 +30,7 @@ class MemoryChannel:
         self.capacity = capacity
         self.delivered = b""  # what the far end has received
         self.has_sent_end = False  # the far end has received FIN
+        self.is_broken = False
         self.calls: list[str] = []
         self._pending = b""
         self._ends = False

@@ -14,10 +14,12 @@ from agent.tunnel.connection import Role
 from agent.tunnel.messages import PutCertificate
 from agent.tunnel.session import Session
 from agent.tunnel.trust import Trust
+from tests.support.loop import run_until
 
 if TYPE_CHECKING:
     import socket
     import ssl
+    from collections.abc import Iterable
     from pathlib import Path
 
     from agent.tunnel.events import ConnectRequested
@@ -56,6 +58,14 @@ def make_session(
     trust = Trust(reactor, TRUST_DOMAIN)
     share = share or Share("shop/pod")
     return Session(reactor, own, context, role, trust, share, expected, bounds)
+
+
+def end_sessions(reactor: Reactor, sessions: Iterable[Session]) -> None:
+    """End those that are open, and wait for those that were closed in order and still linger."""
+    ended = list(sessions)
+    for each in ended:
+        each.fail("the test is over")
+    run_until(reactor, lambda: all(each._socket.fileno() < 0 for each in ended))
 
 
 @dataclass

@@ -11,7 +11,7 @@ from agent.tunnel.connection import Role
 from agent.tunnel.relay import Relay
 from agent.tunnel.tcp import TcpChannel
 from tests.support.loop import run_until
-from tests.support.tunnel import CLIENT, SERVER, Witness, make_session
+from tests.support.tunnel import CLIENT, SERVER, Witness, end_sessions, make_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +50,7 @@ class Wire:
         self.server.session.on_request = self._on_request
         self.ended: list[tuple[int, int, bool]] = []  # of relays, client and server side
         self._far: list[socket.socket] = []
-        for witness in (self.client, self.server):
-            stack.callback(witness.session.fail, "the test is over")
+        stack.callback(end_sessions, reactor, (self.client.session, self.server.session))
         run_until(reactor, lambda: self.client.is_ready and self.server.is_ready)
 
     def _on_request(self, session: Session, event: ConnectRequested) -> None:

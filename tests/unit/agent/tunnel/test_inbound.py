@@ -25,6 +25,7 @@ from agent.tunnel.inbound import Inbound
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.reactor import Reactor
 from agent.tunnel.served import TOO_MANY, ServedPod
+from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_rounds, run_until
@@ -72,6 +73,9 @@ class Scene:
         self.application = stack.enter_context(netns.run_in(netns_fd, socket.socket))
         netns.run_in(netns_fd, lambda: self.application.bind((str(ADDRESS), PORT)))
         self.application.listen()
+        before = Session.open_count
+        # What was closed in order lingers until the other side has hung up.
+        stack.callback(run_until, self.reactor, lambda: Session.open_count == before)
 
     def tunnel(self) -> Witness:
         """Return a client's tunnel to the pod."""

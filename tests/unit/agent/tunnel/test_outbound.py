@@ -17,6 +17,7 @@ from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel import outbound as outbound_module
 from agent.tunnel import session as session_module
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import FULL, PARTS, Share
@@ -35,7 +36,7 @@ from agent.tunnel.tls import build_context
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_until
 from tests.support.stalled import Stalled
-from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN
+from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, end_sessions
 from tests.support.wire import buffer_limit
 
 if TYPE_CHECKING:
@@ -125,8 +126,7 @@ class Scene:
         """End what is open on both sides."""
         self.reactor.forget(self.listener.fileno())
         self.listener.close()
-        for session in self.sessions:
-            session.fail("the test is over")
+        end_sessions(self.reactor, self.sessions)
         run_until(self.reactor, lambda: not self.pool._entries and not self.served.connections)
 
     def connect(self) -> socket.socket:
@@ -231,6 +231,23 @@ def test_peer_that_never_answers_is_not_asked_for_ever(scene: Callable[..., Scen
     with stage.connect():
         run_until(stage.reactor, lambda: not stage.served.connections)
     assert stage.requests == TRIES
+
+
+def test_peer_that_is_silent_is_not_waited_for_for_ever(
+    scene: Callable[..., Scene],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(outbound_module, "ANSWER_SECONDS", 0.1)
+    stage = scene()
+    with stage.connect() as application:
+        run_until(stage.reactor, lambda: stage.requests and not stage.served.connections)
+        assert application.recv(1) == b""
+    assert "the peer did not answer in 0.1 s" in capsys.readouterr().err
+    (session,) = stage.sessions
+    run_until(stage.reactor, lambda: not session.channels)  # it is told, and the tunnel stays
+    assert not session.is_closed
+    assert stage.requests == 1
 
 
 def test_pod_gets_no_more_connections_than_it_may_have(

@@ -24,16 +24,25 @@ from agent.tunnel.contexts import Contexts
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.served import ServedPod
+from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
 from tests.support.loop import run_rounds, run_until
-from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, Authority, Witness, make_session
+from tests.support.tunnel import (
+    CLIENT,
+    SERVER,
+    TRUST_DOMAIN,
+    Authority,
+    Witness,
+    end_sessions,
+    make_session,
+)
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
 
     from agent.model.pod import Address
-    from agent.tunnel.session import Session
 
 pytestmark = pytest.mark.root
 
@@ -96,6 +105,7 @@ class Setup:
         served: ServedPod | None = None,
         workload: Workload = WORKLOAD,
         address: Address = LOOPBACK,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         """Ask for a tunnel `count` times; each that gets one opens a stream at once."""
 
@@ -105,7 +115,9 @@ class Setup:
                 session.open_stream("127.0.0.1:80", {})
 
         for _ in range(count):
-            self.pool.acquire(served or self.served, self.context, workload, address, on_session)
+            self.pool.acquire(
+                served or self.served, context or self.context, workload, address, on_session
+            )
 
     def until(self, condition: Callable[[], object]) -> None:
         run_until(self.reactor, condition)
@@ -134,16 +146,15 @@ def setup(authority: Authority) -> Iterator[Setup]:
         stack.enter_context(listener)
         netns.run_in(netns_fd, lambda: listener.bind(("0.0.0.0", HBONE_PORT)))
         listener.listen()
+        before = Session.open_count
         made = Setup(netns_fd, listener, authority)
         yield made
-        for session, _reason in made.answers:
-            if session is not None:
-                session.fail("the test is over")
-        for entries in list(made.pool._entries.values()):  # those that nobody has asked for
-            for session in [entry.session for entry in entries if entry.session is not None]:
-                session.fail("the test is over")
-        for tunnel in made.peer.tunnels:
-            tunnel.session.fail("the test is over")
+        asked = [session for session, _reason in made.answers]
+        unasked = [each.session for entries in made.pool._entries.values() for each in entries]
+        of_peer = [tunnel.session for tunnel in made.peer.tunnels]
+        every = {each for each in (*asked, *unasked, *of_peer) if each is not None}
+        end_sessions(made.reactor, every)
+        run_until(made.reactor, lambda: Session.open_count == before)  # nobody asked for some
 
 
 def test_those_who_ask_while_it_is_dialed_share_the_tunnel(setup: Setup) -> None:
@@ -384,6 +395,22 @@ def test_next_tunnel_after_a_renewal_has_the_new_certificate(
     assert proofs[0] is not None
     assert proofs[1] is not None
     assert proofs[0].fingerprint != proofs[1].fingerprint
+
+
+def test_who_waits_for_a_certificate_gets_a_tunnel_that_stays(
+    setup: Setup, authority: Authority
+) -> None:
+    setup.contexts.remove(str(CLIENT))
+    setup.contexts.client(str(CLIENT), lambda context, _reason: setup.ask(context=context))
+    # In this order, as a worker does.
+    setup.contexts.put(authority.certificate(CLIENT))
+    setup.pool.renew(str(CLIENT))
+    setup.wait_answers(1)
+    run_rounds(setup.reactor, 5)
+    assert setup.pool.count() == EMPTY | {"in_use": 1}
+    setup.contexts.put(authority.certificate(CLIENT))
+    setup.pool.renew(str(CLIENT))
+    setup.until(lambda: setup.pool.count() == EMPTY | {"draining": 1, "idle": 1})
 
 
 def test_tunnel_that_drains_leaves_its_place_to_the_next_one(setup: Setup) -> None:

@@ -100,6 +100,19 @@ def test_reset_is_passed_on_at_once_whatever_is_buffered(side: str) -> None:
     assert joined.reports == [(sent, received, True)]
 
 
+@both_ways
+def test_end_that_comes_while_a_side_is_failing_is_no_success(side: str) -> None:
+    joined = Joined()
+    near, far = joined.side(side)
+    near.on_end()
+    near.is_broken = True
+    far.on_end()
+    assert joined.reports == []
+    near.on_abort()
+    assert [was_aborted for _sent, _received, was_aborted in joined.reports] == [True]
+    assert near.calls[-1] == far.calls[-1] == "abort"
+
+
 def test_reset_after_half_close_is_still_passed_on() -> None:
     joined = Joined()
     joined.left.on_end()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,13 @@ from agent.errors import PeerRevoked, PeerUnexpected
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
 from agent.tunnel import session as session_module
+from agent.tunnel import sockets
 from agent.tunnel.connection import Limits, Role
 from agent.tunnel.events import ConnectRequested
-from agent.tunnel.reactor import Reactor
+from agent.tunnel.reactor import READ, Reactor
 from tests.support.loop import run_rounds, run_until
-from tests.support.tunnel import CLIENT, SERVER, Authority, Witness, make_session
+from tests.support.tunnel import CLIENT, SERVER, Authority, Witness, end_sessions, make_session
+from tests.support.wire import tcp_pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,12 +32,20 @@ if TYPE_CHECKING:
     from agent.tunnel.session import StreamChannel
 
 
+SENT = 50_000  # bytes, that both sockets take at once
+
+
 class Tunnel:
     """A client and a server joined by a pair of sockets."""
 
-    def __init__(self, client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> None:
+    def __init__(
+        self,
+        client_context: ssl.SSLContext,
+        server_context: ssl.SSLContext,
+        ends: tuple[socket.socket, socket.socket] | None = None,
+    ) -> None:
         self.reactor = Reactor()
-        ours, theirs = socket.socketpair()
+        ours, theirs = ends or tcp_pair()
         self.client = Witness(make_session(self.reactor, ours, client_context, Role.CLIENT))
         self.server = Witness(make_session(self.reactor, theirs, server_context, Role.SERVER))
 
@@ -96,8 +108,7 @@ def join(authority: Authority) -> Iterator[Join]:
 
     yield start
     for tunnel in made:
-        tunnel.client.session.fail("the test is over")
-        tunnel.server.session.fail("the test is over")
+        end_sessions(tunnel.reactor, (tunnel.client.session, tunnel.server.session))
 
 
 @pytest.fixture
@@ -232,6 +243,49 @@ def test_goodbye_ends_both_and_aborts_open_streams(tunnel: Tunnel) -> None:
     assert len(tunnel.client.reasons) == 1
 
 
+@pytest.fixture
+def last_words(tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """Return the server's end of a stream that is complete, and that the server has yet to read.
+
+    It reads little at a time, and writes in between.
+    """
+    near, far = tunnel.open()
+    far.channel.finish()
+    tunnel.until(lambda: near.seen)
+    client, server = tunnel.client.session, tunnel.server.session
+    monkeypatch.setattr(session_module, "_raw", memoryview(bytearray(1000)))
+
+    def answer(data: bytes | memoryview) -> None:
+        far.received.extend(data)
+        server.connection.ping(b"sidestep")
+
+    far.channel.on_data = answer
+    near.channel.write(bytes(SENT))
+    near.channel.finish()
+    client.write_now()
+    assert client.buffered == 0
+    return far
+
+
+def test_tunnel_that_is_closed_in_order_is_read_to_its_end(
+    tunnel: Tunnel, last_words: Stream
+) -> None:
+    tunnel.client.session.close()
+    tunnel.client.session.write_now()
+    assert tunnel.client.reasons == ["the tunnel was ended"]
+    tunnel.until(lambda: tunnel.server.reasons)
+    assert (len(last_words.received), last_words.seen) == (SENT, ["end"])
+    assert tunnel.server.reasons == ["the peer closed the tunnel"]
+
+
+def test_what_came_before_a_reset_is_read(tunnel: Tunnel, last_words: Stream) -> None:
+    tunnel.reactor.forget(tunnel.client.session._fd)
+    sockets.abort(tunnel.client.session._socket)
+    tunnel.until(lambda: tunnel.server.reasons)
+    assert (len(last_words.received), last_words.seen) == (SENT, ["end"])
+    assert "Error" in tunnel.server.reasons[0]
+
+
 def test_draining_peer_with_no_stream_makes_the_tunnel_idle(tunnel: Tunnel) -> None:
     tunnel.server.session.connection.drain()
     tunnel.server.session.wants_write()
@@ -281,7 +335,7 @@ class RawPeer:
 
     def __init__(self, authority: Authority, bounds: Bounds = DEFAULT_BOUNDS) -> None:
         self.reactor = Reactor()
-        self.socket, theirs = socket.socketpair()
+        self.socket, theirs = tcp_pair()
         context = authority.context(SERVER, Role.SERVER)
         self.server = Witness(make_session(self.reactor, theirs, context, Role.SERVER, bounds))
 
@@ -333,6 +387,62 @@ def test_peer_that_answers_no_ping_is_given_up(
     tunnel.until(lambda: tunnel.client.reasons)
     assert tunnel.client.reasons == ["the peer did not answer a ping in time"]
     assert near.seen == ["abort"]
+
+
+class SlowLink:
+    """Passes what a socket sends on to another a little at a time; answers come at once."""
+
+    BYTES, SECONDS = 16 << 10, 0.02
+
+    def __init__(self, stack: ExitStack) -> None:
+        with socket.socket() as listener:
+            # As on a real link: with the segments of loopback the window would open in leaps.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * self.BYTES)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            self.ours = socket.create_connection(listener.getsockname())
+            self._in = stack.enter_context(listener.accept()[0])
+        self._out, self.theirs = tcp_pair()
+        stack.enter_context(self._out)
+        self._in.setblocking(False)
+
+    def join(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        reactor.watch(self._out.fileno(), READ, self._bring_back)
+        self._pass_on()
+
+    def _bring_back(self, _ready: int) -> None:
+        with suppress(OSError):
+            self._in.sendall(self._out.recv(1 << 16))
+
+    def _pass_on(self) -> None:
+        with suppress(OSError):
+            self._out.sendall(self._in.recv(self.BYTES))
+        self._reactor.call_later(self.SECONDS, self._pass_on)
+
+
+def test_peer_on_a_slow_link_is_not_given_up(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        link = SlowLink(stack)
+        contexts = authority.context(CLIENT, Role.CLIENT), authority.context(SERVER, Role.SERVER)
+        tunnel = Tunnel(*contexts, (link.ours, link.theirs))
+        link.join(tunnel.reactor)
+        client, server = tunnel.wait_ready().client.session, tunnel.server.session
+        stack.callback(end_sessions, tunnel.reactor, (client, server))
+        near, far = tunnel.open()
+        monkeypatch.setattr(session_module, "PONG_SECONDS", 0.2)
+        answered: list[float] = []
+        monkeypatch.setattr(client, "_schedule_ping", lambda: answered.append(time.monotonic()))
+        near.channel.write(bytes(1 << 20))
+        begun = time.monotonic()
+        client._ping()
+        tunnel.until(lambda: answered or tunnel.client.reasons)
+        assert tunnel.client.reasons == []
+        assert answered[0] - begun > 2 * session_module.PONG_SECONDS  # it waited behind them
+        tunnel.until(lambda: len(far.received) == 1 << 20)
 
 
 # -- certificates that end ----------------------------------------------------------------------

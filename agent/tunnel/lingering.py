@@ -1,0 +1,69 @@
+"""The last moments of a connection that was closed in order: what was said last arrives.
+
+Who closes a socket that its peer still writes to answers with RST. The peer's next write fails, and
+many then drop what they have not read yet: the end of a stream that was complete (RFC 9112 §9.6
+tells of the same in HTTP/1.1).
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from agent.tunnel import sockets
+from agent.tunnel.reactor import READ
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent.tunnel.reactor import Reactor, Timer
+
+STALL_SECONDS = 5.0
+MOST_STALLS = 12  # a peer that sends for ever is left after a minute
+READ_BYTES = 64 * 1024
+
+_dropped = bytearray(READ_BYTES)
+
+
+def linger(reactor: Reactor, own: socket.socket, on_gone: Callable[[], None]) -> None:
+    """Say FIN, read until the peer says it too, and close; `on_gone` is called after that.
+
+    Owns the socket from now on; the reactor must not know it any more. A peer that takes and sends
+    nothing for five seconds is not waited for.
+    """
+    fd = own.fileno()
+    looks_left = MOST_STALLS
+    seen = sockets.progress(own)
+    timer: Timer
+
+    def end() -> None:
+        timer.cancel()
+        reactor.forget(fd)
+        own.close()
+        on_gone()
+
+    def look() -> None:
+        nonlocal looks_left, seen, timer
+        looks_left -= 1
+        before, seen = seen, sockets.progress(own)
+        if looks_left and seen != before:
+            timer = reactor.call_later(STALL_SECONDS, look)
+        else:
+            end()
+
+    def on_ready(_ready: int) -> None:
+        try:
+            # TCP drops the bytes in the kernel (tcp(7)).
+            is_over = not own.recv_into(_dropped, READ_BYTES, socket.MSG_TRUNC)
+        except BlockingIOError:
+            return
+        except OSError:
+            is_over = True
+        if is_over:
+            end()
+
+    timer = reactor.call_later(STALL_SECONDS, look)
+    with suppress(OSError):  # reset by the peer, which is told by reading as well
+        own.shutdown(socket.SHUT_WR)
+    reactor.watch(fd, READ, on_ready)
