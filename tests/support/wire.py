@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from agent.tunnel.buffers import Share
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.reactor import Reactor
-    from agent.tunnel.session import Session, StreamChannel
+    from agent.tunnel.session import Session
+    from agent.tunnel.stream_channel import StreamChannel
     from tests.support.tunnel import Authority
 
 

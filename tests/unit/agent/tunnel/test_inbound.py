@@ -133,11 +133,6 @@ def is_reset(client: socket.socket) -> bool:
     raise AssertionError("the connection ended in order")
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 @pytest.fixture
 def scene(authority: Authority) -> Iterator[Callable[..., Scene]]:
     with ExitStack() as stack:

@@ -131,11 +131,6 @@ class Setup:
             channel.abort()
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 @pytest.fixture
 def setup(authority: Authority) -> Iterator[Setup]:
     with ExitStack() as stack:

@@ -6,7 +6,6 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,124 +17,26 @@ from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
 from agent.tunnel import session as session_module
 from agent.tunnel import sockets
-from agent.tunnel.connection import Limits, Role
-from agent.tunnel.events import ConnectRequested
+from agent.tunnel.connection import Role
 from agent.tunnel.reactor import READ, Reactor
-from tests.support.loop import run_rounds, run_until
+from tests.support.joined import Stream, Tunnel
+from tests.support.loop import run_until
 from tests.support.tunnel import CLIENT, SERVER, Authority, Witness, end_sessions, make_session
 from tests.support.wire import tcp_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from agent.tunnel.session import StreamChannel
+    from tests.support.joined import Join
 
 
 SENT = 50_000  # bytes, that both sockets take at once
-
-
-class Tunnel:
-    """A client and a server joined by a pair of sockets."""
-
-    def __init__(
-        self,
-        client_context: ssl.SSLContext,
-        server_context: ssl.SSLContext,
-        ends: tuple[socket.socket, socket.socket] | None = None,
-    ) -> None:
-        self.reactor = Reactor()
-        ours, theirs = ends or tcp_pair()
-        self.client = Witness(make_session(self.reactor, ours, client_context, Role.CLIENT))
-        self.server = Witness(make_session(self.reactor, theirs, server_context, Role.SERVER))
-
-    def until(self, condition: Callable[[], object]) -> None:
-        run_until(self.reactor, condition)
-
-    def wait_ready(self) -> Tunnel:
-        self.until(lambda: self.client.is_ready and self.server.is_ready)
-        return self
-
-    def open(self, status: int = 200) -> tuple[Stream, Stream]:
-        """Open a stream that the server answers; both ends of it."""
-        answers: list[int] = []
-        stream_id = self.client.session.open_stream("10.0.0.1:80", {"baggage": "a=b"})
-        near = Stream(self.client.session.channels[stream_id])
-        near.channel.on_response = answers.append
-        self.until(lambda: self.server.requests)
-        (request,) = self.server.requests
-        self.server.requests.clear()
-        assert isinstance(request, ConnectRequested)
-        assert (request.authority, request.headers["baggage"]) == ("10.0.0.1:80", "a=b")
-        far = Stream(self.server.session.channels[stream_id])
-        self.server.session.respond(stream_id, status)
-        self.until(lambda: answers)
-        assert answers == [status]
-        return near, far
-
-
-Join = Callable[..., Tunnel]
-
-
-class Stream:
-    """One end of a stream with what it reported."""
-
-    def __init__(self, channel: StreamChannel) -> None:
-        self.channel = channel
-        self.received = bytearray()
-        self.seen: list[str] = []
-        channel.on_data = self.received.extend
-        channel.on_end = lambda: self.seen.append("end")
-        channel.on_abort = lambda: self.seen.append("abort")
-        channel.on_drained = lambda: self.seen.append("drained")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture
-def join(authority: Authority) -> Iterator[Join]:
-    """Make a tunnel; what is still open at the end of the test is closed."""
-    made: list[Tunnel] = []
-
-    def start(client: ssl.SSLContext | None = None, server: ssl.SSLContext | None = None) -> Tunnel:
-        client = client or authority.context(CLIENT, Role.CLIENT)
-        server = server or authority.context(SERVER, Role.SERVER)
-        made.append(Tunnel(client, server))
-        return made[-1]
-
-    yield start
-    for tunnel in made:
-        end_sessions(tunnel.reactor, (tunnel.client.session, tunnel.server.session))
-
-
-@pytest.fixture
-def tunnel(join: Join) -> Tunnel:
-    return join().wait_ready()
 
 
 def test_both_ends_know_each_other_by_their_certificates(tunnel: Tunnel) -> None:
     assert tunnel.client.session.peer == SERVER
     assert tunnel.server.session.peer == CLIENT
     assert tunnel.client.reasons == tunnel.server.reasons == []
-
-
-def test_stream_carries_bytes_and_ends_both_ways(tunnel: Tunnel) -> None:
-    near, far = tunnel.open()
-    near.channel.write(b"question")
-    near.channel.finish()
-    tunnel.until(lambda: far.seen)
-    assert (bytes(far.received), far.seen) == (b"question", ["end"])
-    far.channel.write(b"answer")
-    far.channel.finish()
-    tunnel.until(lambda: "end" in near.seen)
-    assert bytes(near.received) == b"answer"
-    near.channel.close()
-    far.channel.close()
-    assert (tunnel.client.idle, tunnel.server.idle) == (1, 1)
-    assert tunnel.client.session.channels == {}
 
 
 @pytest.mark.parametrize(("count", "is_written"), [(3, False), (4, True), (7, True)])
@@ -166,46 +67,6 @@ def test_refusal_reaches_the_client_and_leaves_no_stream(tunnel: Tunnel) -> None
     assert near.seen[-1] in ("end", "abort")
 
 
-@pytest.mark.parametrize("side", ["client", "server"])
-def test_reset_of_one_end_is_told_to_the_other(tunnel: Tunnel, side: str) -> None:
-    near, far = tunnel.open() if side == "client" else reversed(tunnel.open())
-    near.channel.abort()
-    near.channel.abort()
-    near.channel.write(b"nobody")
-    near.channel.resume()
-    tunnel.until(lambda: far.seen)
-    assert far.seen == ["abort"]
-    assert near.seen == []
-    assert tunnel.client.session.channels == tunnel.server.session.channels == {}
-
-
-def test_reader_that_pauses_stops_the_writer_at_the_window(tunnel: Tunnel) -> None:
-    near, far = tunnel.open()
-    far.channel.pause()
-    window = Limits().stream_window
-    data = b"".join(number.to_bytes(4, "big") for number in range(window // 2))  # two windows
-    near.channel.write(data)
-    tunnel.until(lambda: len(far.received) == window)
-    run_rounds(tunnel.reactor, 10)
-    assert len(far.received) == window
-    assert near.channel.buffered == len(data) - window
-    assert near.seen == []
-    far.channel.resume()
-    tunnel.until(lambda: len(far.received) == len(data))
-    assert bytes(far.received) == data
-    assert near.seen == ["drained"]
-
-
-def test_stalled_stream_stalls_no_other(tunnel: Tunnel) -> None:
-    stalled, stalled_end = tunnel.open()
-    other, other_end = tunnel.open()
-    stalled_end.channel.pause()
-    stalled.channel.write(b"x" * (8 << 20))
-    other.channel.write(b"y" * (8 << 20))
-    tunnel.until(lambda: len(other_end.received) == 8 << 20)
-    assert stalled.channel.buffered == (8 << 20) - Limits().stream_window
-
-
 def test_streams_share_the_socket_in_turns(tunnel: Tunnel) -> None:
     size = 8 * session_module.UNSENT_BYTES  # many turns
     streams = [tunnel.open() for _ in range(4)]
@@ -220,15 +81,6 @@ def test_streams_share_the_socket_in_turns(tunnel: Tunnel) -> None:
     tunnel.until(one_has_arrived)
     # None is far behind when the first is through.
     assert min(progress[-1]) > size // 2
-
-
-def test_bytes_before_the_stream_is_joined_are_dropped(tunnel: Tunnel) -> None:
-    stream_id = tunnel.client.session.open_stream("10.0.0.1:80", {})
-    tunnel.client.session.channels[stream_id].write(b"early")
-    tunnel.client.session.channels[stream_id].finish()
-    tunnel.until(lambda: tunnel.server.requests)
-    run_rounds(tunnel.reactor, 5)
-    assert tunnel.server.reasons == []
 
 
 def test_goodbye_ends_both_and_aborts_open_streams(tunnel: Tunnel) -> None:
