@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from agent import logs
 from agent.app import Agent
@@ -21,7 +22,7 @@ from agent.errors import ConfigError
 from agent.kubelet import find_cgroup
 from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
-from agent.model.bounds import DEFAULT_BOUNDS, Bounds
+from agent.model.bounds import DEFAULT_BOUNDS, Bounds, buffers_within
 from agent.model.enrollment import DEFAULT_PAIRS, OWN_NAMESPACE, EnrollmentRules
 from agent.model.place import parse_place
 from agent.model.pod import Exclusions
@@ -37,9 +38,12 @@ _EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _PORT = click.IntRange(1, 65535)
 
 
+MOST_WORKERS = 8  # unless more are asked for: each takes memory, on nodes that have no use for it
+
+
 def default_workers() -> int:
     """Return one worker for each two processors: the pods need the others, and memory counts."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    return min(MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 @click.command(
@@ -89,7 +93,8 @@ def default_workers() -> int:
 @click.option("--trust-domain-alias", multiple=True, help="Another one whose pods are let in.")
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=default_workers,
-    show_default="one for each two processors", help="Processes that move bytes.",
+    show_default=f"one for each two processors, at most {MOST_WORKERS}",
+    help="Processes that move bytes.",
 )  # fmt: skip
 @click.option(
     "--handshake-timeout", type=click.FloatRange(0.1, 300), metavar="SECONDS",
@@ -125,6 +130,11 @@ def default_workers() -> int:
     "--process-buffer-bytes", type=click.IntRange(1 << 20, 1 << 40),
     default=DEFAULT_BOUNDS.process_buffer_bytes, show_default=True,
     help="What each worker keeps for slow readers: of all pods, and of one pod a quarter.",
+)  # fmt: skip
+@click.option(
+    "--memory-limit", type=click.IntRange(1), metavar="BYTES",
+    help="What agent and workers may use together. Half of it is for slow readers, where "
+    "--process-buffer-bytes does not say how much and its default is more.",
 )  # fmt: skip
 @click.option(
     "--connections-per-pod", type=click.IntRange(1, 1 << 20),
@@ -235,6 +245,7 @@ def agent(
     header_bytes: int,
     stream_buffer_bytes: int,
     process_buffer_bytes: int,
+    memory_limit: int | None,
     connections_per_pod: int,
     spare_descriptors: int,
     exclude_outbound_port: tuple[int, ...],
@@ -264,6 +275,9 @@ def agent(
         networks = tuple(ip_network(network) for network in exclude_outbound_network)
     except ValueError as error:
         raise ConfigError(f"--exclude-outbound-network: {error}") from error
+    source_of_buffers = click.get_current_context().get_parameter_source("process_buffer_bytes")
+    if memory_limit and source_of_buffers is ParameterSource.DEFAULT:
+        process_buffer_bytes = buffers_within(memory_limit, workers)
     keep_memory_private()
     raise_limit()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

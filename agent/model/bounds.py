@@ -34,3 +34,14 @@ class Bounds:
 
 
 DEFAULT_BOUNDS = Bounds()
+LEAST_BUFFER_BYTES = 8 << 20  # of a worker: a pod's quarter is one stalled reader
+
+
+def buffers_within(memory_bytes: int, worker_count: int) -> int:
+    """Return what each worker may keep where the agent's processes have so much memory together.
+
+    Half of it is for slow readers, and never more than by default. The other half is for what the
+    processes are at rest, the kernel's side of their sockets, and windows on their way.
+    """
+    share = memory_bytes // 2 // worker_count
+    return max(LEAST_BUFFER_BYTES, min(share, DEFAULT_BOUNDS.process_buffer_bytes))
