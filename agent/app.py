@@ -379,7 +379,7 @@ class Agent:
         is_done = await self._fleet.retire(seconds, has_successor=departure is Departure.SUCCEEDED)
         if not is_done:
             log.warning(
-                "connections are cut, the time to drain is over", extra={"seconds": seconds}
+                "the time to drain is over, what is left is cut", extra={"seconds": seconds}
             )
         self._roster.drop_all()
         self._stop.set()

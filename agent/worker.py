@@ -382,7 +382,7 @@ class Worker:
             if self._ledger.has_open or Session.open_count:
                 self._reactor.call_later(RETIRE_TURN_SECONDS, look)
             else:
-                self._reactor.call_soon(self._reactor.stop)  # what was said goodbye to is written
+                self._reactor.call_soon(self._reactor.stop)
 
         look()
 

@@ -30,7 +30,8 @@ def linger(reactor: Reactor, own: socket.socket, on_gone: Callable[[], None]) ->
     """Say FIN, read until the peer says it too, and close; `on_gone` is called after that.
 
     Owns the socket from now on; the reactor must not know it any more. A peer that takes and sends
-    nothing for five seconds is not waited for.
+    nothing from one look to the next is not waited for: five seconds, or ten if it lives, since it
+    acknowledges the FIN.
     """
     fd = own.fileno()
     looks_left = MOST_STALLS

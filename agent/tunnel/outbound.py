@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.mesh import Mesh, Route
     from agent.tunnel.pool import Pool
-    from agent.tunnel.reactor import Reactor
+    from agent.tunnel.reactor import Reactor, Timer
     from agent.tunnel.served import ServedPod
     from agent.tunnel.session import Session
     from agent.tunnel.sockets import PodSockets
@@ -207,9 +208,16 @@ class Outbound:
             stream_id = session.open_stream(authority, headers)
             channel = session.channels[stream_id]
 
+            asked_at = time.monotonic()
+            silence: Timer
+
             def on_silence() -> None:
-                channel.abort(ErrorCode.CANCEL)
-                refuse(f"the peer did not answer in {ANSWER_SECONDS:g} s")
+                nonlocal silence
+                if session.heard_at < asked_at:  # on a slow link the request may not be there yet
+                    silence = self._reactor.call_later(ANSWER_SECONDS, on_silence)
+                else:
+                    channel.abort(ErrorCode.CANCEL)
+                    refuse(f"the peer did not answer in {ANSWER_SECONDS:g} s")
 
             silence = self._reactor.call_later(ANSWER_SECONDS, on_silence)
 

@@ -186,6 +186,16 @@ class Pool:
                 COUNTS.add("handshakes_failed", direction="outbound", reason=failure)
             self._fail(key, entry, Failure(reason, _flag(session)))
 
+        def wait(waiter: OnSession, vain: int) -> None:
+            # With the certificate of now: there may be a new one since this dial began.
+            def on_context(context: ssl.SSLContext | None, reason: str) -> None:
+                if context is None:
+                    waiter(None, reason)
+                else:
+                    self.acquire(served, context, workload, address, waiter, vain)
+
+            self._contexts.client(str(served.identity), on_context)
+
         def on_ready(session: Session) -> None:
             entry.is_ready = True
             waiters, entry.waiters = entry.waiters, []
@@ -197,7 +207,7 @@ class Pool:
                 # One that took others is full, which says nothing of the next.
                 vain = 0 if entry.was_used else vain_dials + 1
                 if vain < VAIN_DIALS:
-                    self.acquire(served, context, workload, address, waiter, vain)
+                    wait(waiter, vain)
                 else:
                     reason = f"the peer took no stream on {vain} tunnels in a row"
                     waiter(None, Failure(reason, Flag.HTTP2))

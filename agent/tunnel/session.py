@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import time
 from typing import TYPE_CHECKING
 
 from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPeer
 from agent.identity.verify import explain
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
-from agent.tunnel import lingering, sockets
+from agent.tunnel import life_signs, lingering, sockets
 from agent.tunnel.connection import Connection, Limits, Role
 from agent.tunnel.events import (
     ConnectionTerminated,
@@ -37,6 +38,7 @@ from agent.tunnel.events import (
     StreamReset,
     WindowOpened,
 )
+from agent.tunnel.life_signs import LifeSigns
 from agent.tunnel.reactor import BROKEN, READ, WRITE
 from agent.tunnel.stream_channel import StreamChannel
 
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
     from agent.tunnel.trust import Trust
 
 PING_SECONDS = 10.0
-PONG_SECONDS = 20.0
 READ_BYTES = 512 * 1024  # in one turn, then others get theirs
 PLAINTEXT_BYTES = 16 * 1024
 RECORD_BYTES = PLAINTEXT_BYTES + 256  # RFC 8446 §5.2: plaintext, padding and all
@@ -132,7 +133,9 @@ class Session:
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         reactor.watch(self._fd, self._watched, self._on_io)
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
-        self._progress = (0, 0)  # of the socket, when a ping was sent or last waited for
+        self._life_signs = LifeSigns(own)
+        self._pinged_at = 0.0
+        self.heard_at = 0.0  # the peer has read all that was said before this (time.monotonic)
         Session.open_count += 1
 
     # -- streams ------------------------------------------------------------------------------
@@ -283,7 +286,8 @@ class Session:
         if not size:
             is_open = self._is_established
             text = "the peer closed the tunnel" if is_open else "EOF during the handshake"
-            self.fail(self._broken or text, "handshake_eof")
+            code = "handshake_broken" if self._broken else "handshake_eof"
+            self.fail(self._broken or text, code)
             return
         self._incoming.write(_raw[:size])
         if not self._is_established and not self._handshake():
@@ -413,6 +417,7 @@ class Session:
             case SettingsReceived():
                 self._on_settings()
             case PongReceived():
+                self.heard_at = self._pinged_at
                 self._deadline.cancel()
                 self._schedule_ping()
             case ConnectionTerminated():
@@ -439,20 +444,23 @@ class Session:
 
     def _ping(self) -> None:
         self.connection.ping(b"sidestep")
-        self.wants_write()
-        self._expect_pong()
+        self._pinged_at = time.monotonic()
+        self.write_now()
+        if not self.is_closed:
+            self._life_signs.expect_answer(len(self._unsent) + self._outgoing.pending)
+            self._look_later()
 
-    def _expect_pong(self) -> None:
-        self._progress = sockets.progress(self._socket)
-        self._deadline = self._reactor.call_later(PONG_SECONDS, self._on_deadline)
+    def _look_later(self) -> None:
+        self._deadline = self._reactor.call_later(life_signs.LOOK_SECONDS, self._look)
 
-    def _on_deadline(self) -> None:
-        if not self._is_ready:
-            self.fail("the peer did not finish the handshake in time", "handshake_timeout")
-        elif sockets.progress(self._socket) == self._progress:
+    def _look(self) -> None:
+        if self._life_signs.is_over(hears=not self.connection.is_terminated):
             self.fail("the peer did not answer a ping in time")
         else:
-            self._expect_pong()  # on a slow link the ping or its answer waits behind other bytes
+            self._look_later()
+
+    def _on_deadline(self) -> None:
+        self.fail("the peer did not finish the handshake in time", "handshake_timeout")
 
     # -- end ----------------------------------------------------------------------------------
 

@@ -7,11 +7,14 @@ cannot come back it ends: a worker left in a pod's namespace would dial from the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import random
 import socket
 import struct
+import sys
+import termios
 from typing import TYPE_CHECKING
 
 from agent import netns
@@ -131,12 +134,18 @@ def reset_on_close(own: socket.socket, *, is_reset: bool) -> None:
 def progress(own: socket.socket) -> tuple[int, int]:
     """Return how many bytes the peer of a TCP socket has acknowledged and sent so far.
 
-    What the kernel only keeps for it does not count: this grows as long as there is a peer that
-    takes or sends anything, however slowly.
+    What our kernel only keeps for it does not count. The peer's kernel acknowledges what it has
+    room for, whether or not a process reads it.
     """
     info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, PROGRESS.size)
     acknowledged, received = PROGRESS.unpack(info)
     return acknowledged, received
+
+
+def unacknowledged(own: socket.socket) -> int:
+    """Return how many bytes a TCP socket has taken that the peer has not acknowledged (tcp(7))."""
+    count = fcntl.ioctl(own, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(count, sys.byteorder)
 
 
 def abort(own: socket.socket) -> None:

@@ -90,7 +90,7 @@ def test_nothing_fails_through_five_upgrades_in_a_row(lab: Lab, other_version: P
             assert machine.wait_for_exit(pid, 10)
     for node in (east, west):
         assert len(lab.agent_processes(node)) <= 3  # itself, its worker, a caller that ends
-        assert not entries(lab, node, "connections are cut, the time to drain is over")
+        assert not entries(lab, node, "the time to drain is over, what is left is cut")
 
 
 def test_what_an_agent_before_still_carries_is_listed_and_counted(lab: Lab) -> None:

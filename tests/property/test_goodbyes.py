@@ -68,6 +68,7 @@ class Scene:
         self._authority = authority
         self._stack = stack
         self.contexts = Contexts(self.reactor, lambda _identity: None)
+        self.contexts.put(authority.certificate(CLIENT))
         self.sockets = SocketsHere(lambda _own: None)
         trust = Trust(self.reactor, TRUST_DOMAIN)
         self.pool = Pool(self.reactor, self.sockets, trust, self.contexts)
@@ -176,6 +177,7 @@ def test_connection_that_waits_for_a_certificate_while_its_pod_leaves_says_so(
         Asked(),
         Ledger(scene.reactor, mesh),
     )
+    scene.contexts.remove(str(CLIENT))
     own, accepted = socket.socketpair()
     with own:
         outbound.serve(scene.served, accepted, ("127.15.0.2", 40000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import ip_address
@@ -17,6 +18,7 @@ from agent.model.bounds import Bounds
 from agent.model.capture import HBONE_PORT, Origin
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
+from agent.tunnel import life_signs
 from agent.tunnel import outbound as outbound_module
 from agent.tunnel import session as session_module
 from agent.tunnel.access import Ledger
@@ -203,7 +205,7 @@ def test_request_that_was_not_heard_is_made_again(
 def test_request_to_a_peer_that_has_died_is_made_again(
     scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.05)
+    monkeypatch.setattr(life_signs, "LOOK_SECONDS", 0.02)
     stage = scene()
     stage.answer = lambda session, stream_id: session.respond(stream_id, 200)
     with stage.connect():
@@ -239,10 +241,14 @@ def test_peer_that_is_silent_is_not_waited_for_for_ever(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(outbound_module, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(session_module, "PING_SECONDS", 0.25)
     stage = scene()
+    begun = time.monotonic()
     with stage.connect() as application:
         run_until(stage.reactor, lambda: stage.requests and not stage.served.connections)
         assert application.recv(1) == b""
+    # Not before it has answered a ping, which says that it has the request.
+    assert time.monotonic() - begun > session_module.PING_SECONDS
     assert "the peer did not answer in 0.1 s" in capsys.readouterr().err
     (session,) = stage.sessions
     run_until(stage.reactor, lambda: not session.channels)  # it is told, and the tunnel stays

@@ -15,12 +15,12 @@ import pytest
 from agent.errors import PeerRevoked, PeerUnexpected
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.identity import SpiffeId
+from agent.tunnel import life_signs, sockets
 from agent.tunnel import session as session_module
-from agent.tunnel import sockets
 from agent.tunnel.connection import Role
 from agent.tunnel.reactor import READ, Reactor
 from tests.support.joined import Stream, Tunnel
-from tests.support.loop import run_until
+from tests.support.loop import run_rounds, run_until
 from tests.support.tunnel import CLIENT, SERVER, Authority, Witness, end_sessions, make_session
 from tests.support.wire import tcp_pair
 
@@ -223,7 +223,7 @@ def test_pings_are_answered_and_keep_the_tunnel(
 ) -> None:
     monkeypatch.setattr(session_module, "PING_SECONDS", 0.01)
     tunnel = join().wait_ready()
-    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.5)
+    monkeypatch.setattr(life_signs, "LOOK_SECONDS", 0.1)
     tunnel.reactor.call_later(1.2, tunnel.reactor.stop)
     tunnel.reactor.run()
     assert tunnel.client.reasons == tunnel.server.reasons == []
@@ -234,11 +234,55 @@ def test_peer_that_answers_no_ping_is_given_up(
 ) -> None:
     near, _far = tunnel.open()
     tunnel.reactor.forget(tunnel.server.session._fd)  # it hears nothing any more
-    monkeypatch.setattr(session_module, "PONG_SECONDS", 0.05)
+    monkeypatch.setattr(life_signs, "LOOK_SECONDS", 0.02)
     tunnel.client.session._ping()  # as its timer does, after ten seconds
     tunnel.until(lambda: tunnel.client.reasons)
     assert tunnel.client.reasons == ["the peer did not answer a ping in time"]
     assert near.seen == ["abort"]
+
+
+def test_peer_that_hangs_is_given_up_whatever_its_kernel_takes(
+    tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _far = tunnel.open()
+    tunnel.reactor.forget(tunnel.server.session._fd)
+    monkeypatch.setattr(life_signs, "LOOK_SECONDS", 0.05)
+
+    def write() -> None:
+        near.channel.write(b"a little")
+        tunnel.reactor.call_later(0.02, write)
+
+    write()
+    tunnel.client.session._ping()
+    tunnel.until(lambda: tunnel.client.reasons)
+    assert tunnel.client.reasons == ["the peer did not answer a ping in time"]
+
+
+def test_tunnel_that_is_to_be_closed_does_not_wait_for_a_peer_that_only_speaks(
+    tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _near, far = tunnel.open()
+    client, server = tunnel.client.session, tunnel.server.session
+    server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    tunnel.reactor.forget(client._fd)  # it takes nothing any more
+    far.channel.write(bytes(1 << 20))
+    run_rounds(tunnel.reactor, 20)
+    far.channel.abort()
+    server.close()
+    assert server.buffered
+    monkeypatch.setattr(life_signs, "LOOK_SECONDS", 0.05)
+
+    def speak() -> None:
+        client.connection.ping(b"sidestep")
+        client._encrypt()
+        with suppress(OSError):
+            client._socket.send(client._outgoing.read())
+        tunnel.reactor.call_later(0.02, speak)
+
+    speak()
+    server._ping()
+    tunnel.until(lambda: tunnel.server.reasons)
+    assert tunnel.server.reasons == ["the peer did not answer a ping in time"]
 
 
 class SlowLink:
@@ -285,7 +329,7 @@ def test_peer_on_a_slow_link_is_not_given_up(
         client, server = tunnel.wait_ready().client.session, tunnel.server.session
         stack.callback(end_sessions, tunnel.reactor, (client, server))
         near, far = tunnel.open()
-        monkeypatch.setattr(session_module, "PONG_SECONDS", 0.2)
+        monkeypatch.setattr(life_signs, "LOOK_SECONDS", 0.05)
         answered: list[float] = []
         monkeypatch.setattr(client, "_schedule_ping", lambda: answered.append(time.monotonic()))
         near.channel.write(bytes(1 << 20))
@@ -293,7 +337,8 @@ def test_peer_on_a_slow_link_is_not_given_up(
         client._ping()
         tunnel.until(lambda: answered or tunnel.client.reasons)
         assert tunnel.client.reasons == []
-        assert answered[0] - begun > 2 * session_module.PONG_SECONDS  # it waited behind them
+        waited = answered[0] - begun  # behind them
+        assert waited > 2 * life_signs.MOST_STALLS * life_signs.LOOK_SECONDS
         tunnel.until(lambda: len(far.received) == 1 << 20)
 
 
