@@ -471,8 +471,8 @@ class Session:
 
     def drain(self) -> None:
         """Take no new streams; those that are open go on, then the client closes."""
-        if self.is_closed:
-            return
+        if self.is_closed or self.connection.is_terminated:
+            return  # a second GOAWAY may allow no more than the first (RFC 9113 §6.8)
         if self._role is Role.SERVER:
             self.connection.warn()
             self.wants_write()

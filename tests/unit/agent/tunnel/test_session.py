@@ -362,6 +362,18 @@ def test_warned_client_finishes_its_stream_and_then_says_it_is_idle(tunnel: Tunn
     assert tunnel.client.reasons == tunnel.server.reasons == []
 
 
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_tunnel_that_says_goodbye_is_not_drained_as_well(tunnel: Tunnel, side: str) -> None:
+    witness: Witness = getattr(tunnel, side)
+    witness.session.close()
+    output = list(witness.session.connection._output)
+    told: list[bool] = []
+    witness.session.on_draining = lambda _session: told.append(True)
+    witness.session.drain()
+    assert witness.session.connection._output == output
+    assert told == []
+
+
 def test_drained_client_is_idle_at_once_if_it_has_no_stream(tunnel: Tunnel) -> None:
     tunnel.client.session.drain()
     assert tunnel.client.idle == 1
