@@ -10,7 +10,6 @@ Imports neither kubernetes nor grpc nor bcc nor cryptography.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import socket
@@ -27,6 +26,7 @@ from agent.datapath.maps import Map
 from agent.datapath.origins import OriginFlows
 from agent.descriptors import raise_limit
 from agent.errors import SidestepError
+from agent.heap import keep_large_blocks
 from agent.identity.verify import FINGERPRINT_BYTES
 from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
@@ -66,8 +66,6 @@ COUNT_SECONDS = 1.0  # between two messages with counts
 RETIRE_TURN_SECONDS = 0.1  # between two looks at what is left
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES = 4 << 20
 OOM_SCORE = Path("/proc/self/oom_score_adj")  # proc(5); a thousandth of the memory that is limited
 OOM_HANDICAP, OOM_MOST = 200, 1000
 
@@ -420,11 +418,7 @@ def main() -> None:
     # Where memory ends, a worker and its connections do, and not the agent with all workers.
     OOM_SCORE.write_text(str(min(int(OOM_SCORE.read_text()) + OOM_HANDICAP, OOM_MOST)))
     channel = socket.socket(fileno=int(sys.argv[1]))
-    # glibc gives large blocks back to the kernel at once, and takes a page fault for every page of
-    # the next one. Ciphertext of a bulk flow is such a block, many times a millisecond.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    keep_large_blocks()
     gc.freeze()  # what is loaded now lives as long as the process
     with suppress(KeyboardInterrupt):
         Worker(channel).run()

@@ -52,7 +52,7 @@ CERTIFICATE_SECONDS = 40  # renewed at half of it
 WARM_CYCLES = 2  # what a process allocates once: a table, a codec, an arena of the allocator
 # Private memory, from the first third of the silences to the last. A worker's heap has a high-water
 # mark: windows of 2 MiB a stream come and go, and it keeps free blocks of up to 4 MiB at its end
-# (worker.py, KEPT_BYTES), so two of them are no leak; more is. An hour makes some 700,000
+# (agent/heap.py), so two of them are no leak; more is. An hour makes some 700,000
 # conversations, and so shows what each of them keeps from 12 bytes on; two minutes, from 400.
 MOST_GROWTH_KIB = 8192
 LOOKS, LOOK_SECONDS = 10, 0.5  # for the first silence; a renewal takes descriptors for a moment

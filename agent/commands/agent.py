@@ -19,6 +19,7 @@ from agent.descriptors import raise_limit
 from agent.discovery.directory import DirectorySource
 from agent.discovery.selector_pairs import parse_pairs
 from agent.errors import ConfigError
+from agent.heap import share_one_arena
 from agent.kubelet import find_cgroup
 from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
@@ -279,6 +280,7 @@ def agent(
     if memory_limit and source_of_buffers is ParameterSource.DEFAULT:
         process_buffer_bytes = buffers_within(memory_limit, workers)
     keep_memory_private()
+    share_one_arena()
     raise_limit()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     exclusions = Exclusions(

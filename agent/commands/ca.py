@@ -14,6 +14,7 @@ from agent import logs
 from agent.commands.examples import examples
 from agent.discovery.directory import DirectorySource
 from agent.errors import ConfigError
+from agent.heap import share_one_arena
 from agent.identity import custody
 from agent.identity.custody import DirectoryStore
 from agent.identity.tokens import TokenFile
@@ -141,6 +142,7 @@ def ca(
     if context.invoked_subcommand is not None:
         return
     keep_memory_private()
+    share_one_arena()
     store = _open_store(directory, secret)
     source = _open_source(source_name, objects)
     publish = _open_publisher(roots_place)
