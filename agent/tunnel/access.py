@@ -144,6 +144,7 @@ class Access:
         """
         self.served.connections -= 1
         self._ledger.forget(self._number)
+        self.carried = None  # which refers to us
         verdict = self.verdict
         is_denied = verdict is not None and not verdict.is_allowed
         is_failed = is_denied or result not in ("ok", "reset")

@@ -47,6 +47,7 @@ class Admission:
 
     def end(self) -> None:
         """Judge it no more."""
+        self.on_revoked = _nothing
         self._gate.forget(self)
 
 

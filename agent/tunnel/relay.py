@@ -55,11 +55,11 @@ class Channel(Protocol):
         ...
 
     def abort(self) -> None:
-        """End at once with RST; nothing is called back any more."""
+        """End at once with RST; nothing is called back any more, and no callback is kept."""
         ...
 
     def close(self) -> None:
-        """Give everything back after both directions ended."""
+        """Give everything back after both directions ended, as `abort` does."""
         ...
 
 

@@ -21,6 +21,14 @@ def _nothing() -> None:
     pass
 
 
+def _drop(_data: bytes | memoryview) -> None:
+    """Before the stream is joined nothing is read of it."""
+
+
+def _ignore(_status: int) -> None:
+    pass
+
+
 class Carrier(Protocol):
     """The tunnel as its streams see it."""
 
@@ -59,11 +67,11 @@ class StreamChannel:
     is_broken = False  # a stream that fails says so at once
 
     def __init__(self, session: Carrier, stream_id: int) -> None:
-        self.on_data: Callable[[bytes | memoryview], None] = self._drop
+        self.on_data: Callable[[bytes | memoryview], None] = _drop
         self.on_end: Callable[[], None] = _nothing
         self.on_abort: Callable[[], None] = _nothing
         self.on_drained: Callable[[], None] = _nothing
-        self.on_response: Callable[[int], None] = lambda _status: None
+        self.on_response: Callable[[int], None] = _ignore
         self.share = session.share
         self._session = session
         self._stream_id = stream_id
@@ -80,10 +88,6 @@ class StreamChannel:
     def has_ended(self) -> bool:
         """Whether both ENDs have passed: the peer's to us, and ours into the tunnel's output."""
         return self.has_received_end and self._has_ended
-
-    @staticmethod
-    def _drop(_data: bytes | memoryview) -> None:
-        """Before the stream is joined nothing is read of it."""
 
     def write(self, data: bytes | memoryview) -> None:
         """Send what the windows allow, keep a copy of the rest."""
@@ -158,7 +162,7 @@ class StreamChannel:
     def abort(self, code: int = ErrorCode.CONNECT_ERROR) -> None:
         """Reset the stream; CONNECT_ERROR is what a TCP RST becomes (RFC 9113 §8.5)."""
         if not self._is_closed:
-            self._is_closed = True
+            self._end()
             self._pending.clear()
             held, self.buffered = self.buffered, 0
             self.share.change(self, -held)
@@ -167,11 +171,18 @@ class StreamChannel:
 
     def give_up(self) -> None:
         """End with a reset at both sides: there is no room for what is buffered."""
+        on_abort = self.on_abort
         self.abort()
-        self.on_abort()
+        on_abort()
 
     def close(self) -> None:
         """Both directions have ended."""
         if not self._is_closed:
-            self._is_closed = True
+            self._end()
             self._session.forget_stream(self._stream_id)
+
+    def _end(self) -> None:
+        self._is_closed = True
+        # As in tcp.py: they refer to what refers to us.
+        self.on_data, self.on_response = _drop, _ignore
+        self.on_end = self.on_abort = self.on_drained = _nothing

@@ -217,7 +217,7 @@ def test_closed_channel_sends_fin_and_says_nothing_more(end: End) -> None:
 
 
 def test_channel_that_was_not_joined_says_so(end: End) -> None:
-    with pytest.raises(AssertionError, match="before it was joined"):
+    with pytest.raises(AssertionError, match="that is not joined"):
         TcpChannel(Reactor(), end.own, Share("shop/client-0")).on_data(b"x")
 
 
