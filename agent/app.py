@@ -117,7 +117,12 @@ class Agent:
             self._on_pod_gone,
         )
         self._arrivals = Arrivals(
-            settings.node, source, self._roster, self._on_arrived, self._on_left
+            settings.node,
+            source,
+            self._roster,
+            self._on_arrived,
+            self._on_left,
+            self._follow_again,
         )
         self._plugin_server = PluginServer(
             settings.run_directory / "cni.sock", self._arrivals, self._add_counts
@@ -256,6 +261,11 @@ class Agent:
                     return
                 async with self._passing:
                     await self._apply(snapshot, tasks)
+
+    def _follow_again(self) -> None:
+        """Have one more pass by the last state; where a newer one waits, there is one anyway."""
+        if self._snapshots.empty():
+            self._snapshots.put_nowait(self._told)
 
     # -- office -------------------------------------------------------------------------------
 

@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 # Less than the plugin waits, so that it can say what the matter is.
 KNOWLEDGE_SECONDS = 10.0
 ASK_AGAIN_SECONDS = 1.0
-# The follower is behind by less, or the pod was deleted before it came to it.
-UNSEEN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +69,27 @@ class Arrivals:
         roster: Roster,
         on_arrived: Callable[[StartingPod], LocalPod],
         on_left: Callable[[str], None],
+        on_outdated: Callable[[], None],
     ) -> None:
         """Know none yet.
 
         `on_arrived(pod)` makes a pod known at its addresses and returns what to enroll;
-        `on_left(uid)` is for one whose sandbox has ended.
+        `on_left(uid)` is for one whose sandbox has ended; `on_outdated()` asks for the last state
+        once more, since a pod was enrolled by the state before it.
         """
         self._node = node
         self._source = source
         self._roster = roster
         self._on_arrived = on_arrived
         self._on_left = on_left
+        self._on_outdated = on_outdated
         self._told: Snapshot | None = None
         self._has_told = asyncio.Event()  # replaced at each new state
         self._sandboxes: dict[str, Sandbox] = {}
         self._gone: set[str] = set()
-        # Pods that the API server was asked for, which the follower has not come to yet.
-        self._unseen: dict[str, tuple[StartingPod, float]] = {}
+        # Pods in the mesh that the API server was asked for and the follower has not come to yet,
+        # however long that takes: a watch may be silent for minutes. DEL ends it as well.
+        self._unseen: dict[str, StartingPod] = {}
 
     # -- for the composition root -------------------------------------------------------------
 
@@ -96,13 +98,8 @@ class Arrivals:
         if not (self._sandboxes or self._gone or self._unseen):
             return told
         known = pods_of(told, self._node)
-        now = asyncio.get_running_loop().time()
-        self._unseen = {
-            uid: (pod, until)
-            for uid, (pod, until) in self._unseen.items()
-            if uid not in known and until > now
-        }
-        known |= {uid: pod for uid, (pod, _until) in self._unseen.items()}
+        self._unseen = {uid: pod for uid, pod in self._unseen.items() if uid not in known}
+        known |= self._unseen
         self._gone &= known.keys()
         self._sandboxes = {uid: box for uid, box in self._sandboxes.items() if uid in known}
         arrived = [known[uid].at(box.addresses) for uid, box in self._sandboxes.items()]
@@ -157,23 +154,30 @@ class Arrivals:
                 f"{request.namespace}/{request.name} wants the mesh, and prevResult has no "
                 "address of it: put the plugin that gives addresses before sidestep in the list",
             )
-        before = self._sandboxes.get(uid)
-        self._sandboxes[uid] = Sandbox(request.container_id, request.addresses)
+        told, before = self._told, self._sandboxes.get(uid)
+        self._sandboxes[uid] = brought = Sandbox(request.container_id, request.addresses)
         self._gone.discard(uid)
         wanted = self._on_arrived(pod.at(request.addresses))
         try:
             await self._roster.bring(wanted, Path(request.netns))
         except SidestepError as error:
-            self._forget_failed(uid, before)
+            if self._sandboxes.get(uid) is brought:  # and no later ADD has one of the pod
+                self._forget_failed(uid, before)
             raise CniError(Code.TRY_AGAIN_LATER, f"{error}{_hint(error)}") from error
+        if self._told is not told:
+            self._on_outdated()
         return partial(self._roster.settle, uid)
 
     def _forget_failed(self, uid: str, before: Sandbox | None) -> None:
         if before is not None and self._roster.cookie(uid) is not None:
             self._sandboxes[uid] = before
             return
-        self._sandboxes.pop(uid, None)
         # It has no sandbox that works: nothing to look for until the next ADD.
+        self._forget(uid)
+
+    def _forget(self, uid: str) -> None:
+        self._sandboxes.pop(uid, None)
+        self._unseen.pop(uid, None)
         self._gone.add(uid)
         self._on_left(uid)
 
@@ -210,9 +214,7 @@ class Arrivals:
         if self._told is None:
             return None
         found = find_pod(self._told, self._node, partial(_is_meant, request))
-        if found is None and request.uid in self._unseen:
-            return self._unseen[request.uid][0]
-        return found
+        return found or self._unseen.get(request.uid)
 
     def _known_static(self, request: Request) -> StartingPod | None:
         """Return a static pod that is to take part, by the name that the API server has for it."""
@@ -245,8 +247,8 @@ class Arrivals:
             return None
         if not _is_meant(request, found.uid, found.workload.namespace, found.workload.name):
             return None
-        until = asyncio.get_running_loop().time() + UNSEEN_SECONDS
-        self._unseen[found.uid] = (found, until)
+        if found.local is not None:
+            self._unseen[found.uid] = found
         return found
 
     async def _delete(self, request: Request) -> None:
@@ -273,9 +275,7 @@ class Arrivals:
         return cookie is not None and cookie == _cookie_of(path)
 
     async def _take_out(self, uid: str) -> None:
-        self._sandboxes.pop(uid, None)
-        self._gone.add(uid)
-        self._on_left(uid)
+        self._forget(uid)
         await self._roster.take_out(uid)
 
     async def _check(self, request: Request) -> None:

@@ -175,7 +175,9 @@ class Roster:
             match step:
                 case Unenroll():
                     async with self.turn:
-                        if step.uid in self._enrolled:
+                        enrollment = self._enrolled.get(step.uid)
+                        # If not, the runtime has brought it anew since this was decided.
+                        if enrollment is not None and enrollment.pod is observed[step.uid]:
                             self._unenroll(step.uid, has_ended=step.uid not in alive)
                 case Enroll() if self._is_due(step.pod):
                     async with self.turn:
@@ -216,8 +218,10 @@ class Roster:
                 if before.netns_cookie == cookie and before.pod == pod:
                     return
                 self._unenroll(pod.uid, has_ended=True)
-            await self._take_in(pod, netns_fd, is_guarded=False)
+            await self._take_back(pod.uid)
+            self._take(enroll(self._pins, pod, netns_fd, is_guarded=False))
             unless_taken.pop_all()
+        await self._confirm(pod)
 
     async def settle(self, uid: str) -> None:
         """Guard a pod that was brought: in a thread, since nobody waits for it."""
@@ -309,12 +313,11 @@ class Roster:
                 continue
             pod = desired.get(pod.uid, pod)
             try:
-                enrollment = enroll(self._pins, pod, netns_fd, inherited)
+                self._take(enroll(self._pins, pod, netns_fd, inherited))
             except SidestepError as error:
                 os.close(netns_fd)
                 self._put_off(pod, error)
                 continue
-            self._take(enrollment)
             self.statuses[pod.uid] = PodStatus(pod, "enrolled")
 
     def wait_for_elders(self, has_elders: bool) -> None:
@@ -360,18 +363,22 @@ class Roster:
         return status.retry_at <= asyncio.get_running_loop().time()
 
     async def _enroll(self, pod: LocalPod) -> None:
-        netns_fd = -1
         try:
-            netns_fd = sandbox.open_netns(pod, self._pod_cgroups)
-            await self._take_in(pod, netns_fd)
+            with contextlib.ExitStack() as unless_taken:
+                netns_fd = sandbox.open_netns(pod, self._pod_cgroups)
+                unless_taken.callback(os.close, netns_fd)
+                await self._take_back(pod.uid)
+                self._take(enroll(self._pins, pod, netns_fd))
+                unless_taken.pop_all()
         except SidestepError as error:
-            if netns_fd >= 0:
-                os.close(netns_fd)
             self._put_off(pod, error)
+        except OSError as error:  # for want of descriptors
+            self._put_off(pod, EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}"))
+        else:
+            await self._confirm(pod)
 
-    async def _take_in(self, pod: LocalPod, netns_fd: int, *, is_guarded: bool = True) -> None:
-        await self._take_back(pod.uid)
-        self._take(enroll(self._pins, pod, netns_fd, is_guarded=is_guarded))
+    async def _confirm(self, pod: LocalPod) -> None:
+        """Say that a pod is in, when the workers serve it."""
         await self._fleet.wait_in_force()
         self.statuses[pod.uid] = PodStatus(pod, "enrolled")
         self._source.publish(pod, "enabled")
@@ -380,9 +387,15 @@ class Roster:
             self._source.report(pod, "dns_not_captured", DNS_NOT_CAPTURED)
 
     def _take(self, enrollment: Enrollment) -> None:
-        self._enrolled[enrollment.pod.uid] = enrollment
+        """Have a pod from now on, and its namespace's descriptor (EnrollError: neither)."""
+        pod = enrollment.pod
+        try:
+            self._direct.add_pod(enrollment.netns_cookie, pod, enrollment.netns_fd)
+        except OSError as error:  # for want of descriptors
+            unenroll(enrollment)
+            raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
+        self._enrolled[pod.uid] = enrollment
         self._guard(enrollment)
-        self._direct.add_pod(enrollment.netns_cookie, enrollment.pod, enrollment.netns_fd)
         self._fleet.tell(*_added(enrollment))
 
     def _put_off(self, pod: LocalPod, error: SidestepError) -> None:

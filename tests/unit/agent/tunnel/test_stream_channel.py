@@ -74,8 +74,9 @@ def test_bytes_before_the_stream_is_joined_are_dropped(tunnel: Tunnel) -> None:
     tunnel.client.session.channels[stream_id].write(b"early")
     tunnel.client.session.channels[stream_id].finish()
     tunnel.until(lambda: tunnel.server.requests)
+    tunnel.server.session.respond(stream_id, 200)  # nor is the answer heard
     run_rounds(tunnel.reactor, 5)
-    assert tunnel.server.reasons == []
+    assert tunnel.server.reasons == tunnel.client.reasons == []
 
 
 def test_views_leave_at_once_and_what_has_no_room_is_kept_in_order(tunnel: Tunnel) -> None:
