@@ -112,11 +112,11 @@ class Access:
     def reporter(self) -> str:
         return "source" if self.direction == "outbound" else "destination"
 
-    def tunnel_to(self, workload: Workload, address: Address, port: int) -> None:
-        """Say that the connection goes to a workload by a tunnel."""
+    def tunnel_to(self, workload: Workload, address: Address, authority: str) -> None:
+        """Say that a tunnel takes it to a workload, where `authority` is asked for."""
         self.path = "hbone"
         self.destination = endpoint(str(address), HBONE_PORT)
-        self.hbone_target = endpoint(str(address), port)
+        self.hbone_target = authority
         self.destination_party = Party(workload)
 
     def prove(self, own: str, peer: str) -> None:

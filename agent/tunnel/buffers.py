@@ -35,6 +35,10 @@ PARTS = 4  # of what the worker may keep a pod gets one
 FULL = "the pod's slow readers hold as many bytes as they may (--process-buffer-bytes)"
 
 
+def _nothing() -> None:
+    pass
+
+
 class Holder(Protocol):
     """Who keeps bytes; `is_shared` if several connections end with it."""
 
@@ -156,7 +160,10 @@ class Share:
 
 
 class Kept:
-    """Bytes of a connection that has nobody yet to pass them to; `on_give_up` ends it."""
+    """Bytes of a connection that has nobody yet to pass them to; `on_give_up` ends it.
+
+    `take` is the end of it: no callback is kept, since that refers to who keeps this.
+    """
 
     is_shared = False
 
@@ -174,6 +181,7 @@ class Kept:
 
     def take(self) -> list[bytes]:
         """Return all, and keep nothing."""
+        self._on_give_up = _nothing
         parts, self._parts = self._parts, []
         held, self.buffered = self.buffered, 0
         self._share.change(self, -held)
@@ -181,5 +189,6 @@ class Kept:
 
     def give_up(self) -> None:
         """Forget them, and end the connection."""
+        on_give_up = self._on_give_up
         self.take()
-        self._on_give_up()
+        on_give_up()

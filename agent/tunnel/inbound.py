@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.model.pod import Address
+    from agent.model.verdict import Verdict
     from agent.tunnel.access import Access, Ledger
+    from agent.tunnel.buffers import Share
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.events import ConnectRequested
     from agent.tunnel.gate import Admission, Gate
@@ -253,57 +255,12 @@ class Inbound:
             return
         connection = Connection(source, session.peer, address, port)
         admission = self._gate.admit(served.pod.uid, connection)
-
-        is_gone = False
-
-        def end(status: int, reason: str) -> None:
-            nonlocal is_gone
-            is_gone = True
-            early.take()
-            session.respond(event.stream_id, status)
-            _complete(admission, access, f"{status}: {reason}")
-
-        early = Kept(served.share, lambda: end(503, FULL))
-
+        request = _Request(session, event.stream_id, admission, access, served.share)
         if not admission.verdict.is_allowed:
-            end(401, str(admission.verdict))
+            request.refuse(401, str(admission.verdict))
             return
-        admission.on_revoked = lambda verdict: end(401, f"closed: {verdict}")
-        channel = session.channels[event.stream_id]
-        channel.pause()
-        has_ended = False
-
-        def on_early_end() -> None:
-            nonlocal has_ended
-            has_ended = True
-
-        def on_early_abort() -> None:
-            nonlocal is_gone
-            is_gone = True
-            early.take()
-            _complete(admission, access, "reset")
-
-        channel.on_data = early.keep
-        channel.on_end = on_early_end
-        channel.on_abort = on_early_abort
-
-        def on_dialed(dialed: TcpChannel | None, reason: str) -> None:
-            if is_gone:
-                if dialed is not None:
-                    dialed.abort()
-            elif dialed is None:
-                end(503, reason)
-            else:
-                session.respond(event.stream_id, 200)
-                _join(admission, access, channel, dialed)
-                channel.resume()  # before the relay may pause it
-                for data in early.take():
-                    channel.on_data(data)
-                if has_ended:
-                    channel.on_end()
-                dialed.start()
-
-        self._dial(served, source, address, port, on_dialed)
+        request.wait()
+        self._dial(served, source, address, port, request.on_dialed)
 
     def _dial(
         self,
@@ -342,6 +299,74 @@ class Inbound:
                 on_dialed(None, f"the client's address {source} cannot be used: {error}")
                 return
         tcp.connect(self._reactor, own, (str(address), port), on_connected)
+
+
+class _Request:
+    """A CONNECT that waits for its application; what comes meanwhile is kept."""
+
+    def __init__(
+        self,
+        session: Session,
+        stream_id: int,
+        admission: Admission,
+        access: Access,
+        share: Share,
+    ) -> None:
+        self._session = session
+        self._stream_id = stream_id
+        self._admission = admission
+        self._access = access
+        self._early = Kept(share, self._on_full)
+        self._has_ended = False  # at the client's side
+        self._is_gone = False
+
+    def wait(self) -> None:
+        """Keep what comes from now on; call `on_dialed` next."""
+        self._admission.on_revoked = self._on_revoked
+        channel = self._session.channels[self._stream_id]
+        channel.pause()
+        channel.on_data = self._early.keep
+        channel.on_end = self._on_end
+        channel.on_abort = self._on_abort
+
+    def on_dialed(self, dialed: TcpChannel | None, reason: str) -> None:
+        """Join the application, or say that it cannot be reached."""
+        if self._is_gone:
+            if dialed is not None:
+                dialed.abort()
+        elif dialed is None:
+            self.refuse(503, reason)
+        else:
+            self._session.respond(self._stream_id, 200)
+            channel = self._session.channels[self._stream_id]
+            _join(self._admission, self._access, channel, dialed)
+            channel.resume()  # before the relay may pause it
+            for data in self._early.take():
+                channel.on_data(data)
+            if self._has_ended:
+                channel.on_end()
+            dialed.start()
+
+    def refuse(self, status: int, reason: str) -> None:
+        """Answer, and wait no more."""
+        self._is_gone = True
+        self._early.take()
+        self._session.respond(self._stream_id, status)
+        _complete(self._admission, self._access, f"{status}: {reason}")
+
+    def _on_full(self) -> None:
+        self.refuse(503, FULL)
+
+    def _on_revoked(self, verdict: Verdict) -> None:
+        self.refuse(401, f"closed: {verdict}")
+
+    def _on_end(self) -> None:
+        self._has_ended = True
+
+    def _on_abort(self) -> None:
+        self._is_gone = True
+        self._early.take()
+        _complete(self._admission, self._access, "reset")
 
 
 def _join(admission: Admission, access: Access, left: Channel, right: Channel) -> None:

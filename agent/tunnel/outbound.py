@@ -33,14 +33,17 @@ if TYPE_CHECKING:
     from agent.model.capture import Origin
     from agent.model.pod import Address
     from agent.model.service import Service
+    from agent.model.workload import Workload
     from agent.tunnel.access import Access, Ledger
     from agent.tunnel.contexts import Contexts
     from agent.tunnel.mesh import Mesh, Route
     from agent.tunnel.pool import Pool
     from agent.tunnel.reactor import Reactor, Timer
+    from agent.tunnel.relay import Channel
     from agent.tunnel.served import ServedPod
     from agent.tunnel.session import Session
     from agent.tunnel.sockets import PodSockets
+    from agent.tunnel.stream_channel import StreamChannel
 
 # A tunnel may end while a request is on its way: the peer restarts, or says GOAWAY. Nothing of the
 # application was sent before the answer, so the request may be made again.
@@ -145,7 +148,7 @@ class Outbound:
         elif route.workload is None:
             self._pass_through(served, accepted, route, access)
         else:
-            self._tunnel(served, accepted, route, access)
+            self._tunnel(served, accepted, route, route.workload, access)
 
     def _pass_through(
         self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
@@ -166,104 +169,149 @@ class Outbound:
                 return
             left = TcpChannel(self._reactor, accepted, served.share)
             right = TcpChannel(self._reactor, dialed, served.share)
-            relay = Relay(
-                left,
-                right,
-                lambda sent, received, aborted: access.complete(
-                    "reset" if aborted else "ok", sent, received
-                ),
-            )
-            access.establish(relay)
+            _join(access, left, right)
             left.start()
             right.start()
 
         tcp.connect(self._reactor, dialed, (str(route.address), route.port), on_connected)
 
     def _tunnel(
-        self, served: ServedPod, accepted: socket.socket, route: Route, access: Access
+        self,
+        served: ServedPod,
+        accepted: socket.socket,
+        route: Route,
+        workload: Workload,
+        access: Access,
     ) -> None:
-        workload = route.workload
-        assert workload is not None
-        access.tunnel_to(workload, route.address, route.port)
         authority = endpoint(str(route.address), route.port)
-        baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
-        service = f";host={access.service.hostname}" if access.service else ""
-        headers = {"baggage": baggage, "forwarded": f'for="{access.source}"{service}'}
+        access.tunnel_to(workload, route.address, authority)
+        _Request(
+            self._reactor,
+            self._contexts,
+            self._pool,
+            self._direct_path,
+            served,
+            accepted,
+            route,
+            workload,
+            access,
+            authority,
+        ).ask()
 
-        tries_left = TRIES - 1
 
-        def refuse(reason: str, flag: Flag = Flag.CONNECT) -> None:
-            sockets.abort(accepted)
-            access.complete(reason, flag=flag)
+class _Request:
+    """A captured connection on its way to its peer: a CONNECT, made again if nobody heard it."""
 
-        def acquire() -> None:
-            self._contexts.client(str(served.identity), on_context)
+    def __init__(
+        self,
+        reactor: Reactor,
+        contexts: Contexts,
+        pool: Pool,
+        direct_path: DirectPath,
+        served: ServedPod,
+        accepted: socket.socket,
+        route: Route,
+        workload: Workload,
+        access: Access,
+        authority: str,
+    ) -> None:
+        self._reactor = reactor
+        self._contexts = contexts
+        self._pool = pool
+        self._direct_path = direct_path
+        self._served = served
+        self._accepted = accepted
+        self._route = route
+        self._workload = workload
+        self._access = access
+        self._authority = authority
+        self._headers = _headers(served, access)
+        self._tries_left = TRIES
+        # Of the try that is under way, once it has a tunnel.
+        self._grant: Callable[[], None] | None
+        self._session: Session
+        self._channel: StreamChannel
+        self._asked_at: float
+        self._silence: Timer
 
-        def on_session(session: Session | None, reason: str) -> None:
-            if session is None:
-                refuse(reason)
-                return
-            access.prove(str(served.identity), str(session.peer))
-            grant = self._direct_path.candidate(served, workload.uid, route.address, route.port)
-            stream_id = session.open_stream(authority, headers)
-            channel = session.channels[stream_id]
+    def ask(self) -> None:
+        """Make the CONNECT as soon as there are a certificate and a tunnel for it."""
+        self._tries_left -= 1
+        self._contexts.client(str(self._served.identity), self._on_context)
 
-            asked_at = time.monotonic()
-            silence: Timer
+    def _on_context(self, context: ssl.SSLContext | None, reason: str) -> None:
+        if context is None:
+            self._refuse(reason, Flag.IDENTITY)
+        else:
+            address = self._route.address
+            self._pool.acquire(self._served, context, self._workload, address, self._on_session)
 
-            def on_silence() -> None:
-                nonlocal silence
-                if session.heard_at < asked_at:  # on a slow link the request may not be there yet
-                    silence = self._reactor.call_later(ANSWER_SECONDS, on_silence)
-                else:
-                    channel.abort(ErrorCode.CANCEL)
-                    refuse(f"the peer did not answer in {ANSWER_SECONDS:g} s")
+    def _on_session(self, session: Session | None, reason: str) -> None:
+        if session is None:
+            self._refuse(reason)
+            return
+        served, route = self._served, self._route
+        self._access.prove(str(served.identity), str(session.peer))
+        uid = self._workload.uid
+        self._grant = self._direct_path.candidate(served, uid, route.address, route.port)
+        self._session = session
+        stream_id = session.open_stream(self._authority, self._headers)
+        self._channel = session.channels[stream_id]
+        self._channel.on_abort = self._on_abort
+        self._channel.on_response = self._on_response
+        self._asked_at = time.monotonic()
+        self._wait_for_answer()
 
-            silence = self._reactor.call_later(ANSWER_SECONDS, on_silence)
+    def _wait_for_answer(self) -> None:
+        self._silence = self._reactor.call_later(ANSWER_SECONDS, self._on_silence)
 
-            def on_abort() -> None:
-                nonlocal tries_left
-                silence.cancel()
-                was_heard = channel.reset_code not in (None, ErrorCode.REFUSED_STREAM)
-                if was_heard or not tries_left:
-                    refuse("the peer reset the stream before it answered")
-                    return
-                tries_left -= 1
-                # Later: the session that ends now is still in the pool.
-                self._reactor.call_soon(acquire)
+    def _on_silence(self) -> None:
+        if self._session.heard_at < self._asked_at:  # on a slow link it may not be there yet
+            self._wait_for_answer()
+        else:
+            self._channel.abort(ErrorCode.CANCEL)
+            self._refuse(f"the peer did not answer in {ANSWER_SECONDS:g} s")
 
-            channel.on_abort = on_abort
+    def _on_abort(self) -> None:
+        self._silence.cancel()
+        was_heard = self._channel.reset_code not in (None, ErrorCode.REFUSED_STREAM)
+        if was_heard or not self._tries_left:
+            self._refuse("the peer reset the stream before it answered")
+        else:
+            # Later: the session that ends now is still in the pool.
+            self._reactor.call_soon(self.ask)
 
-            def on_response(status: int) -> None:
-                silence.cancel()
-                if status != 200:
-                    channel.on_abort = lambda: None
-                    channel.abort()
-                    if status == 401:
-                        refuse(DENIED, Flag.DENIED)
-                    else:
-                        refuse(f"the peer answered {status}")
-                    return
-                if grant is not None:
-                    with suppress(SidestepError):  # the next one comes through here as well
-                        grant()
-                left = TcpChannel(self._reactor, accepted, served.share)
-                relay = Relay(
-                    left,
-                    channel,
-                    lambda sent, received, aborted: access.complete(
-                        "reset" if aborted else "ok", sent, received
-                    ),
-                )
-                access.establish(relay)
-                left.start()
-
-            channel.on_response = on_response
-
-        def on_context(context: ssl.SSLContext | None, reason: str) -> None:
-            if context is None:
-                refuse(reason, Flag.IDENTITY)
+    def _on_response(self, status: int) -> None:
+        self._silence.cancel()
+        if status != 200:
+            self._channel.abort()
+            if status == 401:
+                self._refuse(DENIED, Flag.DENIED)
             else:
-                self._pool.acquire(served, context, workload, route.address, on_session)
+                self._refuse(f"the peer answered {status}")
+            return
+        if self._grant is not None:
+            with suppress(SidestepError):  # the next one comes through here as well
+                self._grant()
+        left = TcpChannel(self._reactor, self._accepted, self._served.share)
+        _join(self._access, left, self._channel)
+        left.start()
 
-        self._contexts.client(str(served.identity), on_context)
+    def _refuse(self, reason: str, flag: Flag = Flag.CONNECT) -> None:
+        sockets.abort(self._accepted)
+        self._access.complete(reason, flag=flag)
+
+
+def _headers(served: ServedPod, access: Access) -> dict[str, str]:
+    baggage = f"k8s.namespace.name={served.pod.namespace},k8s.pod.name={served.pod.name}"
+    service = f";host={access.service.hostname}" if access.service else ""
+    return {"baggage": baggage, "forwarded": f'for="{access.source}"{service}'}
+
+
+def _join(access: Access, left: Channel, right: Channel) -> None:
+    """Relay until the connection ends."""
+
+    def on_done(sent: int, received: int, was_aborted: bool) -> None:
+        access.complete("reset" if was_aborted else "ok", sent, received)
+
+    access.establish(Relay(left, right, on_done))

@@ -405,15 +405,14 @@ class Session:
                 channel = self.channels.get(event.stream_id)
                 if channel is not None:
                     channel.reset_code = event.code
-                    channel.on_abort()
-                    self.forget_stream(event.stream_id)
+                    channel.fail()
             case ConnectRequested():
                 self.channels[event.stream_id] = StreamChannel(self, event.stream_id)
                 self.on_request(self, event)
             case ResponseReceived():
                 channel = self.channels.get(event.stream_id)
                 if channel is not None:
-                    channel.on_response(event.status)
+                    channel.answered(event.status)
             case SettingsReceived():
                 self._on_settings()
             case PongReceived():
@@ -538,7 +537,7 @@ class Session:
         for stream_id, channel in channels.items():
             # What has ended both ways needs no tunnel any more, only an application that reads.
             if not channel.has_ended or stream_id in self._unwritten_ends:
-                channel.on_abort()
+                channel.fail()
 
     @staticmethod
     def _count_out() -> None:

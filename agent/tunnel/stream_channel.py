@@ -61,7 +61,7 @@ class Carrier(Protocol):
 
 
 class StreamChannel:
-    """Implements relay.Channel; `on_response(status)` is called with the answer to a CONNECT."""
+    """Implements relay.Channel; `on_response(status)` is called once, with a CONNECT's answer."""
 
     is_shared = False
     is_broken = False  # a stream that fails says so at once
@@ -147,6 +147,11 @@ class StreamChannel:
         self._session.wants_write()
         self._session.read_again()
 
+    def answered(self, status: int) -> None:
+        """Take the answer to our CONNECT; there is one (called by the session)."""
+        on_response, self.on_response = self.on_response, _ignore
+        on_response(status)
+
     def received(self, data: memoryview) -> None:
         """Take bytes off the stream (called by the session)."""
         self._unacknowledged += len(data)
@@ -169,11 +174,15 @@ class StreamChannel:
             self._session.connection.reset(self._stream_id, code)
             self._session.forget_stream(self._stream_id)
 
-    def give_up(self) -> None:
-        """End with a reset at both sides: there is no room for what is buffered."""
+    def fail(self) -> None:
+        """End and say so: the peer has reset the stream, or the tunnel is gone."""
         on_abort = self.on_abort
         self.abort()
         on_abort()
+
+    def give_up(self) -> None:
+        """End with a reset at both sides: there is no room for what is buffered."""
+        self.fail()
 
     def close(self) -> None:
         """Both directions have ended."""

@@ -49,7 +49,7 @@ class Setup:
 
     def tunnel(self) -> tuple[Access, Carried]:
         opened = self.outbound()
-        opened.tunnel_to(STOCK, STOCK4, 80)
+        opened.tunnel_to(STOCK, STOCK4, f"{STOCK4}:80")
         opened.prove(OWN, PEER)
         carried = Carried()
         opened.establish(carried)

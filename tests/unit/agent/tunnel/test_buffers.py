@@ -239,6 +239,14 @@ def test_bytes_that_wait_for_somebody_are_in_the_account_until_they_are_taken() 
     assert BUFFERS.held == before + 7
     assert kept.take() == [b"one ", b"two"]
     assert (BUFFERS.held, kept.take(), ended) == (before, [], [])
+
+
+def test_bytes_that_nobody_will_take_end_their_connection_once() -> None:
+    ended: list[str] = []
+    before = BUFFERS.held
+    kept = Kept(Share("shop/server-0"), lambda: ended.append("ended"))
     kept.keep(b"three")
     kept.give_up()
     assert (BUFFERS.held, kept.take(), ended) == (before, [], ["ended"])
+    kept.give_up()
+    assert ended == ["ended"]

@@ -22,6 +22,7 @@ from agent.tunnel.events import (
     WindowOpened,
 )
 from agent.tunnel.frames import ErrorCode, FrameType, Setting
+from agent.tunnel.headers import STATUS_200
 from tests.support.pair import Pair, data_of
 
 PLENTY = bytes(2 * Limits().stream_window)
@@ -407,6 +408,19 @@ def test_what_was_on_the_way_to_a_stream_that_we_reset_is_discarded() -> None:
     assert [event for part in late for event in server.receive(part)] == []
     server.respond(3, 200)
     assert data_of(server.receive(frame(FrameType.DATA, 0, 3, b"fine")), 3) == b"fine"
+
+
+def test_plain_answer_leaves_the_table_of_the_peers_headers_as_it_is() -> None:
+    encoder = hpack.Encoder()
+    long, plain = [(":status", "200"), ("server", "envoy")], [(":status", "200")]
+    blocks = [encoder.encode(fields) for fields in (long, plain, long)]
+    assert blocks[1] == STATUS_200
+    assert len(blocks[2]) == 2  # of which the second is in the table since the first block
+    client, found = client_after()
+    for block in blocks:
+        stream_id = client.open_stream("a:1", {})
+        found += client.receive(frame(FrameType.HEADERS, frames.END_HEADERS, stream_id, block))
+    assert [event.status for event in found if isinstance(event, ResponseReceived)] == [200] * 3
 
 
 def test_value_of_a_field_may_be_any_bytes() -> None:

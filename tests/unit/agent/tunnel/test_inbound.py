@@ -28,6 +28,7 @@ from agent.tunnel.served import TOO_MANY, ServedPod
 from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
+from tests.support.garbage import no_cyclic_garbage
 from tests.support.loop import run_rounds, run_until
 from tests.support.stalled import Stalled
 from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, Authority, Witness, make_session
@@ -53,9 +54,9 @@ class Scene:
         self._stack = stack
         self._authority = authority
         self.reactor = Reactor()
-        mesh = Mesh()
+        self.mesh = mesh = Mesh()
         mesh.put_workload(WORKLOAD)
-        gate = Gate(mesh)
+        self.gate = gate = Gate(mesh)
         gate.enforce()
         contexts = Contexts(self.reactor, lambda _identity: None)
         contexts.put(authority.certificate(SERVER))
@@ -298,3 +299,60 @@ def test_streams_beyond_twice_our_own_number_are_refused_alone(
     stage.ask(tunnel)
     run_until(stage.reactor, lambda: len(tunnel.session.channels) == 2)
     assert tunnel.reasons == []
+
+
+def end(tunnel: Witness, stage: Scene, application: socket.socket) -> None:
+    """Both sides end in order."""
+    for channel in tunnel.session.channels.values():
+        channel.on_end = channel.close
+        channel.finish()
+    application.shutdown(socket.SHUT_WR)
+    run_until(stage.reactor, lambda: not tunnel.session.channels)
+
+
+def reset(tunnel: Witness, _stage: Scene, _application: socket.socket) -> None:
+    """The client resets."""
+    for channel in list(tunnel.session.channels.values()):
+        channel.abort()
+
+
+def revoke(tunnel: Witness, stage: Scene, _application: socket.socket) -> None:
+    """Policy ends it."""
+    stage.mesh.remove_workload(WORKLOAD.uid)
+    stage.gate.enforce()
+    run_until(stage.reactor, lambda: not tunnel.session.channels)
+    stage.mesh.put_workload(WORKLOAD)
+
+
+@pytest.mark.parametrize("finish", [end, reset, revoke])
+def test_connection_that_has_ended_is_no_cyclic_garbage(
+    scene: Callable[..., Scene], finish: Callable[[Witness, Scene, socket.socket], None]
+) -> None:
+    stage = scene()
+    tunnel = stage.tunnel()
+    with no_cyclic_garbage():
+        for _ in range(3):
+            assert stage.wait(stage.ask(tunnel)) == 200
+            with stage.application.accept()[0] as application:
+                finish(tunnel, stage, application)
+                run_until(stage.reactor, lambda: not stage.served.connections)
+
+
+def test_request_that_is_refused_is_no_cyclic_garbage(scene: Callable[..., Scene]) -> None:
+    stage = scene()
+    tunnel = stage.tunnel()
+    stage.application.close()
+    with no_cyclic_garbage():
+        for _ in range(3):
+            assert stage.wait(stage.ask(tunnel)) == 503
+            run_until(stage.reactor, lambda: not tunnel.session.channels)
+
+
+def test_plaintext_that_has_ended_is_no_cyclic_garbage(scene: Callable[..., Scene]) -> None:
+    stage = scene()
+    stage.application.close()
+    with no_cyclic_garbage():
+        for _ in range(3):
+            client = stage.plaintext()
+            run_until(stage.reactor, lambda: not stage.served.connections)
+            assert is_reset(client)

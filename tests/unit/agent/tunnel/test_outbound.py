@@ -36,6 +36,7 @@ from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.tls import build_context
 from agent.tunnel.trust import Trust
+from tests.support.garbage import no_cyclic_garbage
 from tests.support.loop import run_until
 from tests.support.stalled import Stalled
 from tests.support.tunnel import CLIENT, SERVER, TRUST_DOMAIN, end_sessions
@@ -167,8 +168,27 @@ def say_goodbye(session: Session, stream_id: int) -> None:
 
 
 def refuse_stream(session: Session, stream_id: int) -> None:
-    session.connection.reset(stream_id, ErrorCode.REFUSED_STREAM)
-    session.wants_write()
+    session.channels[stream_id].abort(ErrorCode.REFUSED_STREAM)
+
+
+def accept_and_end(session: Session, stream_id: int) -> None:
+    channel = session.channels[stream_id]
+    session.respond(stream_id, 200)
+    channel.finish()
+    channel.on_end = channel.close
+
+
+def accept_and_reset(session: Session, stream_id: int) -> None:
+    session.respond(stream_id, 200)
+    session.channels[stream_id].abort()
+
+
+def answer_503(session: Session, stream_id: int) -> None:
+    session.respond(stream_id, 503)
+
+
+def reset_stream(session: Session, stream_id: int) -> None:
+    session.channels[stream_id].abort()
 
 
 @pytest.mark.parametrize("first_answer", [end_tunnel, say_goodbye, refuse_stream])
@@ -302,3 +322,24 @@ def test_pod_in_another_network_is_not_dialed(
     stage.mesh.put_workload(replace(SERVER_POD, uid="uid-client", addresses=(), network="west"))
     with stage.connect():
         run_until(stage.reactor, lambda: stage.requests)
+
+
+@pytest.mark.parametrize(
+    "answer", [accept_and_end, accept_and_reset, answer_503, reset_stream, refuse_stream]
+)
+def test_connection_that_has_ended_is_no_cyclic_garbage(
+    scene: Callable[..., Scene], answer: Callable[[Session, int], None]
+) -> None:
+    stage = scene()
+    stage.answer = accept_and_end
+    with stage.connect() as first:  # dials the tunnel
+        first.shutdown(socket.SHUT_WR)
+        run_until(stage.reactor, lambda: stage.requests and not stage.served.connections)
+    stage.answer = answer
+    with no_cyclic_garbage():
+        for _ in range(3):
+            with stage.connect() as application:
+                application.shutdown(socket.SHUT_WR)
+                run_until(stage.reactor, lambda: not stage.served.connections)
+                run_until(stage.reactor, lambda: not stage.sessions[0].channels)
+    assert len(stage.sessions) == 1
