@@ -35,6 +35,7 @@ from agent.tunnel.headers import (
     build_response,
     find_request_fault,
     find_response_fault,
+    read_literals,
 )
 from agent.tunnel.streams import Stream, StreamInput, StreamState
 
@@ -553,6 +554,9 @@ class Connection:
         return found
 
     def _decode(self, block: bytes) -> list[tuple[str, str]]:
+        fields = read_literals(block, self.limits.header_list_bytes)
+        if fields is not None:
+            return fields
         try:
             # A name that is not ASCII is malformed, a value may be any bytes (RFC 9113 §8.2.1).
             return [

@@ -3,8 +3,8 @@
 Ours are HPACK literals: nothing remembered, nothing compressed (RFC 7541). What HBONE sends is
 short and differs from stream to stream. A table of it would save fifty bytes of a connection, and
 searching and coding it took an eighth of the time that the caller's worker spends on one
-(docs/performance.md). What a peer sends is decoded by the hpack library, and held here to RFC 9113
-§8. Pure.
+(docs/performance.md). Blocks of such literals, ours among them, are read here as well; what a peer
+sends otherwise is decoded by the hpack library. Both are held here to RFC 9113 §8. Pure.
 """
 
 from __future__ import annotations
@@ -58,6 +58,48 @@ def build_request(authority: str, headers: Iterable[tuple[str, str]]) -> bytes:
 def build_response(status: int) -> bytes:
     """Return the block of an answer."""
     return STATUS_200 if status == 200 else STATUS + build_string(str(status))
+
+
+# RFC 7541 appendix A: the names of the entries whose number fits into 4 bits, from 1 on.
+STATIC_NAMES = (
+    ":authority", ":method", ":method", ":path", ":path", ":scheme", ":scheme",
+    ":status", ":status", ":status", ":status", ":status", ":status", ":status",
+)  # fmt: skip
+LONGEST = 126  # of a string whose length is one byte without Huffman's bit (§5.2)
+FIELD_OVERHEAD = 32  # RFC 9113 §6.5.2
+
+
+def read_literals(block: bytes, limit: int) -> list[tuple[str, str]] | None:
+    """Return the fields of a block of short literals that are neither indexed nor Huffman coded.
+
+    None for any other block, a malformed one and one of more than `limit` bytes (RFC 9113 §6.5.2):
+    those are the decoder's, whose table no literal of these changes (RFC 7541 §6.2.2, §6.2.3).
+    """
+    fields = []
+    at, end = 0, len(block)
+    while at < end:
+        number = block[at] & 0x0F
+        if block[at] >= 0x20 or number == 0x0F:
+            return None
+        at += 1
+        if number:
+            name = STATIC_NAMES[number - 1]
+        else:
+            size = block[at] if at < end else end
+            if size > LONGEST:
+                return None
+            at += 1 + size
+            # A name that is not ASCII is malformed, a value may be any bytes (RFC 9113 §8.2.1).
+            name = str(block[at - size : at], "latin-1")
+        size = block[at] if at < end else end
+        if size > LONGEST:
+            return None
+        at += 1 + size
+        limit -= len(name) + size + FIELD_OVERHEAD
+        if at > end or limit < 0:
+            return None
+        fields.append((name, str(block[at - size : at], "utf-8", "replace")))
+    return fields
 
 
 # RFC 9113 §8.2.1: visible ASCII without upper case and colon; and what no value may have.

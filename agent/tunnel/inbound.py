@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import errno
 import socket
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
-from agent.model.endpoint import endpoint
+from agent.model.endpoint import endpoint, parse_address
 from agent.tunnel import sockets, tcp
 from agent.tunnel.buffers import FULL, Kept
 from agent.tunnel.connection import Role
@@ -61,7 +61,7 @@ def parse_authority(authority: str) -> tuple[Address, int]:
         raise ValueError(f"{authority!r} is not ADDRESS:PORT")
     if host.startswith("[") and host.endswith("]"):
         return IPv6Address(host[1:-1]), int(port)
-    return ip_address(host), int(port)
+    return parse_address(host), int(port)
 
 
 def forwarded_host(forwarded: str) -> str | None:
@@ -75,7 +75,7 @@ def forwarded_host(forwarded: str) -> str | None:
 
 def plain(host: str) -> Address:
     """Return an address as a listener shows it, v4-mapped as IPv4."""
-    address = ip_address(host)
+    address = parse_address(host)
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 

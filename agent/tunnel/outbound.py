@@ -11,13 +11,12 @@ import socket
 import time
 from contextlib import suppress
 from functools import partial
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 
 from agent.errors import SidestepError
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import OUTBOUND_PORT
-from agent.model.endpoint import endpoint
+from agent.model.endpoint import endpoint, parse_address
 from agent.model.flag import Flag
 from agent.tunnel import sockets, tcp
 from agent.tunnel.frames import ErrorCode
@@ -115,7 +114,7 @@ class Outbound:
     def serve(self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]) -> None:
         """Take over one accepted connection."""
         host, port = peer
-        source = ip_address(host)
+        source = parse_address(host)
         origin = self._origins.lookup(served.netns_cookie, source, port)
         if origin is None:
             own_host, own_port = accepted.getsockname()[:2]

@@ -15,6 +15,7 @@ from agent.tunnel.headers import (
     build_string,
     find_request_fault,
     find_response_fault,
+    read_literals,
 )
 
 
@@ -60,6 +61,71 @@ def test_answer_is_read_as_it_was_meant(status: int) -> None:
 
 def test_usual_answer_is_one_byte() -> None:
     assert build_response(200) == b"\x88"
+
+
+def by_library(block: bytes, limit: int = 1 << 16) -> list[tuple[str, str]] | None:
+    """Decode by the library, as `connection` does; None if it refuses the block."""
+    try:
+        found = hpack.Decoder(max_header_list_size=limit).decode(block, raw=True)
+    except hpack.HPACKError:
+        return None
+    return [(str(name, "latin-1"), str(value, "utf-8", "replace")) for name, value in found]
+
+
+SHORT_NAMES, SHORT_VALUES = (each.filter(lambda text: len(text) < 127) for each in (NAMES, VALUES))
+
+
+@given(SHORT_VALUES, st.lists(st.tuples(SHORT_NAMES, SHORT_VALUES), max_size=8))
+def test_short_literals_are_read_without_the_library(
+    authority: str, headers: list[tuple[str, str]]
+) -> None:
+    block = build_request(authority, headers)
+    found = read_literals(block, 1 << 16)
+    assert found is not None
+    assert found == by_library(block)
+
+
+PIECES = st.one_of(
+    st.binary(max_size=3),
+    st.builds(build_string, st.text("az:", max_size=140)),
+    st.sampled_from([b"\0", b"\1", b"\x02", b"\x0e", b"\x0f", b"\x10", b"\x11", b"\x20", b"\x41"]),
+)
+
+
+@given(st.lists(PIECES, max_size=12).map(b"".join), st.sampled_from([0, 40, 100, 1 << 16]))
+def test_what_is_read_without_the_library_is_what_the_library_reads(
+    block: bytes, limit: int
+) -> None:
+    found = read_literals(block, limit)
+    assert found in (None, by_library(block, limit))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"\x88",  # indexed
+        b"\x41\x011",  # with indexing
+        b"\x20\x01\x011",  # a size of the table
+        b"\x0f\x01\x011",  # a number of more than 4 bits
+        b"\x01\x811",  # Huffman
+        b"\x00\x811\x011",
+        b"\x01",  # cut short
+        b"\x01\x021",
+        b"\x00",
+        b"\x00\x02a",
+        b"\x00\x01a",
+        build_request("x" * 127, []),
+    ],
+)
+def test_any_other_block_is_the_librarys(block: bytes) -> None:
+    assert read_literals(block, 1 << 16) is None
+
+
+def test_block_beyond_the_limit_is_the_librarys() -> None:
+    block = build_request("x" * 10, [])
+    size = len(":methodCONNECT") + len(":authority") + 10 + 2 * 32
+    assert read_literals(block, size) is not None
+    assert read_literals(block, size - 1) is None
 
 
 CONNECT = [(":method", "CONNECT"), (":authority", "10.0.0.1:80")]
