@@ -385,7 +385,8 @@ def test_ten_thousand_connections_leave_nothing_behind(mesh: MeshPair) -> None:
     in_a_row(mesh, 10_000)
     for worker, old in zip(workers, before, strict=True):
         deadline = time.monotonic() + 10
-        while (new := Holdings.of(worker.process.pid)).descriptors != old.descriptors:
+        # Fewer, if the last of the first thousand had not ended when it was looked at.
+        while (new := Holdings.of(worker.process.pid)).descriptors > old.descriptors:
             assert time.monotonic() < deadline, (old, new)
             worker.settle()  # a round of its loop
         grown = new.resident - old.resident
