@@ -247,7 +247,7 @@ class Agent:
                 tasks.create_task(probers.follow(self._stop))
             while True:
                 try:
-                    async with asyncio.timeout_at(self._roster.next_retry()):
+                    async with asyncio.timeout_at(self._next_retry()):
                         snapshot = await self._snapshots.get()
                 except TimeoutError:
                     snapshot = self._told
@@ -256,6 +256,10 @@ class Agent:
                     return
                 async with self._passing:
                     await self._apply(snapshot, tasks)
+
+    def _next_retry(self) -> float | None:
+        """Return when to try a pod that failed again; never, once this agent leaves."""
+        return None if self._departure.done() else self._roster.next_retry()
 
     # -- office -------------------------------------------------------------------------------
 
