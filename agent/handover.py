@@ -219,17 +219,23 @@ class Predecessor:
 
     async def begin(self) -> tuple[int, list[int], list[Heritage]]:
         """Return the lock, elders' connections and pods (PredecessorGone, HandoverFailed)."""
-        async with self._waiting():
-            await _send(self.connection, {"request": "handover", "version": VERSION})
-            reply, fds = await _receive(self.connection)
-            if reply.get("reply") != "begin" or not fds:
-                raise HandoverFailed(
-                    str(reply.get("reason", "the agent that runs hands nothing over"))
-                )
-            pods = []
-            for _ in range(int(reply["pods"])):
-                data, pod_fds = await _receive_raw(self.connection)
-                pods.append((decode(data), pod_fds))
+        # Of an agent that has ended they would keep what is the node's: its lock, its listeners.
+        with contextlib.ExitStack() as unless_all_came:
+            async with self._waiting():
+                await _send(self.connection, {"request": "handover", "version": VERSION})
+                data, fds = await _receive_raw(self.connection)
+                unless_all_came.callback(_close_all, fds)
+                reply = _parse(data)
+                if reply.get("reply") != "begin" or not fds:
+                    raise HandoverFailed(
+                        str(reply.get("reason", "the agent that runs hands nothing over"))
+                    )
+                pods = []
+                for _ in range(int(reply["pods"])):
+                    data, pod_fds = await _receive_raw(self.connection)
+                    unless_all_came.callback(_close_all, pod_fds)
+                    pods.append((decode(data), pod_fds))
+            unless_all_came.pop_all()
             return fds[0], fds[1:], pods
 
     async def commit(self) -> None:
@@ -315,13 +321,17 @@ async def _send_raw(connection: socket.socket, data: bytes, fds: list[int]) -> N
 
 async def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     data, fds = await _receive_raw(connection)
+    return _parse(data), fds
+
+
+def _parse(data: bytes) -> dict[str, Any]:
     try:
         message = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise HandoverFailed(f"what came is no JSON: {error}") from error
     if not isinstance(message, dict):
         raise HandoverFailed("what came is no JSON object")
-    return message, fds
+    return message
 
 
 async def _receive_raw(connection: socket.socket) -> tuple[bytes, list[int]]:
@@ -334,6 +344,11 @@ async def _receive_raw(connection: socket.socket) -> tuple[bytes, list[int]]:
         if not data:
             raise ConnectionResetError("the other side has ended")
         return data, fds
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 async def _until_ready(connection: socket.socket | int, *, is_write: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from agent.elders import Elders
 from agent.errors import HandoverFailed
 from agent.handover import HandoverServer, Predecessor
-from agent.inheritance import Inheritance
+from agent.inheritance import Inheritance, encode
 from agent.model.pod import LocalPod
 
 if TYPE_CHECKING:
@@ -102,6 +103,39 @@ def test_predecessor_that_ends_it_alone_is_still_the_agent(tmp_path: Path) -> No
         found.connection.close()
 
     with_server(tmp_path, check)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([b'{"reply": "begin", "pods": 2}', encode(PODS[0])], "waits no longer"),
+        ([b'{"reply": "begin", "pods": 2}', b"no pod"], "strange"),
+        ([b"nothing"], "no JSON"),
+    ],
+)
+def test_what_came_before_the_predecessor_failed_is_closed(
+    messages: list[bytes], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        found = Predecessor(ours)
+        reader, writer = os.pipe()
+        for message in messages:
+            socket.send_fds(theirs, [message], [writer, writer])
+        theirs.shutdown(socket.SHUT_WR)
+        os.close(writer)
+        with pytest.raises(HandoverFailed, match=error):
+            await found.begin()
+        os.set_blocking(reader, False)
+        assert os.read(reader, 1) == b""  # nobody could write any more
+        os.close(reader)
+        found.close()
+        ours.close()
+        theirs.close()
+
+    monkeypatch.setattr("agent.handover.GONE_SECONDS", 0.0)
+    asyncio.run(check())
 
 
 def test_nobody_is_found_where_nobody_listens(tmp_path: Path) -> None:
