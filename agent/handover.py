@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 VERSION = 1
 SOCKET_NAME = "handover.sock"
-MESSAGE_BYTES = 64 * 1024
+# A pod has at most 16,384 excluded networks (ss_bypass), in at most 256 KiB of annotations.
+MESSAGE_BYTES = 512 * 1024
 MAX_FDS = 64
 COMMIT_SECONDS = 30.0  # for a successor to serve what it was given; no pod changes meanwhile
 ANSWER_SECONDS = 40.0  # more, since whoever waits for an answer has to know who is right
@@ -134,6 +135,8 @@ class HandoverServer:
         while True:
             connection, _address = await loop.sock_accept(listener)
             connection.setblocking(False)
+            # A datagram must fit; the kernel gives 416 KiB if net.core.wmem_max is as it ships.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
             task = tasks.create_task(self._answer(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -337,12 +340,18 @@ def _parse(data: bytes) -> dict[str, Any]:
 async def _receive_raw(connection: socket.socket) -> tuple[bytes, list[int]]:
     while True:
         try:
-            data, fds, _flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, MAX_FDS)
+            data, fds, flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, MAX_FDS)
         except BlockingIOError:
             await _until_ready(connection, is_write=False)
             continue
         if not data:
             raise ConnectionResetError("the other side has ended")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            _close_all(fds)
+            raise HandoverFailed(
+                f"a part of a message is lost: it is longer than {MESSAGE_BYTES} bytes, or it has "
+                "more descriptors than this process can open"
+            )
         return data, fds
 
 
