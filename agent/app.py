@@ -19,7 +19,7 @@ import os
 import signal
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent import briefing, logs, readiness, readings, web
 from agent.admin import Admin
@@ -94,6 +94,7 @@ class Agent:
         self._stop = asyncio.Event()
         self._told_to_end = asyncio.Event()
         self._snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue(maxsize=1)
+        self._has_news = asyncio.Event()  # there is one in the queue
         self._departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
         self._is_ready = False
         self._levels = settings.log_levels
@@ -235,10 +236,14 @@ class Agent:
             alone.cancel()
 
     async def _follow(self) -> None:
+        async def put(snapshot: Snapshot | None) -> None:
+            await self._snapshots.put(snapshot)
+            self._has_news.set()
+
         async def read() -> None:
             async for snapshot in self._source.watch(self._stop):
-                await self._snapshots.put(snapshot)
-            await self._snapshots.put(None)
+                await put(snapshot)
+            await put(None)
 
         async with asyncio.TaskGroup() as tasks:
             if self._predecessor is None:
@@ -252,8 +257,9 @@ class Agent:
                 tasks.create_task(probers.follow(self._stop))
             while True:
                 try:
-                    async with asyncio.timeout_at(self._roster.next_retry()):
+                    async with asyncio.timeout_at(self._next_retry()):
                         snapshot = await self._snapshots.get()
+                    self._has_news.clear()
                 except TimeoutError:
                     snapshot = self._told
                 if snapshot is None:
@@ -266,6 +272,10 @@ class Agent:
         """Have one more pass by the last state; where a newer one waits, there is one anyway."""
         if self._snapshots.empty():
             self._snapshots.put_nowait(self._told)
+
+    def _next_retry(self) -> float | None:
+        """Return when to try a pod that failed again; never, once this agent leaves."""
+        return None if self._departure.done() else self._roster.next_retry()
 
     # -- office -------------------------------------------------------------------------------
 
@@ -305,18 +315,22 @@ class Agent:
             else:
                 self._settings.office_file.unlink(missing_ok=True)
 
-    async def _succeed(self, predecessor: Predecessor, tasks: asyncio.TaskGroup) -> bool:
+    async def _succeed(
+        self, predecessor: Predecessor, identities: set[SpiffeId], tasks: asyncio.TaskGroup
+    ) -> bool:
         """Take over from the agent that runs; False if there is news to follow first."""
-        # Until there is a certificate for each pod everything stays as it is, however long.
-        certificates = tasks.create_task(self._credentials.wait_complete())
-        gone = tasks.create_task(predecessor.wait_gone())
-        await asyncio.wait(
-            (certificates, gone, asyncio.shield(self._departure)),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        certificates.cancel()
-        gone.cancel()
-        if not self._snapshots.empty() or self._departure.done():
+        # Until there is a certificate for each pod everything stays as it is, however long; news
+        # may be that a pod for which there is none has gone.
+        waiting: list[asyncio.Future[Any]] = [
+            tasks.create_task(self._credentials.wait_complete(identities)),
+            tasks.create_task(predecessor.wait_gone()),
+            tasks.create_task(self._has_news.wait()),
+            asyncio.shield(self._departure),
+        ]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for each in waiting:
+            each.cancel()
+        if self._has_news.is_set() or self._departure.done():
             return False
         self._predecessor = None
         try:
@@ -439,7 +453,7 @@ class Agent:
         identities = {self._identity(pod) for pod in self._desired.values()}
         self._credentials.want(identities)
         if self._predecessor is not None:
-            if await self._succeed(self._predecessor, tasks):
+            if await self._succeed(self._predecessor, identities, tasks):
                 await self._apply(told, tasks)  # with the pods that came without an address yet
             return
         if not self._departure.done():

@@ -55,9 +55,9 @@ class Credentials:
             self.keeper.want(identity, is_waiting=False)
         self._wanted |= identities
 
-    async def wait_complete(self) -> None:
-        """Wait until there is a certificate for each identity that is wanted."""
-        while self._wanted - {issued.identity for issued, _roots in self.keeper.certificates()}:
+    async def wait_complete(self, identities: set[SpiffeId]) -> None:
+        """Wait until there is a certificate for each of these, which are wanted."""
+        while identities - {issued.identity for issued, _roots in self.keeper.certificates()}:
             self._received.clear()
             await self._received.wait()
 

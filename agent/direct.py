@@ -45,6 +45,7 @@ access_log = logging.getLogger(ACCESS)
 REPORTERS = ("source", "destination")  # this agent speaks for both ends
 # Ends are read together: one wake-up for many, so that the kernel's speed is not ours.
 GATHER_SECONDS = 0.1
+AFTER_ERROR_SECONDS = 10.0  # one that stays is logged each time
 LINES_AT_ONCE = 100  # of the access log for each reading; what is beyond is counted
 
 
@@ -79,8 +80,12 @@ class DirectPath:
         self._reading = loop.call_later(GATHER_SECONDS, self._read_and_listen)
 
     def _read_and_listen(self) -> None:
-        self._on_ends()
-        self._listen()
+        seconds = AFTER_ERROR_SECONDS
+        try:
+            self._on_ends()
+            seconds = 0.0
+        finally:  # whatever it was, which the loop logs: the ends that follow are read
+            self._reading = asyncio.get_running_loop().call_later(seconds, self._listen)
 
     def stop(self) -> None:
         """Log no more; open connections go on."""

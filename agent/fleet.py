@@ -99,6 +99,8 @@ class Fleet:
     def expect_drained(self, uid: str, on_drained: Callable[[], None]) -> None:
         """Call `on_drained` when each worker that is there now serves a pod no more, or is gone."""
         self._draining[uid] = (set(self._workers), on_drained)
+        if not self._workers:  # nobody is left to say so
+            asyncio.get_running_loop().call_soon(self._end_drain, uid)
 
     def expect_no_more(self, uid: str) -> None:
         """Forget what `expect_drained` was to call."""
@@ -143,12 +145,14 @@ class Fleet:
             worker.process.kill()  # it knows the half; the next one comes when this one is gone
 
     def _on_drained(self, worker: WorkerProcess, uid: str) -> None:
-        left, on_drained = self._draining.get(uid, (None, None))
-        if left is None or on_drained is None:
-            return
-        left.discard(worker)
-        if not left:
-            del self._draining[uid]
+        if uid in self._draining:
+            self._draining[uid][0].discard(worker)
+            self._end_drain(uid)
+
+    def _end_drain(self, uid: str) -> None:
+        """Say that a pod is drained, if nobody serves it any more."""
+        if uid in self._draining and not self._draining[uid][0]:
+            _left, on_drained = self._draining.pop(uid)
             on_drained()
 
     def _on_exit(self, worker: WorkerProcess) -> None:

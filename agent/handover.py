@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 VERSION = 1
 SOCKET_NAME = "handover.sock"
-MESSAGE_BYTES = 64 * 1024
+# A pod has at most 16,384 excluded networks (ss_bypass), in at most 256 KiB of annotations.
+MESSAGE_BYTES = 512 * 1024
 MAX_FDS = 64
 COMMIT_SECONDS = 30.0  # for a successor to serve what it was given; no pod changes meanwhile
 ANSWER_SECONDS = 40.0  # more, since whoever waits for an answer has to know who is right
@@ -134,6 +135,8 @@ class HandoverServer:
         while True:
             connection, _address = await loop.sock_accept(listener)
             connection.setblocking(False)
+            # A datagram must fit; the kernel gives 416 KiB if net.core.wmem_max is as it ships.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
             task = tasks.create_task(self._answer(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -219,17 +222,23 @@ class Predecessor:
 
     async def begin(self) -> tuple[int, list[int], list[Heritage]]:
         """Return the lock, elders' connections and pods (PredecessorGone, HandoverFailed)."""
-        async with self._waiting():
-            await _send(self.connection, {"request": "handover", "version": VERSION})
-            reply, fds = await _receive(self.connection)
-            if reply.get("reply") != "begin" or not fds:
-                raise HandoverFailed(
-                    str(reply.get("reason", "the agent that runs hands nothing over"))
-                )
-            pods = []
-            for _ in range(int(reply["pods"])):
-                data, pod_fds = await _receive_raw(self.connection)
-                pods.append((decode(data), pod_fds))
+        # Of an agent that has ended they would keep what is the node's: its lock, its listeners.
+        with contextlib.ExitStack() as unless_all_came:
+            async with self._waiting():
+                await _send(self.connection, {"request": "handover", "version": VERSION})
+                data, fds = await _receive_raw(self.connection)
+                unless_all_came.callback(_close_all, fds)
+                reply = _parse(data)
+                if reply.get("reply") != "begin" or not fds:
+                    raise HandoverFailed(
+                        str(reply.get("reason", "the agent that runs hands nothing over"))
+                    )
+                pods = []
+                for _ in range(int(reply["pods"])):
+                    data, pod_fds = await _receive_raw(self.connection)
+                    unless_all_came.callback(_close_all, pod_fds)
+                    pods.append((decode(data), pod_fds))
+            unless_all_came.pop_all()
             return fds[0], fds[1:], pods
 
     async def commit(self) -> None:
@@ -315,25 +324,40 @@ async def _send_raw(connection: socket.socket, data: bytes, fds: list[int]) -> N
 
 async def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     data, fds = await _receive_raw(connection)
+    return _parse(data), fds
+
+
+def _parse(data: bytes) -> dict[str, Any]:
     try:
         message = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise HandoverFailed(f"what came is no JSON: {error}") from error
     if not isinstance(message, dict):
         raise HandoverFailed("what came is no JSON object")
-    return message, fds
+    return message
 
 
 async def _receive_raw(connection: socket.socket) -> tuple[bytes, list[int]]:
     while True:
         try:
-            data, fds, _flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, MAX_FDS)
+            data, fds, flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, MAX_FDS)
         except BlockingIOError:
             await _until_ready(connection, is_write=False)
             continue
         if not data:
             raise ConnectionResetError("the other side has ended")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            _close_all(fds)
+            raise HandoverFailed(
+                f"a part of a message is lost: it is longer than {MESSAGE_BYTES} bytes, or it has "
+                "more descriptors than this process can open"
+            )
         return data, fds
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 async def _until_ready(connection: socket.socket | int, *, is_write: bool) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from agent.tunnel.counts import Counted, Labels
 
 EXPIRE_SECONDS = 600.0  # after its last change, a series of what is gone
+EXPIRE_EVERY_SECONDS = 60.0  # though nobody scrapes
 # name -> (help, labels); what `agent.tunnel.counts` counts under the name without our prefix
 COUNTERS = {
     "istio_tcp_connections_opened": ("TCP connections opened, as each end sees them.", NAMES),
@@ -125,6 +126,7 @@ class Metrics:
         that there are.
         """
         self._tally = Tally()
+        self._next_expiry = 0.0
         self._read = read
         self._places = places
         self._found: list[Metric] = []
@@ -137,7 +139,10 @@ class Metrics:
 
     def add(self, counts: Counted) -> None:
         """Add what a worker has counted."""
-        self._tally.add(counts, time.monotonic())
+        now = time.monotonic()
+        self._tally.add(counts, now)
+        if now >= self._next_expiry:
+            self._expire()
 
     def take(self) -> Counted:
         """Return all that was counted, and count from the start: another agent goes on with it."""
@@ -175,10 +180,9 @@ class Metrics:
             yield family
 
     def _expire(self) -> None:
-        places = self._places()
-        self._tally.expire(
-            time.monotonic() - EXPIRE_SECONDS, lambda labels: is_gone(labels, places)
-        )
+        now, places = time.monotonic(), self._places()
+        self._next_expiry = now + EXPIRE_EVERY_SECONDS
+        self._tally.expire(now - EXPIRE_SECONDS, lambda labels: is_gone(labels, places))
 
 
 def is_gone(labels: Labels, places: Collection[Place]) -> bool:

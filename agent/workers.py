@@ -98,6 +98,8 @@ class WorkerProcess:
         self, build: Callable[[int], messages.ToWorker], seconds: float
     ) -> tuple[bool, messages.Answer | None]:
         """Return whether the worker has answered, or is gone, in time; and what."""
+        if self._channel.fileno() < 0:
+            return True, None
         self._number = number = self._number + 1
         answer: asyncio.Future[messages.Answer | None]
         answer = asyncio.get_running_loop().create_future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import select
 import socket
 import struct
@@ -22,6 +23,7 @@ from agent.datapath.origins import OriginFlows
 from agent.datapath.ring import Batch
 from agent.datapath.services import ServiceMaps
 from agent.direct import DirectPath
+from agent.errors import MapError
 from agent.model.pod import LocalPod
 from agent.tunnel.sockets import LINGER_RESET
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network
@@ -425,6 +427,37 @@ def test_ends_are_complete_when_the_ring_has_come_round(neighbors: Neighbors) ->
             read_bytes += len(batch.records)
     assert read_bytes > RING_BYTES
     assert (count, sent, resets) == (number, 0, 0)
+
+
+def test_ends_are_read_again_after_an_error(
+    neighbors: Neighbors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[object] = []
+    read = direct.FlowEnds.read
+
+    def read_or_fail(ends: direct.FlowEnds) -> Batch:
+        if not errors:
+            raise MapError("this time only")
+        return read(ends)
+
+    async def check() -> None:
+        counted = asyncio.Event()
+        control = DirectPath(neighbors.pins, "cluster.local", lambda _counts: counted.set())
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _loop, context: errors.append(context["exception"])
+        )
+        control.start()
+        neighbors.allow()
+        for end in neighbors.join(PEER4):
+            end.close()
+        async with asyncio.timeout(10):
+            await counted.wait()
+        control.stop()
+
+    monkeypatch.setattr("agent.direct.AFTER_ERROR_SECONDS", 0.0)
+    monkeypatch.setattr(direct.FlowEnds, "read", read_or_fail)
+    asyncio.run(check())
+    assert len(errors) == 1
 
 
 def test_other_connections_of_the_pods_stay_open(neighbors: Neighbors, shop: Shop) -> None:

@@ -139,6 +139,21 @@ def test_wait_grows_and_has_an_end() -> None:
     assert waits[-1] == LONGEST_WAIT_SECONDS
 
 
+def test_pod_is_drained_soon_where_no_worker_is() -> None:
+    async def check() -> None:
+        fleet = Fleet(list, lambda _identity: None, lambda _counts: None, lambda: None)
+        drained, taken_back = asyncio.Event(), asyncio.Event()
+        fleet.expect_drained("other", taken_back.set)
+        fleet.expect_no_more("other")
+        fleet.expect_drained("pod", drained.set)
+        assert not drained.is_set()
+        async with asyncio.timeout(5):
+            await drained.wait()
+        assert not taken_back.is_set()
+
+    asyncio.run(check())
+
+
 def test_drain_that_is_taken_back_is_not_told() -> None:
     async def check() -> None:
         replaced = asyncio.Event()

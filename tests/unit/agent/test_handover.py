@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,8 +14,8 @@ import pytest
 from agent.elders import Elders
 from agent.errors import HandoverFailed
 from agent.handover import HandoverServer, Predecessor
-from agent.inheritance import Inheritance
-from agent.model.pod import LocalPod
+from agent.inheritance import Inheritance, encode
+from agent.model.pod import Exclusions, LocalPod
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,7 +27,9 @@ PODS = [Inheritance(LocalPod(f"uid-{n}", "a", f"p{n}", "s", ()), n, (15008,)) fo
 
 
 def with_server(
-    path: Path, check: Callable[[HandoverServer, asyncio.Lock, list[str]], Awaitable[None]]
+    path: Path,
+    check: Callable[[HandoverServer, asyncio.Lock, list[str]], Awaitable[None]],
+    told: list[Inheritance] = PODS,
 ) -> None:
     async def run() -> None:
         turn, said = asyncio.Lock(), list[str]()
@@ -32,7 +37,7 @@ def with_server(
         server = HandoverServer(
             path / "handover.sock",
             turn,
-            lambda: ([lock], [(pod, [one, one]) for pod in PODS]),
+            lambda: ([lock], [(pod, [one, one]) for pod in told]),
             lambda: said.append("committed"),
             lambda: said.append("leave"),
         )
@@ -102,6 +107,71 @@ def test_predecessor_that_ends_it_alone_is_still_the_agent(tmp_path: Path) -> No
         found.connection.close()
 
     with_server(tmp_path, check)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([b'{"reply": "begin", "pods": 2}', encode(PODS[0])], "waits no longer"),
+        ([b'{"reply": "begin", "pods": 2}', b"no pod"], "strange"),
+        ([b"nothing"], "no JSON"),
+    ],
+)
+def test_what_came_before_the_predecessor_failed_is_closed(
+    messages: list[bytes], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.handover.GONE_SECONDS", 0.0)
+    fail_to_begin(messages, error)
+
+
+def fail_to_begin(messages: list[bytes], error: str) -> None:
+    """Begin with an agent that says this and ends; no descriptor that came may stay open."""
+
+    async def check() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        found = Predecessor(ours)
+        reader, writer = os.pipe()
+        for message in messages:
+            socket.send_fds(theirs, [message], [writer, writer])
+        theirs.shutdown(socket.SHUT_WR)
+        os.close(writer)
+        with pytest.raises(HandoverFailed, match=error):
+            await found.begin()
+        os.set_blocking(reader, False)
+        assert os.read(reader, 1) == b""  # nobody could write any more
+        os.close(reader)
+        found.close()
+        ours.close()
+        theirs.close()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("limit", ["MESSAGE_BYTES", "MAX_FDS"])
+def test_message_of_which_a_part_is_lost_is_refused(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"agent.handover.{limit}", 1)
+    fail_to_begin([b'{"reply": "begin", "pods": 0}'], "a part of a message is lost")
+
+
+def test_pod_with_as_many_exclusions_as_there_can_be_is_handed_over(tmp_path: Path) -> None:
+    first = int(ip_address("100.100.0.0"))
+    networks = tuple(ip_network(first + number) for number in range(16384))
+    pod = replace(PODS[0].pod, exclusions=Exclusions(outbound_networks=networks))
+    told = [replace(PODS[0], pod=pod), *PODS[1:]]
+
+    async def check(_server: HandoverServer, _turn: asyncio.Lock, _said: list[str]) -> None:
+        found = Predecessor.find(tmp_path / "handover.sock")
+        assert found is not None
+        lock, elders, pods = await found.begin()
+        assert [pod for pod, _fds in pods] == told
+        close_all(lock, elders, pods)
+        found.close()
+        found.connection.close()
+
+    with_server(tmp_path, check, told)
 
 
 def test_nobody_is_found_where_nobody_listens(tmp_path: Path) -> None:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.errors import ConfigError
-from agent.metrics import COUNTERS, Metrics, families, gauge_families, is_gone, understood
+from agent.metrics import (
+    COUNTERS,
+    EXPIRE_SECONDS,
+    Metrics,
+    families,
+    gauge_families,
+    is_gone,
+    understood,
+)
 from agent.model.flag import Flag
 from agent.model.workload import Workload
 from agent.tunnel.labels import NAMES, Party, build_labels
@@ -161,6 +170,34 @@ def test_series_of_what_is_gone_are_forgotten_after_a_while(
     assert samples(metrics)[key] == 1  # for a last scrape
     monkeypatch.setattr("agent.metrics.EXPIRE_SECONDS", -1.0)
     assert key not in samples(metrics)
+
+
+def test_series_of_what_is_gone_are_forgotten_though_nobody_scrapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1.0
+    monkeypatch.setattr("agent.metrics.time", SimpleNamespace(monotonic=lambda: now))
+    metrics = make(places=set())
+    gone: Counted = (("istio_tcp_connections_opened", common(), 1),)
+    other: Counted = (("connections_denied", (("policy", "p"),), 1),)
+    metrics.add(gone)
+    now += EXPIRE_SECONDS + 1
+    metrics.add(other)
+    assert metrics.take() == other
+
+
+def test_adding_seldom_looks_for_what_is_gone() -> None:
+    looks = 0
+
+    def places() -> set[Place]:
+        nonlocal looks
+        looks += 1
+        return SHOP
+
+    metrics = Metrics(read, places)
+    for _ in range(10):
+        metrics.add((("istio_tcp_connections_opened", common(), 1),))
+    assert looks == 1
 
 
 @pytest.mark.parametrize(

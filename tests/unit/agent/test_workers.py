@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import workers
+from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
 if TYPE_CHECKING:
@@ -31,6 +32,19 @@ def test_worker_answers_when_all_is_in_force_and_ends_with_its_channel() -> None
         worker.stop()
         assert worker.process.returncode == 0
         assert not gone.done()
+
+    asyncio.run(check())
+
+
+def test_worker_that_is_gone_lets_nobody_wait() -> None:
+    async def check() -> None:
+        worker, gone = await start()
+        worker.process.kill()
+        await gone
+        async with asyncio.timeout(workers.ANSWER_SECONDS / 2):
+            await worker.wait_in_force()
+            assert await worker.ask(messages.AskGauges, workers.ANSWER_SECONDS) is None
+        worker.stop()
 
     asyncio.run(check())
 
