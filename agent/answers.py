@@ -22,7 +22,7 @@ from agent.inspection import rows
 from agent.model.endpoint import endpoint
 from agent.readings import read_gauges
 from agent.state.explanation import Explainer
-from agent.tunnel.outbound import CLUSTER_DOMAIN
+from agent.tunnel.labels import CLUSTER_DOMAIN
 
 if TYPE_CHECKING:
     import asyncio

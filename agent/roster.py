@@ -330,6 +330,8 @@ class Roster:
     def abandon(self) -> None:
         """Listen no more, and leave every pod captured: closed, or the successor's."""
         self._is_leaving = True
+        for uid in self._draining:
+            self._fleet.expect_no_more(uid)
         for enrollment in (*self._enrolled.values(), *self._draining.values()):
             abandon(enrollment)
             os.close(enrollment.netns_fd)

@@ -12,7 +12,7 @@ through than the policy says, and a warning says so.
 from __future__ import annotations
 
 from datetime import datetime
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING
 
 from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from agent.model.condition import ValueSet
+    from agent.model.pod import Network
     from agent.model.policy import Match
 
     Read = Callable[[list[Field], str], ValueSet]
 
 DEFAULT_ROOT_NAMESPACE = "istio-system"
 DRY_RUN = "istio.io/dry-run"
+MAPPED_BITS = 96  # before the IPv4 address in a v4-mapped one (RFC 4291 §2.5.5.2)
 TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 FALSE = {"", "0", "f", "F", "false", "FALSE", "False"}
 REFUSED_ACTIONS = {
@@ -71,10 +73,18 @@ def _read_networks(items: list[Field], _namespace: str) -> ValueSet:
     networks = []
     for item in items:
         try:
-            networks.append(ip_network(item.text(), strict=False))
+            networks.append(_canonical(ip_network(item.text(), strict=False)))
         except ValueError:
             raise item.wrong(f"{item.text()!r} is not an address or a range of them") from None
     return network_set(networks)
+
+
+def _canonical(network: Network) -> Network:
+    """Return IPv4 for a block of v4-mapped addresses: connections show theirs as IPv4, too."""
+    mapped = network.network_address.ipv4_mapped if isinstance(network, IPv6Network) else None
+    if mapped is None or network.prefixlen < MAPPED_BITS:
+        return network
+    return IPv4Network((mapped, network.prefixlen - MAPPED_BITS))
 
 
 def _read_ports(items: list[Field], _namespace: str) -> ValueSet:

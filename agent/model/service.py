@@ -8,12 +8,13 @@ among several is not done here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from agent.model.pod import Address
 
 ServiceKind = Literal["Service", "ServiceEntry"]
+KINDS: tuple[ServiceKind, ...] = get_args(ServiceKind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,20 @@ class _End:
         return self.workload is not None and self.workload.is_hbone
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the application dials: an endpoint itself, or an address and port of a service."""
+
+    addresses: tuple[Address, ...]
+    port: int
+
+
+def _asked_of(service: Service, port: int, endpoint: Address) -> _Asked | None:
+    """Return what is dialed of a service that has addresses, in the endpoint's family if it can."""
+    same = tuple(each for each in service.addresses if each.version == endpoint.version)
+    return _Asked(same or service.addresses, port) if service.addresses else None
+
+
 class Explainer:
     """Explains connections in one state of the mesh."""
 
@@ -116,16 +130,18 @@ class Explainer:
         service = self._find_service(destination)
         if service is None:
             ends = self._find_ends(destination)
-            return [self._explain(_facing(origins, ends[0]), ends[0], port)]
+            asked = _Asked((ends[0].address,), port)
+            return [self._explain(_facing(origins, ends[0]), ends[0], port, asked)]
         targets = service.endpoints_for(port)
         if not targets:
             named = f"service {service.namespace}/{service.name}:{port}"
             detail = "the service has no ready endpoint for this port"
             return [Explanation(str(origins[0]), named, "denied", detail)]
         return [
-            self._explain(_facing(origins, end), end, target_port)
+            self._explain(_facing(origins, end), end, target_port, asked)
             for address, target_port in targets
             for end in (self._end_at(address),)
+            for asked in (_asked_of(service, port, address) or _Asked((address,), target_port),)
         ]
 
     # -- names --------------------------------------------------------------------------------
@@ -180,10 +196,11 @@ class Explainer:
 
     # -- paths --------------------------------------------------------------------------------
 
-    def _explain(self, source: _End, destination: _End, port: int) -> Explanation:
+    def _explain(self, source: _End, destination: _End, port: int, asked: _Asked) -> Explanation:
         target = destination.workload
         named = f"{destination} {endpoint(str(destination.address), port)}"
-        if target is not None and target == source.workload:
+        is_itself = target is not None and target == source.workload
+        if is_itself and destination.address in asked.addresses:  # not by a service
             reason = "a pod's connection to itself stays inside the pod"
             return Explanation(str(source), named, "passthrough", reason)
         network = source.workload.network if source.workload else ""
@@ -197,7 +214,7 @@ class Explainer:
         if port in LISTENER_PORTS:
             reason = f"port {port} is the agent's own"
             return Explanation(str(source), named, "denied", reason)
-        is_captured = source.is_enrolled and not self._is_excluded(source, destination, port)
+        is_captured = source.is_enrolled and not self._is_excluded(source, asked)
         if not is_captured and self._is_open(destination, port):
             reason = f"port {port} of {destination} is excluded from capture: plaintext is not seen"
             return Explanation(str(source), named, "passthrough", reason)
@@ -226,17 +243,25 @@ class Explainer:
             return "plaintext", f"{source} is not in the mesh, so it has no identity"
         assert source.workload is not None
         assert destination.workload is not None
-        is_near = source.workload.node == destination.workload.node
+        is_near = (
+            source.workload.node == destination.workload.node
+            and source.workload != destination.workload
+        )
         pods = (source.pod, destination.pod)
         if is_near and self._has_direct_path and all(pod and pod.may_go_direct for pod in pods):
             return "direct", "two pods of one node: the first connection is judged in the tunnel"
         return "tunnel", "both pods are in the mesh"
 
-    def _is_excluded(self, source: _End, destination: _End, port: int) -> bool:
+    def _is_excluded(self, source: _End, asked: _Asked) -> bool:
+        """Whether connect() lets it go: it compares what was asked for (bpf/include/capture.h)."""
         own = (self._common, *([source.pod.exclusions] if source.pod else []))
         return any(
-            port in each.outbound_ports
-            or any(destination.address in network for network in each.outbound_networks)
+            asked.port in each.outbound_ports
+            or any(
+                address in network
+                for address in asked.addresses
+                for network in each.outbound_networks
+            )
             for each in own
         )
 

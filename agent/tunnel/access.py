@@ -23,7 +23,7 @@ from agent.model.endpoint import endpoint
 from agent.model.flag import Flag, flag_of
 from agent.model.open_connection import OpenConnection
 from agent.tunnel.counts import COUNTS
-from agent.tunnel.labels import Party, build_labels
+from agent.tunnel.labels import Party, build_labels, read_service_name
 from agent.tunnel.limiter import Limiter
 from agent.tunnel.served import LOG, log
 
@@ -286,6 +286,16 @@ class Ledger:
         """Begin the record of a connection to a pod."""
         parties = (Party(self._mesh.at(source_address)), self._own(served))
         return self._add("inbound", served, (source, original), parties, path)
+
+    def known_service(self, hostname: str | None) -> ServiceName | None:
+        """Return the service that a peer names, if there is one of that name.
+
+        Anything else would be a series of metrics for whatever a peer says.
+        """
+        found = read_service_name(hostname)
+        if found is None or not self._mesh.has_service(found.namespace, found.name):
+            return None
+        return found
 
     def list(
         self, after: int, most: int, namespace: str | None, pod: str | None

@@ -496,7 +496,8 @@ class Connection:
     def _end_stream(self, stream_id: int, found: list[Event]) -> None:
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._appease()
+            if stream.has_response:  # else it may be reset next, for nothing (CVE-2023-44487)
+                self._appease()
             self._advance(stream_id, stream, StreamInput.RECEIVE_END)
             found.append(events.StreamEnded(stream_id))
 
@@ -721,10 +722,12 @@ class Connection:
         if stream_id == 0:
             if increment == 0:
                 raise RemoteProtocolError("a window grows by 0", ErrorCode.PROTOCOL_ERROR)
+            was_closed = self._send_window <= 0
             self._send_window += increment
             if self._send_window > frames.MAX_WINDOW:
                 raise RemoteProtocolError("a window is too large", ErrorCode.FLOW_CONTROL_ERROR)
-            return [events.WindowOpened(0)]
+            # All streams try again then: not for each of a thousand small steps.
+            return [events.WindowOpened(0)] if was_closed else []
         stream = self._streams.get(stream_id)
         if stream is None:
             if self._is_idle(stream_id):

@@ -25,7 +25,6 @@ from agent.tunnel import sockets, tcp
 from agent.tunnel.buffers import FULL, Kept
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
-from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
 from agent.tunnel.served import SCOPE, TOO_MANY, log, refusal
 from agent.tunnel.session import Session
@@ -230,7 +229,9 @@ class Inbound:
         access = self._ledger.inbound(served, str(source), source, event.authority, "hbone")
         access.hbone_target = event.authority
         access.prove(str(served.identity), str(session.peer))
-        access.service = service_name(forwarded_host(event.headers.get("forwarded", "")))
+        access.service = self._ledger.known_service(
+            forwarded_host(event.headers.get("forwarded", ""))
+        )
 
         def refuse(status: int, reason: str) -> None:
             session.respond(event.stream_id, status)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 CLUSTER = "Kubernetes"  # the name that Istio gives a cluster without one
 SCHEME = "spiffe://"
+CLUSTER_DOMAIN = "cluster.local"  # the DNS domain of services
 NAMES = (
     "connection_security_policy",
     "destination_app",
@@ -87,11 +88,16 @@ class ServiceName:
     hostname: str
 
 
-def service_name(hostname: str | None) -> ServiceName | None:
-    """Read `NAME.NAMESPACE.svc.DOMAIN`; None for anything else."""
+def service_name(namespace: str, name: str) -> ServiceName:
+    """Name a service of the cluster."""
+    return ServiceName(namespace, name, f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}")
+
+
+def read_service_name(hostname: str | None) -> ServiceName | None:
+    """Read `NAME.NAMESPACE.svc.DOMAIN`, whatever the domain; None for anything else."""
     parts = (hostname or "").split(".")
-    if hostname and len(parts) > 3 and parts[2] == "svc" and all(parts):
-        return ServiceName(parts[1], parts[0], hostname)
+    if len(parts) > 3 and parts[2] == "svc" and all(parts):
+        return service_name(parts[1], parts[0])
     return None
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agent.model.service import KINDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -83,6 +85,10 @@ class Mesh:
         for address in known.addresses if known else ():
             if self._service_by_address.get(address) is known:
                 del self._service_by_address[address]
+
+    def has_service(self, namespace: str, name: str) -> bool:
+        """Say whether there is a service of that name, of either kind."""
+        return any((namespace, name, kind) in self._services for kind in KINDS)
 
     def network(self, uid: str) -> str:
         """Return the network of a workload; the cluster's own if it is not known."""

@@ -20,7 +20,7 @@ from agent.model.endpoint import endpoint, parse_address
 from agent.model.flag import Flag
 from agent.tunnel import sockets, tcp
 from agent.tunnel.frames import ErrorCode
-from agent.tunnel.labels import ServiceName
+from agent.tunnel.labels import service_name
 from agent.tunnel.relay import Relay
 from agent.tunnel.served import refusal
 from agent.tunnel.tcp import TcpChannel
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from agent.model.capture import Origin
     from agent.model.pod import Address
-    from agent.model.service import Service
     from agent.model.workload import Workload
     from agent.tunnel.access import Access, Ledger
     from agent.tunnel.contexts import Contexts
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 TRIES = 3
 # A peer like us dials its application for half of this (tcp.CONNECT_SECONDS) and then says 503.
 ANSWER_SECONDS = 2 * tcp.CONNECT_SECONDS
-CLUSTER_DOMAIN = "cluster.local"
 DENIED = "the peer answered 401: denied by a policy at the destination"
 
 
@@ -66,11 +64,6 @@ def _choose(
 ) -> tuple[Address, int]:
     """Follow the kernel's choice while it is one of the endpoints."""
     return wanted if wanted and wanted in endpoints else random.choice(endpoints)
-
-
-def _named(service: Service) -> ServiceName:
-    hostname = f"{service.name}.{service.namespace}.svc.{CLUSTER_DOMAIN}"
-    return ServiceName(service.namespace, service.name, hostname)
 
 
 class DirectPath(Protocol):
@@ -140,7 +133,7 @@ class Outbound:
             access.complete("the service has no ready endpoint")
             return
         if route.service is not None:
-            access.service = _named(route.service)
+            access.service = service_name(route.service.namespace, route.service.name)
         if route.unreachable:
             sockets.abort(accepted)
             access.complete(route.unreachable)

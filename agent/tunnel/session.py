@@ -21,7 +21,7 @@ import ssl
 import time
 from typing import TYPE_CHECKING
 
-from agent.errors import LocalProtocolError, PeerCertificateMissing, UntrustedPeer
+from agent.errors import PeerCertificateMissing, UntrustedPeer
 from agent.identity.verify import explain
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.tunnel import life_signs, lingering, sockets
@@ -246,13 +246,13 @@ class Session:
             self.refuse(error)
         except ssl.SSLCertVerificationError as error:
             self.refuse(explain(error.verify_code, error.verify_message))
-        except LocalProtocolError as error:
-            # A defect of ours costs this tunnel, and not every connection of the worker.
-            self.fail(f"a defect of Sidestep: {error}")
         except ssl.SSLError as error:
             self.fail(f"{type(error).__name__}: {error}", "handshake_tls")
         except OSError as error:
             self.fail(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            # A defect of ours costs this tunnel, and not every connection of the worker.
+            self.fail(f"a defect of Sidestep: {type(error).__name__}: {error}")
 
     def _handshake(self) -> bool:
         """Go on with the handshake; whether it is done and the tunnel in use."""
@@ -390,8 +390,7 @@ class Session:
         """Act on anything but data, which `_read` passes on itself."""
         match event:
             case WindowOpened(stream_id=0):
-                for each in list(self.channels.values()):
-                    each.flush()
+                self._flush_all()
             case WindowOpened():
                 channel = self.channels.get(event.stream_id)
                 if channel is not None:
@@ -435,7 +434,10 @@ class Session:
                 self.on_ready(self)
                 if self._drains:
                     self.drain()
-        for channel in list(self.channels.values()):
+        self._flush_all()
+
+    def _flush_all(self) -> None:
+        for channel in [each for each in self.channels.values() if each.buffered]:
             channel.flush()
 
     def _schedule_ping(self) -> None:

@@ -279,6 +279,23 @@ def test_add_that_is_cancelled_leaves_a_pod_that_can_be_let_go(pins: Pins, how: 
     run(pins, check)
 
 
+def test_pod_that_drains_is_nobodys_once_all_are_abandoned(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        failed: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _loop, context: failed.append(context)
+        )
+        await node.follow(pod_of(WEB, "web"))
+        await node.add(WEB, "web", "c1", node.sandbox())
+        node.roster.release_all()
+        node.roster.abandon()
+        for _ in range(3):  # what the fleet was asked to say about it comes now
+            await asyncio.sleep(0)
+        assert failed == []
+
+    run(pins, check)
+
+
 def test_want_of_descriptors_is_a_failure_of_one_pod(
     pins: Pins, monkeypatch: pytest.MonkeyPatch
 ) -> None:

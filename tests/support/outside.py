@@ -48,7 +48,7 @@ from agent.tunnel import frames
 from agent.tunnel.connection import Connection, Role
 from agent.tunnel.events import ConnectRequested
 from agent.tunnel.inbound import forwarded_host, parse_authority
-from agent.tunnel.labels import service_name
+from agent.tunnel.labels import read_service_name
 from cni.conflist import PLUGIN_TYPE, Write, plan_install, plan_uninstall
 from cni.protocol import MAGIC, SPEC_VERSION, CniError, Code, build_error, parse_request
 from tests.support.certificates import Maker
@@ -119,7 +119,7 @@ def request_headers(data: bytes) -> None:
     text = data.decode("latin-1")
     with contextlib.suppress(ValueError):
         parse_authority(text)
-    service_name(forwarded_host(text))
+    read_service_name(forwarded_host(text))
     for form in Format:
         entry = {"time": "t", "level": "info", "scope": "access", "message": text, "field": text}
         line = build_line(form, entry)

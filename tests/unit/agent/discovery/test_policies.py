@@ -85,6 +85,12 @@ def test_l4_fields_are_read() -> None:
     ]
 
 
+def test_block_of_mapped_addresses_is_one_of_ipv4() -> None:
+    blocks = ["::ffff:10.0.0.0/104", "::ffff:10.1.2.3", "::ffff:0:0/95", "::ffff:0:0/96"]
+    (found,) = terms(authorization(source(ipBlocks=blocks)))
+    assert found == "0 from SOURCE_ADDRESS: 10.1.2.3/32, 10.0.0.0/8, 0.0.0.0/0, ::fffe:0:0/95"
+
+
 @pytest.mark.parametrize("version", ["v1", "v1beta1"])
 def test_both_versions_are_read_and_the_root_namespace_is_the_whole_mesh(version: str) -> None:
     written = body("AuthorizationPolicy", {}) | {"apiVersion": f"security.istio.io/{version}"}

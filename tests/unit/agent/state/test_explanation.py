@@ -49,6 +49,11 @@ SERVICES = (
         "default", "web", (ip_address("10.1.0.1"),), (ServicePort("http", 80),),
         (Endpoint(ip_address("10.0.0.3"), (("http", 8080),)),),
     ),
+    Service(
+        "default", "crossed", (ip_address("10.1.0.2"), ip_address("fd01::2")),
+        (ServicePort("out", 7), ServicePort("in", 80)),
+        (Endpoint(ip_address("10.0.0.3"), (("out", 8080), ("in", 7))),),
+    ),
     Service("default", "far", (), (ServicePort("http", 80),), ()),
     Service(
         "default", "entry", (), (ServicePort("http", 80),),
@@ -114,6 +119,12 @@ def explain(
         ("client", "web", 80, (), "tunnel", None),
         ("client", "10.1.0.1", 80, (), "tunnel", None),
         ("client", "web", 81, (), "denied", None),
+        # Port 7 is excluded where it is asked for, not where the service leads.
+        ("client", "crossed", 7, (), "plaintext", None),
+        ("client", "crossed", 80, (), "tunnel", None),
+        ("far", "web", 80, (), "tunnel", None),  # itself, by a service
+        ("far", "web", 80, (ONLY_NEAR,), "denied", "AuthorizationPolicy default/only-near"),
+        ("far", "db.example.com", 80, (), "passthrough", None),
         ("client", "service:far", 80, (), "denied", None),
         ("client", "web.default.svc.cluster.local", 80, (NOT_CLIENT,), "denied",
          "AuthorizationPolicy default/not-client rules[0]"),

@@ -267,6 +267,14 @@ def word(value: int) -> bytes:
             [part for n in range(1, 4000, 2) for part in (request(n), frames.build_reset(n, 8))],
             ErrorCode.ENHANCE_YOUR_CALM,
         ),
+        (
+            [
+                part
+                for n in range(1, 4000, 2)
+                for part in (request(n, ends=True), frames.build_reset(n, 8))
+            ],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
         ([request(1), *[frame(FrameType.DATA, 0, 1)] * 500], ErrorCode.ENHANCE_YOUR_CALM),
     ],
 )
@@ -302,6 +310,25 @@ def test_padding_is_not_data_and_is_given_back() -> None:
     )
     assert data_of(found, 1) == b"hi"
     assert found[-1] == StreamEnded(1)
+
+
+def test_streams_that_were_served_pay_for_resets() -> None:
+    server, _ = server_after()
+    for number in range(1, 4000, 2):
+        server.receive(request(number))
+        server.respond(number, 200)
+        server.receive(frames.build_reset(number, 8))
+    assert not server.is_terminated
+
+
+def test_window_of_the_connection_is_told_open_once() -> None:
+    server, _ = server_after(request(1))
+    server.respond(1, 200)
+    grow = frame(FrameType.WINDOW_UPDATE, 0, 0, word(1))
+    assert server.receive(grow * 3) == []  # it was open
+    server.receive(frames.build_window_update(1, 1 << 20))
+    assert server.send_some(1, bytes(1 << 20), 1 << 20) == frames.DEFAULT_WINDOW + 3
+    assert server.receive(grow * 3) == [WindowOpened(0)]
 
 
 def client_after(*parts: bytes) -> tuple[Connection, list[Event]]:
@@ -577,11 +604,6 @@ def test_stream_window_beyond_what_can_be_counted_costs_the_stream() -> None:
     assert StreamReset(1, ErrorCode.FLOW_CONTROL_ERROR) in found
     assert StreamReset(3, ErrorCode.PROTOCOL_ERROR) in found
     assert not server.is_terminated
-
-
-def test_connection_window_opens_every_stream() -> None:
-    _server, found = server_after(frames.build_window_update(0, 5))
-    assert found[-1] == WindowOpened(0)
 
 
 def test_peer_that_breaks_the_connection_window_is_gone() -> None:

@@ -13,6 +13,7 @@ import pytest
 from agent import netlink, netns
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.pod import LocalPod
+from agent.model.service import Service
 from agent.model.workload import Workload
 from agent.tunnel import buffers as buffers_module
 from agent.tunnel import tcp
@@ -60,13 +61,14 @@ class Scene:
         gate.enforce()
         contexts = Contexts(self.reactor, lambda _identity: None)
         contexts.put(authority.certificate(SERVER))
+        self.ledger = ledger = Ledger(self.reactor, mesh)
         self.inbound = Inbound(
             self.reactor,
             PodSockets(lambda _own: None),
             Trust(self.reactor, TRUST_DOMAIN),
             contexts,
             gate,
-            Ledger(self.reactor, mesh),
+            ledger,
             bounds,
         )
         pod = LocalPod("uid-server", "shop", "server-0", "server", (ADDRESS,))
@@ -276,6 +278,23 @@ def test_peer_that_is_silent_is_hung_up_in_time(scene: Callable[..., Scene]) -> 
         stage.inbound.serve_tunnel(stage.served, theirs, (str(ADDRESS), 40000))
         run_until(stage.reactor, lambda: stage.inbound.tunnels == 0)
         assert is_reset(ours)
+
+
+def test_peer_names_no_service_that_there_is_not(scene: Callable[..., Scene]) -> None:
+    """Each would be a series of metrics, for as long as the pod lives."""
+    stage = scene()
+    stage.mesh.put_service(Service("shop", "web", (), (), ()))
+    tunnel = stage.tunnel()
+    hosts = (
+        "web.shop.svc.cluster.local",
+        "web.shop.svc.elsewhere",
+        "made-up.shop.svc.cluster.local",
+    )
+    for host in hosts:
+        stage.wait(stage.ask(tunnel, {"forwarded": f'for="10.0.0.1";host={host}'}))
+    found, _last = stage.ledger.list(0, 10, None, None)
+    known = "web.shop.svc.cluster.local"
+    assert [each.service for each in found] == [known, known, None]
 
 
 def test_headers_beyond_their_size_cost_the_tunnel(scene: Callable[..., Scene]) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from agent.model.flag import Flag
 from agent.model.workload import Locality, Workload
-from agent.tunnel.labels import NAMES, Party, ServiceName, build_labels, service_name
+from agent.tunnel.labels import NAMES, Party, ServiceName, build_labels, read_service_name
 
 WEB = ServiceName("shop", "web", "web.shop.svc.cluster.local")
 
@@ -71,6 +71,7 @@ def test_mutual_tls_is_claimed_only_where_it_was(
     ("hostname", "expected"),
     [
         ("web.shop.svc.cluster.local", WEB),
+        ("web.shop.svc.made.up.by.a.peer", WEB),
         ("web.shop.svc.", None),
         ("web.shop.svc", None),
         ("example.com", None),
@@ -82,4 +83,4 @@ def test_mutual_tls_is_claimed_only_where_it_was(
 def test_service_is_read_from_its_name_in_dns(
     hostname: str | None, expected: ServiceName | None
 ) -> None:
-    assert service_name(hostname) == expected
+    assert read_service_name(hostname) == expected

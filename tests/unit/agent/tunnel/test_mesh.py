@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from agent.model.pod import Address
+    from agent.model.service import ServiceKind
 
 POD4, POD6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 OTHER4 = ip_address("10.0.0.2")
@@ -93,6 +94,16 @@ def test_what_is_removed_is_forgotten_and_may_be_removed_again(mesh: Mesh) -> No
         mesh.remove_service(SERVICE.namespace, SERVICE.name)
     assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None)
     assert mesh.resolve(VIP4, 80, first) == Route(VIP4, 80, None)
+
+
+@pytest.mark.parametrize("kind", ["Service", "ServiceEntry"])
+def test_service_is_known_by_name(kind: ServiceKind) -> None:
+    mesh = Mesh()
+    mesh.put_service(replace(SERVICE, kind=kind))
+    assert mesh.has_service(SERVICE.namespace, SERVICE.name)
+    assert not mesh.has_service("elsewhere", SERVICE.name)
+    mesh.remove_service(SERVICE.namespace, SERVICE.name, kind)
+    assert not mesh.has_service(SERVICE.namespace, SERVICE.name)
 
 
 def test_address_that_was_taken_over_stays_with_its_new_owner(mesh: Mesh) -> None:

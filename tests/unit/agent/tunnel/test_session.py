@@ -153,6 +153,19 @@ def test_peer_that_breaks_http2_is_dropped_with_a_reason(tunnel: Tunnel) -> None
     tunnel.until(lambda: tunnel.client.reasons)
 
 
+def test_defect_of_ours_costs_one_tunnel(tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch) -> None:
+    near, _far = tunnel.open()
+
+    def fail(_data: bytes | memoryview) -> None:
+        raise ValueError("Exceeds the limit of an integer")
+
+    monkeypatch.setattr(tunnel.server.session.connection, "receive", fail)
+    near.channel.write(b"anything")
+    tunnel.until(lambda: tunnel.server.reasons and tunnel.client.reasons)
+    (reason,) = tunnel.server.reasons
+    assert reason == "a defect of Sidestep: ValueError: Exceeds the limit of an integer"
+
+
 # -- handshakes that fail -----------------------------------------------------------------------
 
 
