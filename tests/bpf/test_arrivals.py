@@ -269,7 +269,9 @@ def test_add_that_is_cancelled_leaves_a_pod_that_can_be_let_go(pins: Pins, how: 
         (enrollment,) = node.roster.enrollments()
         os.fstat(enrollment.netns_fd)
         if how == "abandon":
+            left = enrollment.capture.pop_all()  # what the next agent would take over
             node.roster.abandon()
+            left.close()
         else:
             node.roster.release_all()
             node.roster.drop_all()
