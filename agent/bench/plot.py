@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from agent.bench.results import row_key
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from agent.output import Row
 
+TITLE_COLUMNS = 180  # as many letters as the picture is wide
 COLORS = {
     "no-mesh": "#9aa0a6",
     "same-node": "#34a0a4",
@@ -66,7 +68,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
         axis.bar_label(bars, [f"{value:.4g}" for value in values], fontsize=7, padding=2)
         axis.invert_yaxis()
         axis.margins(x=0.2)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(fill(title, TITLE_COLUMNS), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
