@@ -96,10 +96,16 @@ class _Asked:
     port: int
 
 
-def _asked_of(service: Service, port: int, endpoint: Address) -> _Asked | None:
-    """Return what is dialed of a service that has addresses, in the endpoint's family if it can."""
-    same = tuple(each for each in service.addresses if each.version == endpoint.version)
-    return _Asked(same or service.addresses, port) if service.addresses else None
+def _asked_of(service: Service, port: int, endpoint: tuple[Address, int]) -> _Asked:
+    """Return what is dialed to get to an endpoint of a service, in its family where there is one.
+
+    Of a service without addresses, whose name leads to its endpoints, that is the endpoint.
+    """
+    address, target_port = endpoint
+    if not service.addresses:
+        return _Asked((address,), target_port)
+    same = tuple(each for each in service.addresses if each.version == address.version)
+    return _Asked(same or service.addresses, port)
 
 
 class Explainer:
@@ -138,11 +144,13 @@ class Explainer:
             detail = "the service has no ready endpoint for this port"
             return [Explanation(str(origins[0]), named, "denied", detail)]
         return [
-            self._explain(_facing(origins, end), end, target_port, asked)
+            self._explain(
+                _facing(origins, end), end, target_port,
+                _asked_of(service, port, (address, target_port)),
+            )
             for address, target_port in targets
             for end in (self._end_at(address),)
-            for asked in (_asked_of(service, port, address) or _Asked((address,), target_port),)
-        ]
+        ]  # fmt: skip
 
     # -- names --------------------------------------------------------------------------------
 
