@@ -206,9 +206,15 @@ def possible_cpus() -> int:
     return int(re.split(r"[,-]", text.strip())[-1]) + 1
 
 
+@functools.cache
+def _buffer_type(size: int) -> type[ctypes.Array[ctypes.c_char]]:
+    # Kept, since ctypes makes one anew when no buffer is left, and the old one is cyclic garbage.
+    return ctypes.c_char * size
+
+
 def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     """Return the value of `key`, or None."""
-    value = ctypes.create_string_buffer(value_size)
+    value = _buffer_type(value_size)()
     result = _library().bpf_map_lookup_elem(fd, key, value)
     if result == 0:
         return value.raw
@@ -235,7 +241,7 @@ def delete(fd: int, key: bytes) -> bool:
 def keys(fd: int, key_size: int, limit: int) -> Iterator[bytes]:
     """Yield the keys, at most `limit`: a map that changes meanwhile may restart the walk."""
     key: bytes | None = None
-    following = ctypes.create_string_buffer(key_size)
+    following = _buffer_type(key_size)()
     for _ in range(limit):
         result = _library().bpf_map_get_next_key(fd, key, following)
         if -result == errno.ENOENT:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import hpack
 
@@ -103,17 +103,6 @@ class Connection:
         self._block_stream_id = 0
         self._block_ends = False
         self._preface_left = frames.PREFACE if role is Role.SERVER else b""
-        self._handlers: dict[int, Callable[[int, int, memoryview], list[Event]]] = {
-            FrameType.HEADERS: self._on_headers,
-            FrameType.PRIORITY: self._on_priority,
-            FrameType.RST_STREAM: self._on_reset,
-            FrameType.SETTINGS: self._on_settings,
-            FrameType.PUSH_PROMISE: self._on_push_promise,
-            FrameType.PING: self._on_ping,
-            FrameType.GOAWAY: self._on_goaway,
-            FrameType.WINDOW_UPDATE: self._on_window_update,
-            FrameType.CONTINUATION: self._on_continuation,
-        }
         self._open()
 
     def _open(self) -> None:
@@ -349,7 +338,7 @@ class Connection:
                 self._begin_data(length, flags, stream_id, view[at + 9 : at + needed], found)
                 at += needed
                 continue
-            handler = self._handlers.get(frame_type)
+            handler = self._HANDLERS.get(frame_type)
             if handler is None:  # RFC 9113 §4.1: discarded, and so not kept until it is whole
                 self._to_skip = length
                 at += frames.HEADER_BYTES
@@ -358,7 +347,7 @@ class Connection:
                 break
             payload = view[at + 9 : at + 9 + length]
             at += frames.HEADER_BYTES + length
-            found += handler(flags, stream_id, payload)
+            found += handler(self, flags, stream_id, payload)
         if at < end:
             self._pending = bytes(view[at:])
 
@@ -403,7 +392,7 @@ class Connection:
             frame_type != FrameType.CONTINUATION or stream_id != self._block_stream_id
         ):
             raise RemoteProtocolError("a header block is interrupted", ErrorCode.PROTOCOL_ERROR)
-        if frame_type in self._handlers and length > frames.DEFAULT_FRAME_BYTES * 4:
+        if frame_type in self._HANDLERS and length > frames.DEFAULT_FRAME_BYTES * 4:
             # DATA is passed on in parts; what has a handler would have to be held whole.
             raise RemoteProtocolError("a control frame is too long", ErrorCode.FRAME_SIZE_ERROR)
 
@@ -744,3 +733,16 @@ class Connection:
         code = ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR
         self._fail_stream(stream_id, code, found)
         return found
+
+    # Functions: bound methods would make of every connection cyclic garbage.
+    _HANDLERS: ClassVar[dict[int, Callable[[Connection, int, int, memoryview], list[Event]]]] = {
+        FrameType.HEADERS: _on_headers,
+        FrameType.PRIORITY: _on_priority,
+        FrameType.RST_STREAM: _on_reset,
+        FrameType.SETTINGS: _on_settings,
+        FrameType.PUSH_PROMISE: _on_push_promise,
+        FrameType.PING: _on_ping,
+        FrameType.GOAWAY: _on_goaway,
+        FrameType.WINDOW_UPDATE: _on_window_update,
+        FrameType.CONTINUATION: _on_continuation,
+    }

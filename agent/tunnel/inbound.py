@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from functools import partial
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
@@ -183,23 +184,16 @@ class Inbound:
 
         self._contexts.server(str(served.identity), on_context)
 
-    def _watch_idle(self, session: Session) -> None:
-        """Close a tunnel that carries nothing from one look to the next."""
-        last: int | None = None
-
-        def look() -> None:
-            nonlocal last
-            found = None if session.channels else session.connection.last_peer_stream_id
-            if found is not None and found == last:
-                del self._idle_timers[session]
-                session.close()
-                return
-            last = found
-            self._idle_timers[session] = self._reactor.call_later(
-                IDLE_TURN * self._bounds.idle_seconds, look
-            )
-
-        look()
+    def _watch_idle(self, session: Session, before: int | None = None) -> None:
+        """Close a tunnel that carries nothing from one look, which found `before`, to the next."""
+        found = None if session.channels else session.connection.last_peer_stream_id
+        if found is not None and found == before:
+            del self._idle_timers[session]
+            session.close()
+            return
+        self._idle_timers[session] = self._reactor.call_later(
+            IDLE_TURN * self._bounds.idle_seconds, partial(self._watch_idle, session, found)
+        )
 
     def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
         self.tunnels -= 1

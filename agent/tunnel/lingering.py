@@ -17,7 +17,7 @@ from agent.tunnel.reactor import READ
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from agent.tunnel.reactor import Reactor, Timer
+    from agent.tunnel.reactor import Reactor
 
 STALL_SECONDS = 5.0
 MOST_STALLS = 12  # a peer that sends for ever is left after a minute
@@ -33,38 +33,44 @@ def linger(reactor: Reactor, own: socket.socket, on_gone: Callable[[], None]) ->
     nothing from one look to the next is not waited for: five seconds, or ten if it lives, since it
     acknowledges the FIN.
     """
-    fd = own.fileno()
-    looks_left = MOST_STALLS
-    seen = sockets.progress(own)
-    timer: Timer
+    _Goodbye(reactor, own, on_gone).say()
 
-    def end() -> None:
-        timer.cancel()
-        reactor.forget(fd)
-        own.close()
-        on_gone()
 
-    def look() -> None:
-        nonlocal looks_left, seen, timer
-        looks_left -= 1
-        before, seen = seen, sockets.progress(own)
-        if looks_left and seen != before:
-            timer = reactor.call_later(STALL_SECONDS, look)
+class _Goodbye:
+    def __init__(self, reactor: Reactor, own: socket.socket, on_gone: Callable[[], None]) -> None:
+        self._reactor = reactor
+        self._socket = own
+        self._on_gone = on_gone
+        self._looks_left = MOST_STALLS
+        self._seen = sockets.progress(own)
+        self._timer = reactor.call_later(STALL_SECONDS, self._look)
+
+    def say(self) -> None:
+        with suppress(OSError):  # reset by the peer, which is told by reading as well
+            self._socket.shutdown(socket.SHUT_WR)
+        self._reactor.watch(self._socket.fileno(), READ, self._on_ready)
+
+    def _look(self) -> None:
+        self._looks_left -= 1
+        before, self._seen = self._seen, sockets.progress(self._socket)
+        if self._looks_left and self._seen != before:
+            self._timer = self._reactor.call_later(STALL_SECONDS, self._look)
         else:
-            end()
+            self._end()
 
-    def on_ready(_ready: int) -> None:
+    def _on_ready(self, _ready: int) -> None:
         try:
             # TCP drops the bytes in the kernel (tcp(7)).
-            is_over = not own.recv_into(_dropped, READ_BYTES, socket.MSG_TRUNC)
+            is_over = not self._socket.recv_into(_dropped, READ_BYTES, socket.MSG_TRUNC)
         except BlockingIOError:
             return
         except OSError:
             is_over = True
         if is_over:
-            end()
+            self._end()
 
-    timer = reactor.call_later(STALL_SECONDS, look)
-    with suppress(OSError):  # reset by the peer, which is told by reading as well
-        own.shutdown(socket.SHUT_WR)
-    reactor.watch(fd, READ, on_ready)
+    def _end(self) -> None:
+        self._timer.cancel()
+        self._reactor.forget(self._socket.fileno())
+        self._socket.close()
+        self._on_gone()

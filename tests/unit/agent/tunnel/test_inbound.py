@@ -76,7 +76,7 @@ class Scene:
         self.application = stack.enter_context(netns.run_in(netns_fd, socket.socket))
         netns.run_in(netns_fd, lambda: self.application.bind((str(ADDRESS), PORT)))
         self.application.listen()
-        before = Session.open_count
+        self.sessions_before = before = Session.open_count
         # What was closed in order lingers until the other side has hung up.
         stack.callback(run_until, self.reactor, lambda: Session.open_count == before)
 
@@ -162,6 +162,18 @@ def test_tunnel_that_carries_nothing_is_closed_in_time(scene: Callable[..., Scen
         channel.abort()
     run_until(stage.reactor, lambda: used.reasons)
     assert stage.inbound._idle_timers == {}
+
+
+def test_tunnel_that_has_ended_is_no_cyclic_garbage(scene: Callable[..., Scene]) -> None:
+    stage = scene(idle_seconds=0.05, handshake_seconds=0.05)
+    with no_cyclic_garbage():
+        tunnel = stage.tunnel()
+        ours, theirs = tcp_pair()
+        with ours:  # silent in the handshake
+            stage.inbound.serve_tunnel(stage.served, theirs, (str(ADDRESS), 40000))
+            run_until(stage.reactor, lambda: stage.inbound.tunnels == 0)
+        run_until(stage.reactor, lambda: tunnel.reasons)
+        run_until(stage.reactor, lambda: Session.open_count == stage.sessions_before)
 
 
 def test_pod_gets_no_more_connections_than_it_may_have(

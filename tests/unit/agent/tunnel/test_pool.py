@@ -27,6 +27,7 @@ from agent.tunnel.served import ServedPod
 from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust
+from tests.support.garbage import no_cyclic_garbage
 from tests.support.loop import run_rounds, run_until
 from tests.support.tunnel import (
     CLIENT,
@@ -295,6 +296,22 @@ def test_idle_tunnel_is_closed_and_a_used_one_is_not(setup: Setup) -> None:
     setup.end_streams(session)
     setup.until(lambda: session.is_closed)
     setup.until(lambda: setup.peer.tunnels[0].reasons)
+
+
+@pytest.mark.parametrize("account", ["server", "admin"], ids=["idle", "refused"])
+def test_tunnel_that_has_ended_is_no_cyclic_garbage(setup: Setup, account: str) -> None:
+    setup.bound(idle_seconds=0.01)
+    before = Session.open_count
+    with no_cyclic_garbage():
+        setup.ask(workload=replace(WORKLOAD, service_account=account))
+        for session in setup.wait_answers(1):
+            if session is not None:
+                setup.end_streams(session)
+                del session
+        setup.until(lambda: setup.pool.count() == EMPTY)
+        setup.until(lambda: Session.open_count == before)
+        setup.answers.clear()
+        setup.peer.tunnels.clear()
 
 
 def test_pod_that_leaves_closes_its_tunnels_when_they_are_idle(setup: Setup) -> None:
