@@ -67,14 +67,18 @@ class WorkerProcess:
 
     def send(self, message: messages.ToWorker, fds: list[int] | None = None) -> None:
         """Tell the worker; a dead one is noticed at its socket, not here."""
+        if self._channel.fileno() < 0:
+            return
         try:
             messages.send(self._channel, message, fds)
-        except TimeoutError:
-            # It would go on with a state that nobody knows; a new one learns everything.
-            log.error("worker is stuck and is ended", extra={"pid": self.pid})
-            self.process.kill()
+        except (BrokenPipeError, ConnectionResetError):
+            log.warning("worker is gone", extra={"pid": self.pid})
         except OSError as error:
-            log.warning("worker takes no messages", extra={"pid": self.pid, "error": str(error)})
+            # It missed this one, a new policy perhaps, and nobody would know; a new worker learns
+            # everything.
+            extra = {"pid": self.pid, "error": str(error)}
+            log.error("worker takes no messages and is ended", extra=extra)
+            self.process.kill()
 
     async def wait_in_force(self) -> None:
         """Wait until everything that was sent is in force (or the worker is gone).

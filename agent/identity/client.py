@@ -15,7 +15,7 @@ from cryptography import x509
 
 from agent.errors import AuthorityRefused, AuthorityUnavailable, ClocksDiffer, NoAuthority
 from agent.identity import keys, wire
-from agent.identity.authority import is_chain, load_certificates
+from agent.identity.authority import PARSE_ERRORS, is_chain, load_certificates
 from agent.identity.caller import Target
 from agent.identity.calls import Calls
 from agent.identity.issuer import Certificate
@@ -72,11 +72,18 @@ class AuthorityClient:
             chain = load_certificates("".join(texts[:-1]).encode(), "the CA's answer")
             roots = load_certificates("".join(texts[-1:]).encode(), "the CA's answer")
             names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except (ValueError, IndexError, NoAuthority, x509.ExtensionNotFound) as error:
+            key_of_chain = chain[0].public_key()
+        except (
+            ValueError,
+            IndexError,
+            NoAuthority,
+            x509.ExtensionNotFound,
+            *PARSE_ERRORS,
+        ) as error:
             raise AuthorityRefused(f"the CA's answer is no certificate chain: {error}") from error
         if list(names) != [x509.UniformResourceIdentifier(str(identity))]:
             raise AuthorityRefused(f"the CA signed another identity than {identity}")
-        if chain[0].public_key() != key.public_key():
+        if key_of_chain != key.public_key():
             raise AuthorityRefused("the CA signed another key than ours")
         if not is_chain(chain, roots):
             raise AuthorityRefused("the CA's chain does not lead to one of the roots that it sent")

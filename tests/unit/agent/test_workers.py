@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,21 @@ def test_kernel_that_is_short_of_memory_ends_a_worker_first() -> None:
         worker, _gone = await start()
         assert oom_score(worker.pid) > oom_score("self")
         worker.stop()
+
+    asyncio.run(check())
+
+
+def test_worker_that_misses_a_message_is_ended() -> None:
+    async def check() -> None:
+        worker, gone = await start()
+        # Less than the message: the kernel refuses it, as it does when it has no memory for it.
+        worker._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        worker.send(messages.RemovePolicies(tuple(("shop", f"policy-{n}") for n in range(1000))))
+        async with asyncio.timeout(10):
+            assert await gone is worker
+        worker.send(messages.Enforce())  # goes nowhere
+        worker.stop()
+        assert worker.process.returncode == -signal.SIGKILL
 
     asyncio.run(check())
 
