@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import workers
+from agent.model.policy import PolicyKey
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
 
@@ -68,7 +69,8 @@ def test_worker_that_misses_a_message_is_ended() -> None:
         worker, gone = await start()
         # Less than the message: the kernel refuses it, as it does when it has no memory for it.
         worker._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        worker.send(messages.RemovePolicies(tuple(("shop", f"policy-{n}") for n in range(1000))))
+        keys = (PolicyKey("shop", f"policy-{n}", "AuthorizationPolicy") for n in range(1000))
+        worker.send(messages.RemovePolicies(tuple(keys)))
         async with asyncio.timeout(10):
             assert await gone is worker
         worker.send(messages.Enforce())  # goes nowhere
