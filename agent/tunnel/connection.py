@@ -12,7 +12,8 @@ DATA payload is passed on as it arrives, also in the middle of a frame: how the 
 changes how DataReceived is split, and nothing else. It is a view of the bytes that `receive` was
 given: who wants to keep it copies it.
 
-Floods are counted, not timed: what a peer can make us queue or do for nothing is bounded.
+Floods are counted, not timed: what a peer can make us queue or do for nothing is bounded, from one
+of our pings to the next.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
 DATA = int(FrameType.DATA)  # compared for every frame, where an enum is slow
 # Frames that cost the peer nothing and us a reply, before any of the replies was written.
 MAX_UNSENT_REPLIES = 1000
-# Resets and empty frames beyond the work that the connection did (CVE-2023-44487).
+# Resets and empty frames beyond the work that the connection did (CVE-2023-44487). The answer to a
+# ping of ours, every few seconds, makes all free again: clients that give up on an application that
+# accepts nothing reset a few requests a second, for hours.
 FREE_NUISANCES = 400
 
 
@@ -83,6 +86,7 @@ class Connection:
         self._output: list[bytes | memoryview] = []
         self._unsent_replies = 0
         self._nuisances = FREE_NUISANCES
+        self._awaits_pong = False
         self._decoder = hpack.Decoder(max_header_list_size=self.limits.header_list_bytes)
         self._size_update = b""  # owed in the next header block
         self._send_window = frames.DEFAULT_WINDOW
@@ -252,6 +256,7 @@ class Connection:
 
     def ping(self, payload: bytes) -> None:
         """Send a PING of 8 bytes; PongReceived brings them back."""
+        self._awaits_pong = True
         self._output.append(frames.build_ping(payload, is_ack=False))
 
     def drain(self) -> None:
@@ -688,6 +693,9 @@ class Connection:
         if len(payload) != 8:
             raise RemoteProtocolError("PING has a wrong size", ErrorCode.FRAME_SIZE_ERROR)
         if flags & frames.ACK:
+            if self._awaits_pong:  # one that nobody asked for forgives nothing
+                self._awaits_pong = False
+                self._nuisances = FREE_NUISANCES
             return [events.PongReceived(bytes(payload))]
         self._reply(frames.build_ping(bytes(payload), is_ack=True))
         return []

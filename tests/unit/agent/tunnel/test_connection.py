@@ -479,6 +479,26 @@ def test_provisional_answers_are_skipped_but_not_for_ever() -> None:
     assert found[-1].code == ErrorCode.ENHANCE_YOUR_CALM
 
 
+def given_up(first: int) -> bytes:
+    """Return 300 requests, each reset before it is answered."""
+    numbers = range(first, first + 600, 2)
+    return b"".join(request(number) + frames.build_reset(number, 8) for number in numbers)
+
+
+@pytest.mark.parametrize("is_asked_for", [True, False])
+def test_requests_that_are_given_up_are_forgiven_with_time(*, is_asked_for: bool) -> None:
+    server, _found = server_after(given_up(1))
+    if is_asked_for:
+        server.ping(b"sidestep")
+    server.take_output()
+    pong = frames.build_ping(b"sidestep", is_ack=True)
+    found = server.receive(pong + given_up(601) + pong + given_up(1201))
+    assert isinstance(found[-1], ConnectionTerminated)
+    assert len([each for each in found if isinstance(each, StreamReset)]) == (
+        400 if is_asked_for else 100
+    )
+
+
 def test_answer_to_a_stream_that_is_gone_is_nothing_and_to_none_is_a_fault() -> None:
     client, _found = client_after()
     client.reset(1, ErrorCode.CANCEL)
