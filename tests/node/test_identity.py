@@ -27,7 +27,7 @@ from agent.identity import keys
 from agent.lab import machine
 from agent.lab.lab import Lab
 from tests.support.certificates import PEM
-from tests.support.labs import scrape
+from tests.support.labs import scrape, wait_for_certificates
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -81,26 +81,12 @@ def running(
     try:
         built.up(path, lambda _line: None)
         if mode:
-            wait_for(built, lambda rows: all(row["state"] == "Available" for row in rows))
+            wait_for_certificates(built)
         yield built
     finally:
         for log in sorted(built.logs.glob("*")):
             print(f"--- {log.name}\n{log.read_text()[-6000:]}")  # noqa: T201  # shown on failure
         built.down()
-
-
-Rows = list[dict[str, Any]]
-
-
-def wait_for(lab: Lab, holds: Callable[[Rows], bool]) -> None:
-    """Wait until each agent has certificates, and says of them what is wanted."""
-    for node in lab.cluster().nodes:
-        deadline = time.monotonic() + WAIT_SECONDS
-        for state in lab.agent_states(node):
-            rows = state["identity"]["certificates"]
-            if rows and holds(rows):
-                break
-            assert time.monotonic() < deadline, rows
 
 
 def counters(lab: Lab) -> list[dict[str, Any]]:
@@ -232,7 +218,7 @@ def test_connection_without_a_certificate_waits_for_the_ca(tmp_path: Path) -> No
         os.kill(ca, signal.SIGKILL)
         machine.wait_for_exit(ca, 10)
         lab.write_object(namespace("ambient"))
-        wait_for(lab, lambda rows: all(row["failures"] >= 1 for row in rows))
+        wait_for_certificates(lab, lambda rows: all(row["failures"] >= 1 for row in rows))
         assert [row["mesh"] for row in lab.status()] == ["enrolled", "enrolled"]
         command = [sys.executable, str(TRAFFIC), "drive", SERVER_ADDRESS, str(PORT)]
         with subprocess.Popen(
@@ -462,7 +448,7 @@ def lose_ca(lab: Lab, going: Traffic) -> dict[str, Any]:
     assert wait is not None
     wait()
     began = time.monotonic()
-    wait_for(lab, lambda rows: all(row["failures"] == 0 for row in rows))
+    wait_for_certificates(lab, lambda rows: all(row["failures"] == 0 for row in rows))
     recovered = time.monotonic() - began
     assert not before.items() & serials(lab).items()
     assert agent_pids(lab) == pids

@@ -17,7 +17,7 @@ from agent.errors import LabError
 from agent.handover import SOCKET_NAME, Predecessor
 from agent.lab import machine
 from agent.question import ask
-from tests.support.labs import PodEnd, entries, is_alive, wait_for_entry
+from tests.support.labs import PodEnd, entries, is_alive, wait_for_certificates, wait_for_entry
 from tests.support.load import Load
 from tests.support.modules import ROOT
 
@@ -212,11 +212,7 @@ def test_successor_without_certificates_waits_until_the_one_before_is_gone(lab: 
         server.echo(PORT)
         assert is_alive(client.connect(server.address, PORT))
         # That may have been plaintext: a node learns a moment later who is enrolled on another.
-        for node in lab.cluster().nodes:
-            for state in lab.agent_states(node):
-                certificates = state["identity"]["certificates"]
-                if certificates and all(row["state"] == "Available" for row in certificates):
-                    break
+        wait_for_certificates(lab)
         machine.kill_cgroup(lab.cgroup / "ca")
         with pytest.raises(LabError, match="did not become ready"):
             lab.upgrade_agent(east, ready_seconds=2)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agent.lab.lab import Lab
 
 SECONDS = 10.0
+CERTIFICATES_SECONDS = 60.0
 
 
 def entries(lab: Lab, node: LabNode, message: str) -> list[dict[str, Any]]:
@@ -46,6 +47,23 @@ def wait_for_entry(
         if time.monotonic() > deadline:
             break
     raise AssertionError(f"the agent of {node.name} logs no such {message!r}")
+
+
+def are_available(certificates: list[dict[str, Any]]) -> bool:
+    return all(row["state"] == "Available" for row in certificates)
+
+
+def wait_for_certificates(
+    lab: Lab, holds: Callable[[list[dict[str, Any]]], bool] = are_available
+) -> None:
+    """Wait until each agent has certificates, and says of them what is wanted."""
+    for node in lab.cluster().nodes:
+        deadline = time.monotonic() + CERTIFICATES_SECONDS
+        for state in lab.agent_states(node):
+            rows = state["identity"]["certificates"]
+            if rows and holds(rows):
+                break
+            assert time.monotonic() < deadline, rows
 
 
 def scrape(lab: Lab, node: LabNode) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
