@@ -574,7 +574,7 @@ class Agent:
         self._direct.renew()
         revoked = self._credentials.keeper.revoked_identities()
         self._direct.close_unless(
-            lambda _flow, source, destination: revoked.isdisjoint(
+            lambda _subject, source, destination: revoked.isdisjoint(
                 (self._identity(source), self._identity(destination))
             )
         )

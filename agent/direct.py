@@ -13,12 +13,12 @@ import asyncio
 import logging
 import os
 import time
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from agent import netns, sock_diag
-from agent.datapath.direct import DirectFlow, FlowEnds, Flows, Totals, Verdicts, live_flows
+from agent.datapath.direct import DirectFlow, FlowEnds, Flows, Subject, Totals, Verdicts, live_flows
 from agent.errors import NetlinkError
 from agent.loglines import ACCESS
 from agent.model.endpoint import endpoint
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from agent.sock_diag import TcpSocket
     from agent.tunnel.counts import Counted, Labels
 
-    Judge = Callable[[DirectFlow, LocalPod, LocalPod], bool]
+    Judge = Callable[[Subject, LocalPod, LocalPod], bool]
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger(ACCESS)
@@ -147,24 +147,24 @@ class DirectPath:
         if [len(addresses) for addresses in ends] != [1, 1]:
             return False  # a policy may speak of one of them
         ((own,), (other,)) = ends
-        flow = DirectFlow(
-            cookies[0], own, 0, cookies[1], other, verdict.destination_port, socket_cookie=0,
-            began_ns=0,
-        )  # fmt: skip
-        return passes(flow, source, destination)
+        subject = Subject(cookies[0], own, cookies[1], other, verdict.destination_port)
+        return passes(subject, source, destination)
 
     def close_unless(self, passes: Judge) -> int:
         """Close the open connections that do not pass any more; return how many.
 
-        `passes` gets a connection, the pod that opened it and the one that serves it. A connection
-        whose pods are not both known any more is closed: nobody can say that it passes.
+        `passes` gets what connections are about, the pod that opened them and the one that serves
+        them; it is asked once for all that are about the same. A connection whose pods are not both
+        known any more is closed: nobody can say that it passes.
         """
-        refused = []
-        for flow in list(live_flows(self._pins)):
-            source = self._pods.get(flow.source_cookie)
-            destination = self._pods.get(flow.destination_cookie)
-            if not (source and destination and passes(flow, source, destination)):
-                refused.append(flow)
+
+        @cache
+        def may_stay(subject: Subject) -> bool:
+            source = self._pods.get(subject.source_cookie)
+            destination = self._pods.get(subject.destination_cookie)
+            return bool(source and destination and passes(subject, source, destination))
+
+        refused = [flow for flow in live_flows(self._pins) if not may_stay(flow.subject)]
         return len(self._close(refused)) if refused else 0
 
     def _close(self, refused: list[DirectFlow]) -> set[DirectFlow]:
@@ -347,7 +347,7 @@ class DirectPath:
         return str(SpiffeId(self._trust_domain, pod.namespace, pod.service_account))
 
 
-def _any(_flow: DirectFlow, _source: LocalPod, _destination: LocalPod) -> bool:
+def _any(_subject: Subject, _source: LocalPod, _destination: LocalPod) -> bool:
     return True
 
 

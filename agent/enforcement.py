@@ -18,7 +18,7 @@ from agent.tunnel import messages
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from agent.datapath.direct import DirectFlow
+    from agent.datapath.direct import Subject
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy, Labels, PolicyKey
     from agent.model.workload import Workload
@@ -66,13 +66,15 @@ class Enforcement:
         """Return what a new worker must know before it serves a pod."""
         return list(_told([], list(self._policies.values())))
 
-    def passes(self, flow: DirectFlow, source: LocalPod, destination: LocalPod) -> bool:
-        """Judge a connection on the direct path, whose ends the kernel knows."""
+    def passes(self, subject: Subject, source: LocalPod, destination: LocalPod) -> bool:
+        """Judge connections on the direct path, whose ends the kernel knows."""
         labels = self._labels.get(destination.uid)
         if labels is None:
             return False
         identity = SpiffeId(self._trust_domain, source.namespace, source.service_account)
-        connection = Connection(flow.source, identity, flow.destination, flow.destination_port)
+        connection = Connection(
+            subject.source, identity, subject.destination, subject.destination_port
+        )
         return self.rulebook.judge(destination.namespace, labels, connection).is_allowed
 
     def plaintext_ports(self, pod: LocalPod) -> frozenset[int] | None:

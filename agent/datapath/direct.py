@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from agent.datapath import libbpf, records
 from agent.datapath.ring import HEAD_BYTES, RingBuffer
@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 GENERATION_KEY: dict[str, Value] = {"value": 0}
 
 
+class Subject(NamedTuple):
+    """All of a direct connection that a policy may speak of: many connections have the same."""
+
+    source_cookie: int
+    source: Address
+    destination_cookie: int
+    destination: Address
+    destination_port: int
+
+
 @dataclass(frozen=True, slots=True)
 class DirectFlow:
     """One connection on the direct path; times are of CLOCK_MONOTONIC."""
@@ -39,6 +49,17 @@ class DirectFlow:
     destination_port: int
     socket_cookie: int  # of the client's socket
     began_ns: int
+
+    @property
+    def subject(self) -> Subject:
+        """What it is judged by."""
+        return Subject(
+            self.source_cookie,
+            self.source,
+            self.destination_cookie,
+            self.destination,
+            self.destination_port,
+        )
 
 
 @dataclass(frozen=True, slots=True)

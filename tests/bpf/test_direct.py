@@ -469,14 +469,31 @@ def test_other_connections_of_the_pods_stay_open(neighbors: Neighbors, shop: Sho
     client.close()
 
 
+def test_connections_about_the_same_are_judged_once(neighbors: Neighbors, shop: Shop) -> None:
+    neighbors.allow()
+    neighbors.network.peer.listen(PEER4, PORT)
+    clients = [neighbors.network.pod.connect(PEER4, PORT) for _ in range(5)]
+    asked: list[direct.Subject] = []
+
+    def passes(subject: direct.Subject, _source: LocalPod, _destination: LocalPod) -> bool:
+        asked.append(subject)
+        return False
+
+    assert shop.control.close_unless(passes) == 5
+    assert len(asked) == 1
+    for client in clients:
+        with pytest.raises(ConnectionAbortedError):
+            client.recv(1)
+
+
 def test_verdict_that_still_holds_outlives_the_change(neighbors: Neighbors, shop: Shop) -> None:
     neighbors.allow()
     asked = []
 
-    def passes(flow: direct.DirectFlow, source: LocalPod, destination: LocalPod) -> bool:
-        asked.append((source.name, str(flow.source), destination.name, str(flow.destination)))
-        assert flow.destination_port == PORT
-        return flow.destination.version == 4
+    def passes(subject: direct.Subject, source: LocalPod, destination: LocalPod) -> bool:
+        asked.append((source.name, str(subject.source), destination.name, str(subject.destination)))
+        assert subject.destination_port == PORT
+        return subject.destination.version == 4
 
     shop.control.renew(passes)
     assert sorted(asked) == [
