@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from agent.errors import AbiMismatch
@@ -22,6 +22,8 @@ _TRANSPARENT = (8, 9, 10, 11, 18)  # typedef, volatile, const, restrict, type ta
 # Bytes after the common 12 of a type: fixed, and for each of its `vlen` members.
 _TAIL = {1: 4, 3: 12, 14: 4, 17: 4}
 _TAIL_PER_MEMBER = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
+
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of numbers, for struct
 
 Value = int | bytes
 
@@ -39,6 +41,12 @@ class Field:
     def byte_order(self) -> Literal["little", "big"]:
         return "big" if self.name.endswith("_be") else sys.byteorder
 
+    @property
+    def code(self) -> str:
+        """How `struct` reads it: as a number, if it can, or else as bytes."""
+        is_ours = self.is_number and self.byte_order == sys.byteorder
+        return _CODES.get(self.size if is_ours else 0, f"{self.size}s")
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -47,35 +55,50 @@ class Layout:
     name: str
     size: int
     fields: tuple[Field, ...]
+    # How `decode` reads it, made once: maps of many thousand entries are read at a time.
+    _struct: struct.Struct = field(init=False, repr=False, compare=False)
+    _names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _numbers: tuple[Field, ...] = field(init=False, repr=False, compare=False)  # read as bytes
+
+    def __post_init__(self) -> None:
+        codes, at = "=", 0
+        told = [each for each in self.fields if not each.name.startswith("pad")]
+        for each in told:
+            codes += f"{each.offset - at}x{each.code}"
+            at = each.offset + each.size
+        numbers = (each for each in told if each.is_number and each.code.endswith("s"))
+        object.__setattr__(self, "_struct", struct.Struct(codes))
+        object.__setattr__(self, "_names", tuple(each.name for each in told))
+        object.__setattr__(self, "_numbers", tuple(numbers))
 
     def encode(self, **values: Value) -> bytes:
         """Return the bytes of `values`; what is not named is zero, padding too."""
-        known = {field.name: field for field in self.fields}
+        known = {member.name: member for member in self.fields}
         if unknown := values.keys() - known.keys():
             raise AbiMismatch(f"struct {self.name} has no member {', '.join(sorted(unknown))}")
         data = bytearray(self.size)
         for name, value in values.items():
-            field = known[name]
+            member = known[name]
             if isinstance(value, int):
-                packed = value.to_bytes(field.size, field.byte_order)
+                packed = value.to_bytes(member.size, member.byte_order)
             else:
-                packed = value.ljust(field.size, b"\0")
-            if len(packed) != field.size:
-                raise AbiMismatch(f"{self.name}.{name} takes {field.size} bytes, not {len(packed)}")
-            data[field.offset : field.offset + field.size] = packed
+                packed = value.ljust(member.size, b"\0")
+            if len(packed) != member.size:
+                raise AbiMismatch(
+                    f"{self.name}.{name} takes {member.size} bytes, not {len(packed)}"
+                )
+            data[member.offset : member.offset + member.size] = packed
         return bytes(data)
 
     def decode(self, data: bytes) -> dict[str, Value]:
-        """Return the members of `data` by name, without padding."""
-        values: dict[str, Value] = {}
-        for field in self.fields:
-            if field.name.startswith("pad"):
-                continue
-            raw = data[field.offset : field.offset + field.size]
-            if field.is_number:
-                values[field.name] = int.from_bytes(raw, field.byte_order)
-            else:
-                values[field.name] = raw
+        """Return the members of `data` by name, without padding; what stands behind is left out."""
+        values: dict[str, Value] = dict(
+            zip(self._names, self._struct.unpack_from(data), strict=True)
+        )
+        for member in self._numbers:
+            raw = values[member.name]
+            assert isinstance(raw, bytes)
+            values[member.name] = int.from_bytes(raw, member.byte_order)
         return values
 
 

@@ -25,8 +25,9 @@ def pack_address(address: Address) -> bytes:
 
 def unpack_address(packed: Value) -> Address:
     """Return the address of 16 bytes, v4-mapped as IPv4."""
-    address = IPv6Address(packed)
-    return address.ipv4_mapped or address
+    assert isinstance(packed, bytes)
+    is_v4 = packed.startswith(V4_MAPPED)
+    return IPv4Address(packed[len(V4_MAPPED) :]) if is_v4 else IPv6Address(packed)
 
 
 def pod_record(pod: LocalPod, *, is_strict: bool = False) -> dict[str, Value]:

@@ -129,6 +129,13 @@ def test_numbers_have_the_order_that_their_name_says() -> None:
     assert LAYOUT.decode(encoded) == {"cookie": 1, "port_be": 80, "name": b"ab\0\0"}
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 8, 16])
+def test_number_of_any_size_is_read(size: int) -> None:
+    data = bytes(range(1, size + 1))
+    value = int.from_bytes(data, sys.byteorder)
+    assert integer_layout(size).decode(data + b"behind it") == {"value": value}
+
+
 def test_what_is_not_named_is_zero() -> None:
     assert LAYOUT.encode() == b"\0" * 12
 
