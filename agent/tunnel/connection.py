@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from agent.tunnel.events import Event
 
 DATA = int(FrameType.DATA)  # compared for every frame, where an enum is slow
-# Frames that cost the peer nothing and us a reply, before any of the replies was written.
+# Frames that cost the peer nothing and us a reply, until the replies have left.
 MAX_UNSENT_REPLIES = 1000
 # Resets and empty frames beyond the work that the connection did (CVE-2023-44487). The answer to a
 # ping of ours, every few seconds, makes all free again: clients that give up on an application that
@@ -135,8 +135,11 @@ class Connection:
     def take_parts(self) -> list[bytes | memoryview]:
         """Like `take_output`, but not joined."""
         parts, self._output = self._output, []
-        self._unsent_replies = 0
         return parts
+
+    def forgive_replies(self) -> None:
+        """Say that all output has left: the peer may ask for as many replies again."""
+        self._unsent_replies = 0
 
     @property
     def has_output(self) -> bool:
@@ -260,7 +263,7 @@ class Connection:
         self._output.append(frames.build_ping(payload, is_ack=False))
 
     def drain(self) -> None:
-        """Take no new streams and tell the peer; open ones go on."""
+        """Refuse new streams and tell the peer; open ones go on."""
         if not self.is_draining:
             self.is_draining = True
             self._output.append(frames.build_goaway(self._last_peer_stream_id, ErrorCode.NO_ERROR))
@@ -496,6 +499,7 @@ class Connection:
             found.append(events.StreamEnded(stream_id))
 
     def _fail_stream(self, stream_id: int, code: int, found: list[Event]) -> None:
+        self._annoy()  # it costs us what the peer's own reset costs (CVE-2025-8671)
         self.reset(stream_id, code)
         found.append(events.StreamReset(stream_id, code))
 

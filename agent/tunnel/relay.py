@@ -5,7 +5,9 @@ sockets; it is the whole of half-close and reset semantics:
 
     data        written to the other side; a side that cannot write pauses the other's reading
     end (FIN)   passed on when all data before it is written; the other direction goes on
-    abort (RST) passed on at once, whatever is still buffered
+    abort (RST) passed on at once, whatever is still buffered; but of a side that had ended before
+                all is passed on first, since it has said all that it had to say, and only wants to
+                hear no more (a server that answers before the request is over: RFC 9113 §8.1)
     both ended  both closed
 
 Buffers are bounded: a paused TCP socket is not read, a paused stream is not acknowledged.
@@ -76,11 +78,11 @@ class Relay:
         self._on_done = on_done
         self.sent = self.received = 0
         self._left_ended = self._right_ended = False
-        self._is_done = False
+        self._is_done = self._was_reset = False
         self._is_left_paused = self._is_right_paused = False
         left.on_data, right.on_data = self._on_left_data, self._on_right_data
         left.on_end, right.on_end = self._on_left_end, self._on_right_end
-        left.on_abort, right.on_abort = self.abort, self.abort
+        left.on_abort, right.on_abort = self._on_left_abort, self._on_right_abort
         left.on_drained, right.on_drained = self._on_left_drained, self._on_right_drained
 
     def _on_left_data(self, data: bytes | memoryview) -> None:
@@ -119,15 +121,32 @@ class Relay:
         self._left.finish()
         self._finish_if_done()
 
+    def _on_left_abort(self) -> None:
+        self._end_after(self._right, had_ended=self._left_ended, has_ended=self._right_ended)
+
+    def _on_right_abort(self) -> None:
+        self._end_after(self._left, had_ended=self._right_ended, has_ended=self._left_ended)
+
+    def _end_after(self, other: Channel, *, had_ended: bool, has_ended: bool) -> None:
+        """End when `other` has got what a side had said (`had_ended`: all) that is gone now."""
+        if self._was_reset or not had_ended or (has_ended and not other.buffered):
+            self.abort()
+        elif not self._is_done:
+            self._was_reset = True
+            self._left_ended = self._right_ended = True  # nobody is heard any more
+            other.pause()
+            self._finish_if_done()
+
     def _finish_if_done(self) -> None:
         left, right = self._left, self._right
         if not (self._left_ended and self._right_ended) or self._is_done:
             return
-        if not (left.buffered or right.buffered or left.is_broken or right.is_broken):
+        is_broken = (left.is_broken or right.is_broken) and not self._was_reset
+        if not (left.buffered or right.buffered or is_broken):
             self._is_done = True
             left.close()
             right.close()
-            self._on_done(self.sent, self.received, False)
+            self._on_done(self.sent, self.received, self._was_reset)
 
     def abort(self) -> None:
         """Reset both sides."""

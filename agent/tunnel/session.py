@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from agent.model.identity import SpiffeId
     from agent.tunnel.buffers import Share
     from agent.tunnel.events import Event
-    from agent.tunnel.reactor import Reactor
+    from agent.tunnel.reactor import Reactor, Timer
     from agent.tunnel.trust import Trust
 
 PING_SECONDS = 10.0
@@ -61,6 +61,13 @@ UNSENT_BYTES = 1024 * 1024
 # To open a connection is work at both ends: of many that come together the peer begins with these
 # while we go on with the others, instead of waiting for all (docs/performance.md).
 HEADERS_TOGETHER = 4
+# Of a peer that has not proved who it is: its certificate with a long chain is a quarter of it.
+# OpenSSL keeps each byte twice, and none of it is in the account of buffers.
+HANDSHAKE_BYTES = 32 * 1024
+# What waits for a peer that takes nothing: bytes of streams, and less of all else.
+MOST_UNSENT_BYTES = 2 * UNSENT_BYTES
+# From "no new streams, please" until they are refused: what was on the way then has come.
+WARNING_SECONDS = 5.0
 
 # A worker has one thread, and nobody keeps a view of these beyond a callback.
 _raw = memoryview(bytearray(READ_BYTES))
@@ -128,6 +135,8 @@ class Session:
         self.buffered = 0  # of what the socket did not take
         self._room = UNSENT_BYTES  # for bytes of streams, until the socket has drained
         self._is_established = self._is_ready = self.is_closed = self._drains = False
+        self._is_heard_out = False  # the peer has ended TLS
+        self._handshake_bytes = 0  # of the peer's
         self._broken = ""  # why nothing can be written any more; what has arrived is still read
         self._watched = WRITE if role is Role.CLIENT else READ
         self._reads = READ  # or 0 while it waits for room
@@ -137,6 +146,7 @@ class Session:
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         reactor.watch(self._fd, self._watched, self._on_io)
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
+        self._refusal_timer: Timer | None = None
         self._life_signs = LifeSigns(own)
         self._pinged_at = 0.0
         self.heard_at = 0.0  # the peer has read all that was said before this (time.monotonic)
@@ -282,6 +292,14 @@ class Session:
         self.write_now()
         return not self.is_closed
 
+    def _go_on_with_handshake(self, size: int) -> bool:
+        """Like `_handshake`, with so many bytes more; a peer that goes on for ever is given up."""
+        self._handshake_bytes += size
+        is_done = self._handshake()
+        if not is_done and not self.is_closed and self._handshake_bytes > HANDSHAKE_BYTES:
+            self.fail("the peer's part of the handshake is too long", "handshake_too_long")
+        return is_done
+
     def _read(self) -> None:
         try:
             size = self._socket.recv_into(_raw[:RECORD_BYTES] if self.share.is_full else _raw)
@@ -294,7 +312,7 @@ class Session:
             self.fail(self._broken or text, code)
             return
         self._incoming.write(_raw[:size])
-        if not self._is_established and not self._handshake():
+        if not self._is_established and not self._go_on_with_handshake(size):
             return
         for event in self.connection.receive(self._decrypt()):
             if type(event) is DataReceived:
@@ -305,7 +323,11 @@ class Session:
                 self._dispatch(event)
             if self.is_closed:
                 return
-        if self.connection.has_output:
+        if self._is_heard_out:
+            self.fail("the peer closed the tunnel")
+        elif self.buffered > MOST_UNSENT_BYTES:
+            self.fail("the peer does not take the answers that it asks for")
+        elif self.connection.has_output or self._outgoing.pending:
             self.wants_write()
 
     def _decrypt(self) -> memoryview:
@@ -315,7 +337,10 @@ class Session:
             while self._incoming.pending:
                 before = size
                 size += self._tls.read(RECORD_BYTES, _plain[size:])  # type: ignore[operator]  # typeshed: with a buffer it is a count
-                if size == before:  # the peer said that it ends; the end of the socket follows
+                if size == before:
+                    # close_notify: the end of the socket follows, and OpenSSL would only keep
+                    # whatever comes before it.
+                    self._is_heard_out = True
                     break
         except ssl.SSLWantReadError:
             pass
@@ -353,6 +378,7 @@ class Session:
                 self._serve_waiting()
         self._watch(self._reads)
         self._unwritten_ends.clear()
+        self.connection.forgive_replies()
         if self.buffered:
             self._note(0)
         if self.connection.is_terminated and self._is_established and not self.is_closed:
@@ -480,6 +506,7 @@ class Session:
             return  # a second GOAWAY may allow no more than the first (RFC 9113 §6.8)
         if self._role is Role.SERVER:
             self.connection.warn()
+            self._refusal_timer = self._reactor.call_later(WARNING_SECONDS, self._refuse_streams)
             self.wants_write()
             return
         if not self._is_ready:
@@ -489,6 +516,10 @@ class Session:
         self.on_draining(self)
         if not self.channels:
             self.on_idle(self)
+
+    def _refuse_streams(self) -> None:
+        self.connection.drain()
+        self.wants_write()
 
     def close_if_idle(self) -> None:
         """Close if no stream is open; a client's own closes by itself once it drains."""
@@ -537,6 +568,8 @@ class Session:
         self.is_closed = True
         self._trust.leave(self)
         self._deadline.cancel()
+        if self._refusal_timer is not None:
+            self._refusal_timer.cancel()
         self._note(0)
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}

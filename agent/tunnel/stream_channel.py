@@ -185,9 +185,10 @@ class StreamChannel:
         self.fail()
 
     def close(self) -> None:
-        """Both directions have ended."""
+        """Both directions have ended, or nobody hears what the peer would still say."""
         if not self._is_closed:
             self._end()
+            self._session.connection.reset(self._stream_id, ErrorCode.NO_ERROR)
             self._session.forget_stream(self._stream_id)
 
     def _end(self) -> None:

@@ -276,6 +276,27 @@ def word(value: int) -> bytes:
             ErrorCode.ENHANCE_YOUR_CALM,
         ),
         ([request(1), *[frame(FrameType.DATA, 0, 1)] * 500], ErrorCode.ENHANCE_YOUR_CALM),
+        # Resets that the peer makes us send (CVE-2025-8671).
+        (
+            [
+                part
+                for n in range(1, 4000, 2)
+                for part in (request(n), frame(FrameType.WINDOW_UPDATE, 0, n, word(0)))
+            ],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
+        (
+            [
+                part
+                for n in range(1, 4000, 2)
+                for part in (request(n, ends=True), frame(FrameType.DATA, 0, n, b"x"))
+            ],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
+        (
+            [part for n in range(1, 4000, 2) for part in (request(n), request(n))],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
     ],
 )
 def test_broken_protocol_ends_the_connection_with_its_code(

@@ -113,6 +113,36 @@ def test_end_that_comes_while_a_side_is_failing_is_no_success(side: str) -> None
     assert near.calls[-1] == far.calls[-1] == "abort"
 
 
+@both_ways
+@pytest.mark.parametrize("other_ended", [False, True])
+def test_what_was_said_before_end_and_reset_is_delivered(side: str, other_ended: bool) -> None:
+    joined = Joined(**{"right" if side == "left" else "left": 3})
+    near, far = joined.side(side)
+    near.on_data(b"answer")
+    near.on_end()
+    if other_ended:
+        far.on_end()
+    near.on_abort()
+    assert joined.reports == []
+    assert "abort" not in far.calls
+    far.drain()
+    assert (far.delivered, far.has_sent_end, far.calls[-1]) == (b"answer", True, "close")
+    assert [was_aborted for _sent, _received, was_aborted in joined.reports] == [True]
+
+
+@both_ways
+def test_reader_of_what_was_said_last_may_go_as_well(side: str) -> None:
+    joined = Joined(**{"right" if side == "left" else "left": 3})
+    near, far = joined.side(side)
+    near.on_data(b"answer")
+    near.on_end()
+    near.on_abort()
+    far.on_abort()
+    far.on_drained()
+    assert far.calls[-1] == "abort"
+    assert [was_aborted for _sent, _received, was_aborted in joined.reports] == [True]
+
+
 def test_reset_after_half_close_is_still_passed_on() -> None:
     joined = Joined()
     joined.left.on_end()

@@ -18,6 +18,7 @@ from agent.model.identity import SpiffeId
 from agent.tunnel import life_signs, sockets
 from agent.tunnel import session as session_module
 from agent.tunnel.connection import Role
+from agent.tunnel.frames import ErrorCode, build_ping
 from agent.tunnel.reactor import READ, Reactor
 from tests.support.joined import Stream, Tunnel
 from tests.support.loop import run_rounds, run_until
@@ -223,9 +224,61 @@ def test_end_before_the_handshake_is_told(authority: Authority) -> None:
     assert "EOF" in peer.wait_closed()
 
 
+def test_handshake_that_has_no_end_is_given_up(authority: Authority) -> None:
+    peer = RawPeer(authority)
+    peer.socket.setblocking(False)
+    # A ClientHello of 100 KiB, in records of 16 KiB.
+    peer.socket.send(b"\x16\x03\x01\x40\x00" + b"\x01\x01\x90\x00" + bytes(16380))
+    for _ in range(20):
+        with suppress(OSError):
+            peer.socket.send(b"\x16\x03\x01\x40\x00" + bytes(16384))
+        run_rounds(peer.reactor, 2)
+    assert peer.wait_closed() == "the peer's part of the handshake is too long"
+    assert peer.server.session.handshake_failure == "handshake_too_long"
+
+
 def test_silence_before_the_handshake_has_a_deadline(authority: Authority) -> None:
     peer = RawPeer(authority, Bounds(handshake_seconds=0.05))
     assert peer.wait_closed() == "the peer did not finish the handshake in time"
+
+
+# -- peers that take and give nothing -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_peer_that_ends_tls_has_closed_the_tunnel(tunnel: Tunnel, side: str) -> None:
+    peer, own = tunnel.client, tunnel.server
+    if side == "client":
+        peer, own = own, peer
+    with suppress(ssl.SSLError):  # it would wait for the same from us
+        peer.session._tls.unwrap()
+    peer.session._socket.send(peer.session._outgoing.read())  # and no FIN
+    run_rounds(tunnel.reactor, 5)
+    assert own.reasons == ["the peer closed the tunnel"]
+
+
+def test_peer_that_asks_and_takes_no_answer_is_given_up(tunnel: Tunnel) -> None:
+    client, server = tunnel.client.session, tunnel.server.session
+    server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    tunnel.reactor.forget(client._fd)
+    pings = build_ping(b"anything", is_ack=False) * 900
+    for _ in range(200):
+        client._tls.write(pings)
+        with suppress(OSError):
+            client._socket.send(client._outgoing.read())
+        run_rounds(tunnel.reactor, 2)
+        assert server.share.held < session_module.MOST_UNSENT_BYTES
+    assert tunnel.server.reasons == ["the peer broke HTTP/2: too many replies to write"]
+
+
+def test_answers_of_tls_do_not_wait_for_other_output(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    server = tunnel.server.session
+    server._tls.write(build_ping(b"anything", is_ack=False))  # as OpenSSL answers a KeyUpdate
+    near.channel.write(b"data")
+    tunnel.until(lambda: far.received)
+    run_rounds(tunnel.reactor, 2)
+    assert not server._outgoing.pending
 
 
 # -- life signs ---------------------------------------------------------------------------------
@@ -373,6 +426,23 @@ def test_warned_client_finishes_its_stream_and_then_says_it_is_idle(tunnel: Tunn
     near.channel.abort()
     assert tunnel.client.idle == 1
     assert tunnel.client.reasons == tunnel.server.reasons == []
+
+
+def test_client_that_does_not_mind_the_warning_is_refused(
+    tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "WARNING_SECONDS", 0.0)
+    near, far = tunnel.open()
+    client, server = tunnel.client.session, tunnel.server.session
+    server.drain()
+    tunnel.until(lambda: server.connection.is_draining)
+    client.connection.is_draining = False
+    late = Stream(client.channels[client.open_stream("10.0.0.1:80", {})])
+    tunnel.until(lambda: late.seen)
+    assert (late.seen, late.channel.reset_code) == (["abort"], ErrorCode.REFUSED_STREAM)
+    assert tunnel.server.requests == []
+    near.channel.write(b"open ones go on")
+    tunnel.until(lambda: far.received)
 
 
 @pytest.mark.parametrize("side", ["client", "server"])
