@@ -50,6 +50,11 @@ if TYPE_CHECKING:
 
 
 LONGEST_HOST = 253  # of a name in DNS
+# Tunnels whose peers have not proved who they are, of all pods of a worker and of one of them. Each
+# may hold some 80 KiB (session.HANDSHAKE_BYTES), and whoever reaches the pod can open them.
+MOST_HANDSHAKES = 4096
+MOST_HANDSHAKES_OF_POD = 1024
+TOO_MANY_HANDSHAKES = "too many tunnels at once whose peers have not proved who they are"
 # Of the idle time: our peers close their idle tunnels themselves, and before we do.
 IDLE_TURN = 1.5
 
@@ -100,6 +105,7 @@ class Inbound:
         self._ledger = ledger
         self._bounds = bounds
         self.tunnels = 0  # that are open, or on the way
+        self._handshakes = 0
         self._idle_timers: dict[Session, Timer] = {}
 
     def serve_plaintext(
@@ -125,8 +131,10 @@ class Inbound:
             access.complete("no room in ss_agent_flows for a connection to the application")
             return
         admission = self._gate.admit(served.pod.uid, Connection(source, None, address, port))
+        dial = _Dial()
 
         def refuse(reason: str) -> None:
+            dial.give_up()
             sockets.abort(accepted)
             _complete(admission, access, reason)
 
@@ -147,7 +155,7 @@ class Inbound:
                 left.start()
                 dialed.start()
 
-        self._dial(served, source, address, port, on_dialed)
+        self._dial(served, source, address, port, dial, on_dialed)
 
     def serve_tunnel(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -158,6 +166,8 @@ class Inbound:
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
             if served.tunnels >= self._bounds.connections_per_pod:
                 context, reason = None, TOO_MANY
+            elif served.handshakes >= MOST_HANDSHAKES_OF_POD or self._handshakes >= MOST_HANDSHAKES:
+                context, reason = None, TOO_MANY_HANDSHAKES
             if context is None:
                 sockets.abort(accepted)
                 ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
@@ -174,7 +184,9 @@ class Inbound:
             )
             self.tunnels += 1
             served.tunnels += 1
-            session.on_ready = self._watch_idle
+            self._handshakes += 1
+            served.handshakes += 1
+            session.on_ready = partial(self._on_ready, served)
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -183,6 +195,11 @@ class Inbound:
             )
 
         self._contexts.server(str(served.identity), on_context)
+
+    def _on_ready(self, served: ServedPod, session: Session) -> None:
+        self._handshakes -= 1
+        served.handshakes -= 1
+        self._watch_idle(session)
 
     def _watch_idle(self, session: Session, before: int | None = None) -> None:
         """Close a tunnel that carries nothing from one look, which found `before`, to the next."""
@@ -198,6 +215,9 @@ class Inbound:
     def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
         self.tunnels -= 1
         served.tunnels -= 1
+        if session.peer is None:
+            self._handshakes -= 1
+            served.handshakes -= 1
         if session in self._idle_timers:
             self._idle_timers.pop(session).cancel()
         if session.refusal:
@@ -255,7 +275,7 @@ class Inbound:
             request.refuse(401, str(admission.verdict))
             return
         request.wait()
-        self._dial(served, source, address, port, request.on_dialed)
+        self._dial(served, source, address, port, request.dial, request.on_dialed)
 
     def _dial(
         self,
@@ -263,6 +283,7 @@ class Inbound:
         source: Address,
         address: Address,
         port: int,
+        dial: _Dial,
         on_dialed: Callable[[TcpChannel | None, str], None],
         *,
         is_any_port: bool = False,
@@ -275,10 +296,11 @@ class Inbound:
             return
 
         def on_connected(error: OSError | None) -> None:
+            dial.give_up = _nothing
             if error is None:
                 on_dialed(TcpChannel(self._reactor, own, served.share), "")
             elif error.errno == errno.EADDRNOTAVAIL and not is_any_port:
-                self._dial(served, source, address, port, on_dialed, is_any_port=True)
+                self._dial(served, source, address, port, dial, on_dialed, is_any_port=True)
             else:
                 on_dialed(None, f"the application cannot be reached: {error}")
 
@@ -293,7 +315,17 @@ class Inbound:
                 own.close()
                 on_dialed(None, f"the client's address {source} cannot be used: {error}")
                 return
-        tcp.connect(self._reactor, own, (str(address), port), on_connected)
+        dial.give_up = tcp.connect(self._reactor, own, (str(address), port), on_connected)
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Dial:
+    """An application that is being dialed, until it answers or nobody waits for it any more."""
+
+    give_up: Callable[[], None] = staticmethod(_nothing)
 
 
 class _Request:
@@ -311,6 +343,7 @@ class _Request:
         self._stream_id = stream_id
         self._admission = admission
         self._access = access
+        self.dial = _Dial()
         self._early = Kept(share, self._on_full)
         self._has_ended = False  # at the client's side
         self._is_gone = False
@@ -344,8 +377,7 @@ class _Request:
 
     def refuse(self, status: int, reason: str) -> None:
         """Answer, and wait no more."""
-        self._is_gone = True
-        self._early.take()
+        self._wait_no_more()
         self._session.respond(self._stream_id, status)
         _complete(self._admission, self._access, f"{status}: {reason}")
 
@@ -359,9 +391,13 @@ class _Request:
         self._has_ended = True
 
     def _on_abort(self) -> None:
-        self._is_gone = True
-        self._early.take()
+        self._wait_no_more()
         _complete(self._admission, self._access, "reset")
+
+    def _wait_no_more(self) -> None:
+        self._is_gone = True
+        self.dial.give_up()
+        self._early.take()
 
 
 def _join(admission: Admission, access: Access, left: Channel, right: Channel) -> None:

@@ -222,8 +222,12 @@ def connect(
     own: socket.socket,
     destination: tuple[str, int],
     on_done: Callable[[OSError | None], None],
-) -> None:
-    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed)."""
+) -> Callable[[], None]:
+    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed).
+
+    What is returned gives up waiting: then the socket is closed, and `on_done` not called. It does
+    nothing once there is nothing to wait for.
+    """
 
     try:
         number = own.connect_ex(destination)
@@ -234,7 +238,7 @@ def connect(
         number = error.errno or errno.EINVAL
     if number == 0:
         reactor.call_soon(lambda: on_done(None))
-        return
+        return _nothing
 
     def settle(error: OSError | None) -> None:
         timer.cancel()
@@ -242,6 +246,11 @@ def connect(
         if error is not None:
             own.close()
         on_done(error)
+
+    def give_up() -> None:
+        timer.cancel()
+        reactor.forget(own.fileno())
+        own.close()
 
     def on_ready(_ready: int) -> None:
         number = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -256,3 +265,5 @@ def connect(
     else:
         failed = OSError(number, os.strerror(number))
         reactor.call_soon(lambda: settle(failed))
+        return _nothing
+    return give_up
