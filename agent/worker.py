@@ -100,6 +100,7 @@ class Worker:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
+        self._inbox = messages.Inbox(channel)
         self._reactor = Reactor()
         self._contexts = Contexts(
             self._reactor,
@@ -144,11 +145,11 @@ class Worker:
 
     def _on_message(self) -> None:
         try:
-            received = messages.receive(self._channel)
-        except ConnectionError:  # it went without reading what we had told it
-            received = None
-        if received is None:
+            received = self._inbox.receive()
+        except ConnectionError:  # the control process is gone
             self._reactor.stop()
+            return
+        if received is None:
             return
         message, fds = received
         match message:

@@ -47,6 +47,7 @@ class WorkerProcess:
         self._on_counts = on_counts
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(SEND_SECONDS)
+        self._inbox = messages.Inbox(self._channel)
         with theirs:
             try:
                 self.process = subprocess.Popen(
@@ -119,12 +120,12 @@ class WorkerProcess:
 
     def _on_answer(self) -> None:
         try:
-            received = messages.receive(self._channel)
+            received = self._inbox.receive()
         except OSError:
-            received = None
-        if received is None:
             self._close()
             self._on_exit(self)
+            return
+        if received is None:
             return
         match received[0]:
             case (

@@ -6,7 +6,8 @@ pickle right here, as it is for multiprocessing: the model's values pass as they
 a worker this way or through the maps, never as a shared object.
 
 A message that is too large for one datagram goes as several: a policy may list more addresses than
-a socket's buffer holds. The receiver puts them together; nobody else writes to the socket.
+a socket's buffer holds. The receiver puts them together, without waiting for those that are still
+to come: whoever sends may be held up in between. Nobody else writes to the socket.
 """
 
 from __future__ import annotations
@@ -304,25 +305,36 @@ def _datagrams(data: bytes) -> Iterator[bytes]:
         yield pickle.dumps(Fragment(data[offset:end], is_last=end >= len(data)))
 
 
-def receive(channel: socket.socket) -> tuple[ToWorker | FromWorker, list[int]] | None:
-    """Receive one message and its descriptors, now the caller's; None at the end.
+class Inbox:
+    """What comes on a message socket."""
 
-    Raises:
-        OutOfDescriptors: some did not fit into the process, and nobody can tell which.
-    """
-    parts: list[bytes] = []
-    all_fds: list[int] = []
-    while True:
-        data, fds, flags, _address = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
+    def __init__(self, channel: socket.socket) -> None:
+        """Read from a socket that stays the caller's."""
+        self._channel = channel
+        self._parts: list[bytes] = []  # of a message that is not complete yet
+        self._fds: list[int] = []
+
+    def receive(self) -> tuple[ToWorker | FromWorker, list[int]] | None:
+        """Receive one datagram; return the message that it completes, None if it is a part of one.
+
+        The descriptors beside a message are the caller's.
+
+        Raises:
+            ConnectionError: the other side has ended.
+            OutOfDescriptors: some did not fit into the process, and nobody can tell which.
+        """
+        data, fds, flags, _address = socket.recv_fds(self._channel, MAX_MESSAGE_BYTES, MAX_FDS)
         if not data:
-            return None
+            raise ConnectionResetError("the other side has ended")
         if flags & socket.MSG_CTRUNC:
             raise OutOfDescriptors("descriptors of a message are lost: this process has too many")
-        all_fds += fds
+        self._fds += fds
         message = pickle.loads(data)
         if isinstance(message, Fragment):
-            parts.append(message.data)
+            self._parts.append(message.data)
             if not message.is_last:
-                continue
+                return None
+            parts, self._parts = self._parts, []
             message = pickle.loads(b"".join(parts))
+        all_fds, self._fds = self._fds, []
         return message, all_fds

@@ -58,7 +58,7 @@ class RunningWorker:
         """Wait until everything that was told is in force."""
         self._number += 1
         self.tell(messages.Ask(self._number))
-        assert messages.receive(self.channel) is not None
+        assert messages.Inbox(self.channel).receive() is not None
 
     def stop(self) -> None:
         self.channel.close()

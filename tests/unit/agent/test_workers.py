@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,5 +92,43 @@ def test_worker_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -
             assert await gone is worker
         worker.stop()
         assert worker.process.returncode == -signal.SIGKILL
+
+    asyncio.run(check())
+
+
+def test_worker_that_is_held_up_within_a_message_stalls_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauges = messages.Gauges(1, (("buffered_bytes", (), 7),))
+    packed = pickle.dumps(gauges)
+    halves = [pickle.dumps(messages.Fragment(packed[:9], is_last=False))]
+    halves.append(pickle.dumps(messages.Fragment(packed[9:], is_last=True)))
+    held_up = tmp_path / "worker"
+    held_up.write_text(
+        f"#!{sys.executable}\n"
+        "import os, signal, socket, sys\n"
+        "channel = socket.socket(fileno=int(sys.argv[-1]))\n"
+        f"channel.send({halves[0]!r})\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+        f"channel.send({halves[1]!r})\n"
+        "while channel.recv(1000):\n"
+        "    pass\n"
+    )
+    held_up.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(held_up))
+    monkeypatch.setattr(workers, "SEND_SECONDS", 1.0)
+
+    async def check() -> None:
+        worker = WorkerProcess(
+            lambda _worker: None,
+            lambda _identity: None,
+            lambda _worker, _uid: None,
+            lambda _counts: None,
+        )
+        os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+        # Whatever else the agent has to do.
+        asyncio.get_running_loop().call_later(0.05, os.kill, worker.pid, signal.SIGCONT)
+        assert await worker.ask(messages.AskGauges, workers.ANSWER_SECONDS) == gauges
+        worker.stop()
 
     asyncio.run(check())
