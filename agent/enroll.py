@@ -87,7 +87,7 @@ class Enrollment:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a running agent hands over of a pod beside what is in the kernel."""
+    """What an enrollment hands over to the next one of the pod, beside what is in the kernel."""
 
     listeners: list[tuple[int, socket.socket]]
     sysctls: dict[Path, str]
@@ -164,11 +164,12 @@ def unenroll(enrollment: Enrollment) -> None:
         enrollment.capture.close()
 
 
-def hand_over(enrollment: Enrollment) -> None:
+def hand_over(enrollment: Enrollment) -> Inherited:
     """Give 15008 of a released pod to the next enrollment, which finds the reply route there."""
     enrollment.ground.pop_all()
     for listener in enrollment.hbone:
         listener.close()
+    return Inherited([], enrollment.sysctls)
 
 
 def inherit_draining(

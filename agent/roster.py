@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from agent import netns, sandbox
 from agent.datapath import links
 from agent.enroll import (
+    NOTHING_INHERITED,
     Inherited,
     abandon,
     attach_guard,
@@ -218,8 +219,8 @@ class Roster:
                 if before.netns_cookie == cookie and before.pod == pod:
                     return
                 self._unenroll(pod.uid, has_ended=True)
-            await self._take_back(pod.uid)
-            self._take(enroll(self._pins, pod, netns_fd, is_guarded=False))
+            inherited = await self._take_back(pod.uid)
+            self._take(enroll(self._pins, pod, netns_fd, inherited, is_guarded=False))
             unless_taken.pop_all()
         await self._confirm(pod)
 
@@ -369,8 +370,8 @@ class Roster:
             with contextlib.ExitStack() as unless_taken:
                 netns_fd = sandbox.open_netns(pod, self._pod_cgroups)
                 unless_taken.callback(os.close, netns_fd)
-                await self._take_back(pod.uid)
-                self._take(enroll(self._pins, pod, netns_fd))
+                inherited = await self._take_back(pod.uid)
+                self._take(enroll(self._pins, pod, netns_fd, inherited))
                 unless_taken.pop_all()
         except SidestepError as error:
             self._put_off(pod, error)
@@ -469,17 +470,18 @@ class Roster:
         self._let_go_of_one.set()
         self._on_gone()
 
-    async def _take_back(self, uid: str) -> None:
+    async def _take_back(self, uid: str) -> Inherited:
         """Free 15008 of a pod that comes back while it drains; its connections go on."""
         enrollment = self._draining.pop(uid, None)
         if enrollment is None:
-            return
+            return NOTHING_INHERITED
         self._drained.discard(uid)
         self._fleet.expect_no_more(uid)
         self._fleet.tell(messages.RemovePod(uid, comes_back=True))
         await self._fleet.wait_in_force()
-        hand_over(enrollment)
+        inherited = hand_over(enrollment)
         os.close(enrollment.netns_fd)
+        return inherited
 
     def _let_go(self, enrollment: Enrollment) -> None:
         """Undo all that is left of an enrollment."""

@@ -16,6 +16,7 @@ import pytest
 from agent import netlink, netns
 from agent.arrivals import Arrivals
 from agent.direct import DirectPath
+from agent.enroll import REPLY_SYSCTLS
 from agent.fleet import Fleet
 from agent.model.pod import LocalPod
 from agent.model.starting import StartingPod
@@ -294,6 +295,34 @@ def test_pod_that_drains_is_nobodys_once_all_are_abandoned(pins: Pins) -> None:
         for _ in range(3):  # what the fleet was asked to say about it comes now
             await asyncio.sleep(0)
         assert failed == []
+
+    run(pins, check)
+
+
+def test_pod_that_comes_back_while_it_drains_gets_its_own_sysctls_in_the_end(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        path = node.sandbox()
+        accept, *reflect = REPLY_SYSCTLS
+        own = {accept: "0\n"} | dict.fromkeys(reflect, "1\n")
+
+        def write() -> None:
+            for sysctl, text in own.items():
+                sysctl.write_text(text)
+
+        def read() -> dict[Path, str]:
+            return {sysctl: sysctl.read_text() for sysctl in own}
+
+        fd = int(path.rpartition("/")[2])
+        netns.run_in(fd, write)
+        await node.follow(pod_of(WEB, "web"))
+        await node.add(WEB, "web", "c1", path)
+        await node.follow(pod_of(WEB, "web", is_member=False))
+        (draining,) = node.roster.draining()
+        await node.roster.bring(draining.pod, Path(path))
+        assert netns.run_in(fd, read) == dict.fromkeys(own, "1\n")
+        node.roster.release_all()
+        node.roster.drop_all()
+        assert netns.run_in(fd, read) == own
 
     run(pins, check)
 
