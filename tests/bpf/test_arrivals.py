@@ -23,6 +23,7 @@ from agent.model.starting import StartingPod
 from agent.model.workload import Workload
 from agent.roster import Roster
 from agent.state.store import Snapshot
+from agent.tunnel import messages
 from cni.protocol import CniError, Request
 from tests.support.processes import descriptor_count
 
@@ -64,13 +65,15 @@ class Silent:
 
     def __init__(self) -> None:
         self.asked_for: StartingPod | None = None
+        self.reported: list[str] = []
 
     async def ask_for_pod(self, _namespace: str, _name: str) -> StartingPod | None:
         return self.asked_for
 
     def publish(self, *_said: object) -> None: ...
 
-    def report(self, *_said: object) -> None: ...
+    def report(self, _pod: LocalPod, reason: str, _note: str) -> None:
+        self.reported.append(reason)
 
 
 class Node:
@@ -295,6 +298,36 @@ def test_pod_that_drains_is_nobodys_once_all_are_abandoned(pins: Pins) -> None:
         for _ in range(3):  # what the fleet was asked to say about it comes now
             await asyncio.sleep(0)
         assert failed == []
+
+    run(pins, check)
+
+
+def test_pod_without_a_veth_is_unguarded_and_shown_so_unless_it_is_contested(
+    pins: Pins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(node: Node) -> None:
+        may_go_direct = []
+
+        def tell(message: object, _fds: object = None) -> None:
+            if isinstance(message, messages.AddPod):
+                may_go_direct.append(message.pod.may_go_direct)
+
+        monkeypatch.setattr(node.fleet, "tell", tell)
+        await node.follow(pod_of(WEB, "web"))
+        settle = await node.add(WEB, "web", "c1", node.sandbox())
+        assert settle is not None
+        await settle()
+        assert may_go_direct == [True, False]
+        status = node.roster.statuses[WEB]
+        text = status.detail
+        for contested, shown in (
+            ({}, ("unguarded", text)),
+            ({"shop/web": "who?"}, ("contested", "who?")),
+            ({}, ("unguarded", text)),
+        ):
+            node.roster.contest(contested)
+            assert (status.state, status.reason, status.detail) == ("enrolled", *shown)
+        assert node.source.reported == ["unguarded", "contested", "unguarded"]
 
     run(pins, check)
 
