@@ -205,6 +205,25 @@ def test_pod_that_the_state_never_shows_stays_until_its_sandbox_ends(
     run(pins, check)
 
 
+def test_pod_that_an_agent_before_brought_stays_until_its_sandbox_ends(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        told = pod_of(WEB, "web")
+        other = pod_of(OTHER, "other", is_member=False)
+        path = node.sandbox()
+        node.arrivals.on_enforced(other)
+        await node.roster.bring(told.local_pods[NODE][0], Path(path))
+        node.source.asked_for = starting(told)
+        await node.arrivals.inherit(each.pod for each in node.roster.enrollments())
+        for _ in range(2):
+            await node.follow(other)
+            assert node.addresses() == {"web": "10.77.0.2"}
+        await node.arrivals.serve(replace(Request("DEL"), uid=WEB, container_id="c1", netns=path))
+        await node.follow(other)
+        assert node.addresses() == {}
+
+    run(pins, check)
+
+
 def test_pod_that_the_state_has_shown_goes_with_it(pins: Pins) -> None:
     async def check(node: Node) -> None:
         node.source.asked_for = starting(pod_of(WEB, "web"))
