@@ -235,6 +235,7 @@ class Answers:
             self._settings.trust_domain,
             self._settings.exclusions,
             self._settings.has_direct_path,
+            self._roster.unguarded(),
         )
         try:
             source, destination = str(arguments["source"]), str(arguments["destination"])

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from agent import netns
 from agent.errors import KubernetesError, SandboxNotFound, SidestepError
 from agent.state.arrival import complete, find_pod, pods_of
-from cni.protocol import CniError, Code
+from cni.protocol import CniError, Code, Request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from agent.model.starting import StartingPod
     from agent.roster import Roster
     from agent.state.store import Snapshot
-    from cni.protocol import Request
 
 log = logging.getLogger(__name__)
 # Less than the plugin waits, so that it can say what the matter is.
@@ -105,10 +104,19 @@ class Arrivals:
         arrived = [known[uid].at(box.addresses) for uid, box in self._sandboxes.items()]
         return complete(told, self._node, arrived, self._gone)
 
-    def inherit(self, pods: Iterable[LocalPod]) -> None:
-        """Know pods that an agent before us brought, and whose addresses the API has not yet."""
+    async def inherit(self, pods: Iterable[LocalPod]) -> None:
+        """Know pods that an agent before us brought, and that the state has not, or not whole.
+
+        Raises:
+            KubernetesError: whether there is such a pod is not known.
+        """
         for pod in pods:
-            self._sandboxes.setdefault(pod.uid, Sandbox("", pod.addresses))
+            named = Request("ADD", namespace=pod.namespace, name=pod.name, uid=pod.uid)
+            # The state may be older than what the agent before us went by.
+            found = self._known(named) or await self._ask(named, self._has_told)
+            if found is not None and found.local is not None:
+                self._sandboxes[pod.uid] = Sandbox("", pod.addresses)
+                self._on_arrived(found.at(pod.addresses))
 
     def on_enforced(self, told: Snapshot) -> None:
         """Go on with what waits for a newer state: its policies are in force."""

@@ -87,6 +87,12 @@ class Contested(KernelError):
     reason = "contested"
 
 
+class Unguarded(KernelError):
+    """No interface of the node leads to a pod, so no guard can see its packets."""
+
+    reason = "unguarded"
+
+
 class PinsInUse(KernelError):
     """Another agent runs on these pins; one must stop first."""
 

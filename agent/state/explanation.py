@@ -25,6 +25,8 @@ from agent.model.policy import Action, PeerAuthentication, Policy
 from agent.model.verdict import Basis, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from agent.model.identity import SpiffeId
     from agent.model.pod import Address, Exclusions, LocalPod
     from agent.model.service import Service
@@ -118,12 +120,15 @@ class Explainer:
         trust_domain: str,
         common: Exclusions,
         has_direct_path: bool,
+        unguarded: Set[str] = frozenset(),
     ) -> None:
+        """Explain by a state; `unguarded` are the uids of pods that take no direct path for it."""
         self._snapshot = snapshot
         self._rulebook = rulebook
         self._trust_domain = trust_domain
         self._common = common
         self._has_direct_path = has_direct_path
+        self._unguarded = unguarded
         self._pods = {pod.uid: pod for pods in snapshot.local_pods.values() for pod in pods}
 
     def explain(self, source: str, destination: str, port: int) -> list[Explanation]:
@@ -257,6 +262,9 @@ class Explainer:
         )
         pods = (source.pod, destination.pod)
         if is_near and self._has_direct_path and all(pod and pod.may_go_direct for pod in pods):
+            for end in (source, destination):
+                if end.workload is not None and end.workload.uid in self._unguarded:
+                    return "tunnel", f"{end} has no veth to the node, so it takes no direct path"
             return "direct", "two pods of one node: the first connection is judged in the tunnel"
         return "tunnel", "both pods are in the mesh"
 
