@@ -237,6 +237,36 @@ def test_pod_that_the_state_has_shown_goes_with_it(pins: Pins) -> None:
     run(pins, check)
 
 
+def known_uids(node: Node, told: Snapshot) -> set[str]:
+    return {each.uid for each in node.arrivals.complete(told).workloads}
+
+
+def test_pod_whose_next_sandbox_passes_the_plugin_by_is_known_all_the_same(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        told = pod_of(WEB, "web")
+        await node.follow(told)
+        path = node.sandbox()
+        await node.add(WEB, "web", "c1", path)
+        await node.arrivals.serve(replace(Request("DEL"), uid=WEB, container_id="c1", netns=path))
+        assert known_uids(node, told) == set()  # the state has not heard of the end
+        assert known_uids(node, pod_of(WEB, "web", "10.77.0.9")) == {WEB}
+        assert known_uids(node, told) == {WEB}
+
+    run(pins, check)
+
+
+def test_pod_whose_sandbox_failed_is_known_when_it_runs(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        told = pod_of(WEB, "web")
+        begun = replace(told, workloads=(), local_pods={}, starting=(starting(told).at(()),))
+        await node.follow(begun)
+        assert "/run/netns/gone" in await error_of(node.add(WEB, "web", "c1", "/run/netns/gone"))
+        assert known_uids(node, begun) == set()
+        assert known_uids(node, told) == {WEB}
+
+    run(pins, check)
+
+
 def test_sandbox_that_comes_during_a_pass_is_not_taken_for_the_one_before(pins: Pins) -> None:
     async def check(node: Node) -> None:
         told = pod_of(WEB, "web")
