@@ -111,25 +111,26 @@ def test_predecessor_that_ends_it_alone_is_still_the_agent(tmp_path: Path) -> No
 
 
 def test_predecessor_that_ends_in_a_moment_is_waited_for_beside_other_work() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+
     async def check() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         found = Predecessor(ours)
         found.close()
-        process = subprocess.Popen(["sleep", "60"])
         found._pidfd = os.pidfd_open(process.pid)
         theirs.close()
         asyncio.get_running_loop().call_later(0.05, process.kill)
-        try:
-            with pytest.raises(PredecessorGone):
-                await found.begin()
-        finally:
-            process.kill()
-            process.wait()
+        with pytest.raises(PredecessorGone):
+            await found.begin()
         found.close()
         ours.close()
 
-    asyncio.run(check())
+    try:
+        asyncio.run(check())
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(

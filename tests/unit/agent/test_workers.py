@@ -96,6 +96,10 @@ def test_worker_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(check())
 
 
+def wait_stopped(pid: int) -> None:
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
 def test_worker_that_is_held_up_within_a_message_stalls_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +129,7 @@ def test_worker_that_is_held_up_within_a_message_stalls_nobody(
             lambda _worker, _uid: None,
             lambda _counts: None,
         )
-        os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+        wait_stopped(worker.pid)
         # Whatever else the agent has to do.
         asyncio.get_running_loop().call_later(0.05, os.kill, worker.pid, signal.SIGCONT)
         assert await worker.ask(messages.AskGauges, workers.ANSWER_SECONDS) == gauges
