@@ -85,8 +85,8 @@ class Arrivals:
         self._told: Snapshot | None = None
         self._has_told = asyncio.Event()  # replaced at each new state
         self._sandboxes: dict[str, Sandbox] = {}
-        # Pods whose sandbox has ended, though the state may still have it, by their addresses in it.
-        # At another one the pod has a sandbox that was made past the plugin.
+        # Pods whose sandbox has ended, though the state may still have it, and their addresses in
+        # it. A pod at another address has a new sandbox, which was made past the plugin.
         self._gone: dict[str, frozenset[Address]] = {}
         # Pods in the mesh that the API server was asked for and the follower has not come to yet,
         # however long that takes: a watch may be silent for minutes. DEL ends it as well.
