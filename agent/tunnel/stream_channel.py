@@ -184,11 +184,14 @@ class StreamChannel:
         """End with a reset at both sides: there is no room for what is buffered."""
         self.fail()
 
+    def hang_up(self) -> None:
+        """Say after our END that we hear no more; the peer may have ended as well."""
+        self.abort(ErrorCode.NO_ERROR)
+
     def close(self) -> None:
-        """Both directions have ended, or nobody hears what the peer would still say."""
+        """Both directions have ended."""
         if not self._is_closed:
             self._end()
-            self._session.connection.reset(self._stream_id, ErrorCode.NO_ERROR)
             self._session.forget_stream(self._stream_id)
 
     def _end(self) -> None:

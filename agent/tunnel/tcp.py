@@ -201,6 +201,13 @@ class TcpChannel:
             self.share.change(self, -held)
             sockets.abort(self._socket)
 
+    def hang_up(self) -> None:
+        """Close with RST, unless the application's kernel has not taken all yet."""
+        if not self._is_closed and sockets.unacknowledged(self._socket):
+            self.close()
+        else:
+            self.abort()
+
     def close(self) -> None:
         """Close; both directions have ended."""
         if not self._is_closed:

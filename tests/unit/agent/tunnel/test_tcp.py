@@ -216,6 +216,31 @@ def test_closed_channel_sends_fin_and_says_nothing_more(end: End) -> None:
     assert end.seen == []
 
 
+def test_hanging_up_is_a_reset_once_all_has_arrived(end: End) -> None:
+    end.channel.start()
+    end.channel.write(b"answer")
+    end.channel.finish()
+    run_rounds(end.reactor, 3)
+    end.channel.hang_up()
+    assert end.peer.recv(100) == b"answer"
+    with pytest.raises(BrokenPipeError):  # after a FIN; the first one would pass without a RST
+        end.peer.send(b"more")
+
+
+def test_hanging_up_loses_nothing(end: End) -> None:
+    end.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    end.own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    end.channel.start()
+    end.channel.write(bytes(1 << 18))
+    end.channel.finish()
+    assert not end.channel.buffered
+    end.channel.hang_up()
+    received = 0
+    while data := end.peer.recv(1 << 16):
+        received += len(data)
+    assert received == 1 << 18
+
+
 def test_channel_that_was_not_joined_says_so(end: End) -> None:
     with pytest.raises(AssertionError, match="that is not joined"):
         TcpChannel(Reactor(), end.own, Share("shop/client-0")).on_data(b"x")
