@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tunnel import tcp
+from agent.tunnel import sockets, tcp
 from agent.tunnel.buffers import Share
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.sockets import LINGER_RESET
@@ -220,7 +220,7 @@ def test_hanging_up_is_a_reset_once_all_has_arrived(end: End) -> None:
     end.channel.start()
     end.channel.write(b"answer")
     end.channel.finish()
-    run_rounds(end.reactor, 3)
+    run_until(end.reactor, lambda: not sockets.unacknowledged(end.own))
     end.channel.hang_up()
     assert end.peer.recv(100) == b"answer"
     with pytest.raises(BrokenPipeError):  # after a FIN; the first one would pass without a RST
