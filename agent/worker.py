@@ -320,7 +320,6 @@ class Worker:
         self, served: ServedPod, serve: Serve, accepted: socket.socket, peer: tuple[str, int]
     ) -> None:
         try:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._sockets is not None:
                 self._sockets.require_room(accepted)
             serve(served, accepted, peer)
