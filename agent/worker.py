@@ -207,7 +207,9 @@ class Worker:
             partial(exempt, Map(maps / "ss_exempt")), raise_limit() - bounds.spare_descriptors
         )
         self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
-        self._pool = Pool(self._reactor, pod_sockets, self._trust, self._contexts, bounds)
+        self._pool = Pool(
+            self._reactor, pod_sockets, self._trust, self._contexts, self._ledger.may_log, bounds
+        )
         outbound = Outbound(
             self._reactor,
             pod_sockets,

@@ -88,7 +88,8 @@ class Scene:
         self.mesh = mesh = Mesh()
         mesh.put_workload(SERVER_POD)
         pod_sockets = PodSockets(lambda _own: None)
-        self.pool = Pool(self.reactor, pod_sockets, trust, contexts, bounds)
+        ledger = Ledger(self.reactor, mesh)
+        self.pool = Pool(self.reactor, pod_sockets, trust, contexts, ledger.may_log, bounds)
         self.sessions: list[Session] = []
         asked = Asked()
         self.outbound = Outbound(
@@ -99,7 +100,7 @@ class Scene:
             self.pool,
             contexts,
             asked,
-            Ledger(self.reactor, mesh),
+            ledger,
             bounds,
         )
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.0.0.2"),))
