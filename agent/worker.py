@@ -208,7 +208,9 @@ class Worker:
             partial(exempt, Map(maps / "ss_exempt")), raise_limit() - bounds.spare_descriptors
         )
         self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
-        self._pool = Pool(self._reactor, pod_sockets, self._trust, self._contexts, bounds)
+        self._pool = Pool(
+            self._reactor, pod_sockets, self._trust, self._contexts, self._ledger.may_log, bounds
+        )
         outbound = Outbound(
             self._reactor,
             pod_sockets,
@@ -321,7 +323,6 @@ class Worker:
         self, served: ServedPod, serve: Serve, accepted: socket.socket, peer: tuple[str, int]
     ) -> None:
         try:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._sockets is not None:
                 self._sockets.require_room(accepted)
             serve(served, accepted, peer)

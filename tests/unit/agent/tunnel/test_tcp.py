@@ -14,6 +14,7 @@ from agent.tunnel.buffers import Share
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.sockets import LINGER_RESET
 from agent.tunnel.tcp import TcpChannel
+from tests.support.allocated import allocated
 from tests.support.loop import count_rounds, run_rounds, run_until
 
 if TYPE_CHECKING:
@@ -114,6 +115,20 @@ def test_what_the_socket_does_not_take_is_kept_in_order_and_drained(end: End) ->
     assert end.channel.buffered == 0
     assert end.seen == ["drained"]
     assert end.peer.recv(1) == b""  # FIN, after the data
+
+
+def test_small_messages_that_nobody_reads_cost_little_more_than_is_in_them(end: End) -> None:
+    written = end.fill()
+    before = end.channel.buffered
+    messages = [b"%d " % number for number in range(20_000)]
+
+    def write() -> None:
+        for message in messages:
+            end.channel.write(memoryview(message))  # as they come out of a tunnel
+
+    assert allocated(write) < (end.channel.buffered - before) * 1.5
+    tail = b"".join(messages)
+    assert end.read_peer(written + len(tail))[-len(tail) :] == tail
 
 
 def test_paused_channel_reads_nothing_and_goes_on(end: End) -> None:
