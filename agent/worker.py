@@ -101,6 +101,7 @@ class Worker:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._inbox = messages.Inbox(channel)
+        self._outbox = messages.Outbox(channel)
         self._reactor = Reactor()
         self._contexts = Contexts(
             self._reactor,
@@ -242,7 +243,7 @@ class Worker:
 
     def _answer(self, message: messages.FromWorker) -> None:
         with suppress(OSError):  # the control process is gone: the channel's end says so as well
-            messages.send(self._channel, message)
+            self._outbox.put(message)
 
     def _tell_counts(self) -> None:
         self._answer(messages.PutCounts(COUNTS.take()))

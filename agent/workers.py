@@ -48,6 +48,7 @@ class WorkerProcess:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(SEND_SECONDS)
         self._inbox = messages.Inbox(self._channel)
+        self._outbox = messages.Outbox(self._channel)
         with theirs:
             try:
                 self.process = subprocess.Popen(
@@ -71,7 +72,7 @@ class WorkerProcess:
         if self._channel.fileno() < 0:
             return
         try:
-            messages.send(self._channel, message, fds)
+            self._outbox.put(message, fds or ())
         except (BrokenPipeError, ConnectionResetError):
             log.warning("worker is gone", extra={"pid": self.pid})
         except OSError as error:
