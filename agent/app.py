@@ -442,6 +442,8 @@ class Agent:
             {each.uid: each for each in snapshot.workloads if each.node == node}
         )
         await self._enforce(snapshot)
+        # What is kept for slow workers is bounded by this: newer snapshots wait, and are one then.
+        await self._fleet.wait_taken()
         self._arrivals.on_enforced(told)
         snapshot = self._snapshot  # pods may have come and gone meanwhile
         self._desired = {

@@ -126,6 +126,37 @@ def test_successor_that_waits_for_certificates_follows_the_state(
 
 
 @pytest.mark.usefixtures("_alone")
+def test_newer_state_waits_until_workers_have_taken_what_they_were_told() -> None:
+    """What is kept for a slow worker would become more and more."""
+    applied: list[Snapshot] = []
+
+    def complete(told: Snapshot) -> Snapshot:
+        applied.append(told)
+        return told
+
+    async def check() -> None:
+        agent = following(
+            source=States(3),
+            roster=SimpleNamespace(next_retry=lambda: None),
+            arrivals=SimpleNamespace(complete=complete),
+            direct=SimpleNamespace(name_workloads=ignore),
+            enforcement=SimpleNamespace(change=lambda _snapshot: ()),
+            fleet=SimpleNamespace(tell=ignore, wait_taken=for_ever),
+            predecessor=None,
+            snapshot=Snapshot(),
+        )
+        agent._settings = SimpleNamespace(  # type: ignore[assignment]  # a part of them
+            node="east", kubelet_cgroup=None
+        )
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await agent._follow()
+
+    asyncio.run(check())
+    assert len(applied) == 1
+
+
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("known", ["to the API server", "without an address", "to nobody"])
 def test_pod_that_the_agent_before_brought_stays_though_the_state_has_it_not_yet(
     known: str,
