@@ -103,13 +103,15 @@ def install(places: Places) -> str:
         _put_plugin(places)
         files = _read(places.networks)
         primary = find_primary(files)
+        changes = plan_install(files, places.entry())
         if primary is None:
+            _apply(places.networks, changes)
             raise InstallError(
                 f"{places.networks} has no network configuration yet, which the cluster's CNI "
                 "brings: run `sidestep cni watch`, which waits for it"
             )
         _put_record(places)
-        _apply(places.networks, plan_install(files, places.entry()))
+        _apply(places.networks, changes)
         return primary
 
 
@@ -229,11 +231,12 @@ class _Keeper:
         _put_plugin(places)
         files = _read(places.networks)
         primary = find_primary(files)
+        changes = plan_install(files, places.entry())
         if primary is None:
+            _apply(places.networks, changes)
             self.tell(f"{places.networks} has no network configuration yet; waiting for one")
             self._had_entry = False
             return True
-        changes = plan_install(files, places.entry())
         if not self._has_begun and not has_entry(files) and not places.record.exists():
             problem = _agent_problem(places)
             if problem:
