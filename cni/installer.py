@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SHIM = Path(__file__).with_name("shim")
 RECORD = "installed"
+DRAFT = f".by-{PLUGIN_TYPE}.draft"
 # Some networks are written in place, or on file systems that tell nobody.
 RECHECK_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -129,6 +130,11 @@ def uninstall(places: Places) -> list[Path]:
         changes = plan_uninstall(_read(places.networks))
         _apply(places.networks, changes)
         changed += [places.networks / change.name for change in changes]
+        # Of installers that were killed; who is at work has the turn.
+        for directory in (places.networks, places.plugins, places.state):
+            for draft in directory.glob(f".*{DRAFT}"):
+                draft.unlink()
+                changed.append(draft)
     with suppress(FileNotFoundError):
         places.plugin.unlink()
         changed.append(places.plugin)
@@ -185,6 +191,7 @@ class _Keeper:
         self._told = ""
         self._lock = -1
         self._has_waited = False
+        self._passed_over: frozenset[Path] = frozenset()
 
     def is_alone(self) -> bool:
         """Say whether no other process keeps this node, and keep others off then (OSError)."""
@@ -230,6 +237,7 @@ class _Keeper:
             return False
         _put_plugin(places)
         files = _read(places.networks)
+        self._say_passed_over()
         primary = find_primary(files)
         changes = plan_install(files, places.entry())
         if primary is None:
@@ -291,6 +299,21 @@ class _Keeper:
         )
         return True
 
+    def _say_passed_over(self) -> None:
+        """Say once of each link that leads nowhere here: the runtime may follow it."""
+        links = frozenset(
+            path
+            for path in self._places.networks.iterdir()
+            if path.name.endswith(SUFFIXES) and path.is_symlink() and not path.exists()
+        )
+        for path in sorted(links - self._passed_over):
+            log.warning(
+                "a link that leads nowhere is passed over; if the runtime can follow it, that "
+                "network has no entry: mount what it leads to, by the host's name",
+                extra={"file": str(path), "target": str(path.readlink())},
+            )
+        self._passed_over = links
+
     def tell(self, problem: str) -> None:
         """Say once what stands in the way."""
         if problem != self._told:
@@ -347,17 +370,25 @@ def _put_record(places: Places) -> None:
 
 
 def _replace(path: Path, content: bytes, mode: int) -> None:
-    """Write a file so that it is there as a whole or not at all; owner and mode are kept."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    """Write a file so that it is there as a whole or not at all; owner and mode are kept.
+
+    One draft of a name at a time, since installers take turns. What one that was killed has left
+    is not opened: whoever owns the directory may have put a link there.
+    """
+    draft = path.with_name(f".{path.name}{DRAFT}")
+    draft.unlink(missing_ok=True)
     try:
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:  # noqa: PTH123  # a descriptor
+            owner = -1, -1  # ours
             with suppress(FileNotFoundError):
                 before = path.stat()
-                os.fchown(fd, before.st_uid, before.st_gid)
+                owner = before.st_uid, before.st_gid
                 if mode != PLUGIN_MODE:
                     mode = stat.S_IMODE(before.st_mode)
+            # In this order: the mode of a file of somebody else's takes CAP_FOWNER to change.
             os.fchmod(fd, mode)
+            os.fchown(fd, *owner)
             file.write(content)
             file.flush()
             os.fsync(fd)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 
@@ -279,6 +280,38 @@ def test_watch_ends_when_somebody_uninstalls(
     assert not places.plugin.exists()
 
 
+def test_list_of_a_network_that_its_owner_removed_goes_too(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    single = places.networks / "10-pods.conf"
+    single.write_text('{"cniVersion": "1.0.0", "name": "pods", "type": "bridge"}')
+    install(places)
+    with watching(places):
+        wait_until(lambda: "entry is in place" in said(caplog))
+        single.unlink()
+        wait_until(lambda: not list(places.networks.iterdir()))
+    single.write_text('{"cniVersion": "1.0.0", "name": "pods", "type": "bridge"}')
+    install(places)
+    single.unlink()
+    with pytest.raises(InstallError, match="no network configuration yet"):
+        install(places)
+    assert not list(places.networks.iterdir())
+
+
+def test_link_to_what_is_not_there_is_passed_over_and_said(
+    places: Places, conflist: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = places.networks / "05-first.conflist"
+    link.symlink_to("/not/mounted/here.conflist")
+    install(places)
+    with watching(places):
+        wait_until(lambda: "entry is in place" in said(caplog))
+        (places.networks / "touched").touch()  # another look
+    told = [vars(each) for each in caplog.records if "leads nowhere" in each.getMessage()]
+    assert [each["file"] for each in told] == [str(link)]
+    assert types(conflist) == ["bridge", "sidestep"]
+
+
 def test_watch_of_a_new_version_waits_for_the_end_of_the_one_before(
     places: Places, conflist: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -317,6 +350,27 @@ def test_failing_write_leaves_the_file_and_no_draft(places: Places, conflist: Pa
     with pytest.raises(OSError, match="No such"):
         installer._replace(places.networks / "gone/file", b"", 0o600)
     assert [path.name for path in places.networks.iterdir()] == [conflist.name]
+
+
+def test_draft_of_an_installer_that_was_killed_is_no_obstacle_and_goes(
+    places: Places, conflist: Path, tmp_path: Path
+) -> None:
+    before = tree(places)
+    pid = os.fork()
+    if not pid:
+        with patch("os.fsync", lambda _fd: os.kill(os.getpid(), signal.SIGKILL)):
+            install(places)
+    os.waitpid(pid, 0)
+    assert tree(places) != before
+    uninstall(places)
+    assert tree(places) == before
+    # Nor is it followed, if it is somebody's link.
+    mine = tmp_path / "mine"
+    mine.touch()
+    (places.plugins / f".sidestep{installer.DRAFT}").symlink_to(mine)
+    install(places)
+    assert places.plugin.read_bytes() == places.shim.read_bytes()
+    assert mine.read_bytes() == b""
 
 
 def test_commands_install_keep_and_uninstall(places: Places, conflist: Path) -> None:
