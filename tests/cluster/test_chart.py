@@ -131,6 +131,32 @@ def test_values_that_are_wrong_are_refused(
     assert told in done.stderr
 
 
+def test_node_that_agents_leave_alone_is_cleaned_too(programs: Path, tmp_path: Path) -> None:
+    few = {"nodeSelector": {"mesh": "yes"}, "tolerations": [], "affinity": {"nodeAffinity": {}}}
+    pods = {
+        body["metadata"]["name"]: body["spec"]["template"]["spec"]
+        for body in render(programs, tmp_path, {"agent": few})
+        if body["kind"] == "DaemonSet"
+    }
+    assert pods["sidestep-agent"]["nodeSelector"]["mesh"] == "yes"
+    cleaner = pods["sidestep-uninstall"]
+    assert cleaner["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    assert cleaner["tolerations"] == [{"operator": "Exists"}]
+    assert "affinity" not in cleaner
+    # Nor does a pod wait for what is missing on a node that never had an agent.
+    kinds = {each["name"]: each["hostPath"]["type"] for each in cleaner["volumes"]}
+    assert kinds["networks"] == kinds["plugins"] == "DirectoryOrCreate"
+
+
+def test_jobs_of_an_uninstallation_are_not_put_on_a_node_that_is_away(
+    programs: Path, tmp_path: Path
+) -> None:
+    bodies = render(programs, tmp_path, {})
+    jobs = [body["spec"]["template"]["spec"] for body in bodies if body["kind"] == "Job"]
+    assert len(jobs) == 2
+    assert all("tolerations" not in job for job in jobs)
+
+
 def test_commands_have_every_option_that_the_chart_gives(programs: Path, tmp_path: Path) -> None:
     seen = set()
     for body in render(programs, tmp_path, EVERYTHING):
