@@ -2,6 +2,7 @@
 
     install     plugin into the directory of plugins, record, entry in the primary network
     uninstall   record, entry, plugin: in this order, so that whatever is left behind is harmless
+    keep_out    uninstall, and have every watch leave the node alone, until somebody installs
     watch       install, and put the entry back when somebody has taken it away
 
 Each file is written beside its name, synced and renamed, so a reader or a power cut sees the old
@@ -11,7 +12,8 @@ are while one is updated, would take each other's plugin away for ever. The next
 before has ended.
 
 The record says that the plugin is installed: without it the plugin passes every pod on. So it also
-ends a `watch` that goes on while somebody uninstalls.
+ends a `watch` that goes on while somebody uninstalls. Where the kubelet would start the next one,
+`keep_out` leaves a file beside the record, which tells each to wait.
 
 The first entry on a node waits until the agent serves: a node on which the agent can not run is not
 closed. Later on, also after a reboot, the entry stands whether or not the agent is there: until it
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SHIM = Path(__file__).with_name("shim")
-RECORD = "installed"
+RECORD, KEPT_OUT = "installed", "kept-out"
 DRAFT = f".by-{PLUGIN_TYPE}.draft"
 # Some networks are written in place, or on file systems that tell nobody.
 RECHECK_SECONDS = 60.0
@@ -88,6 +90,10 @@ class Places:
     def record(self) -> Path:
         return self.state / RECORD
 
+    @property
+    def kept_out(self) -> Path:
+        return self.state / KEPT_OUT
+
     def entry(self) -> dict[str, object]:
         """Return our entry in a network's list of plugins."""
         return {
@@ -112,6 +118,7 @@ def install(places: Places) -> str:
                 "brings: run `sidestep cni watch`, which waits for it"
             )
         _put_record(places)
+        places.kept_out.unlink(missing_ok=True)
         _apply(places.networks, changes)
         return primary
 
@@ -121,6 +128,24 @@ def uninstall(places: Places) -> list[Path]:
 
     What is not there is no error (OSError: it cannot be taken away).
     """
+    changed = _take_away(places)
+    with suppress(FileNotFoundError):
+        places.kept_out.unlink()
+        changed.append(places.kept_out)
+    with suppress(OSError):  # others may keep something there
+        places.state.rmdir()
+    return changed
+
+
+def keep_out(places: Places) -> list[Path]:
+    """Uninstall, and have every `watch` of this node wait for an `install` (OSError)."""
+    with suppress(FileNotFoundError):  # each watch makes the directory, so there was none
+        places.kept_out.touch()
+        _sync(places.state)
+    return _take_away(places)
+
+
+def _take_away(places: Places) -> list[Path]:
     changed = []
     with suppress(FileNotFoundError):
         places.record.unlink()
@@ -138,8 +163,6 @@ def uninstall(places: Places) -> list[Path]:
     with suppress(FileNotFoundError):
         places.plugin.unlink()
         changed.append(places.plugin)
-    with suppress(OSError):  # others may keep something there
-        places.state.rmdir()
     return changed
 
 
@@ -232,6 +255,10 @@ class _Keeper:
 
     def _look(self) -> bool:
         places = self._places
+        if places.kept_out.exists():
+            self.tell(f"{places.kept_out} keeps us out until somebody runs `sidestep cni install`")
+            self._had_entry = False
+            return True
         if self._has_begun and not places.record.exists():
             log.info("the plugin was uninstalled; it is kept no more")
             return False

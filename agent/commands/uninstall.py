@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from agent import uninstall as steps
-from agent.commands.cni import places_options, take_away
+from agent.commands.cni import places_options
 from agent.commands.examples import examples
 from agent.datapath import pins
 from agent.discovery.entries import REDIRECTION
+from agent.errors import InstallFailed
 from cni import installer
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -46,7 +47,11 @@ def uninstall(
         click.echo(f"agent {pid} has taken its pods out and ended")
     steps.refuse_if_held(pin_root)
     count = 0
-    for path in take_away(installer.Places(networks, plugins, state, Path())):
+    try:
+        files = installer.uninstall(installer.Places(networks, plugins, state, Path()))
+    except OSError as error:
+        raise InstallFailed(str(error)) from error
+    for path in files:
         click.echo(f"removed {path}, or what was ours in it")
         count += 1
     for line in steps.uninstall(pin_root, pod_cgroups, run_dir):

@@ -21,7 +21,7 @@ import pytest
 from cni import installer
 from cni.conflist import PLUGIN_TYPE
 from cni.contention import MOST_STRIKES
-from cni.installer import InstallError, Places, install, uninstall, watch
+from cni.installer import InstallError, Places, install, keep_out, uninstall, watch
 from cni.protocol import SUCCESS
 from tests.support.waiting import wait_until
 
@@ -280,6 +280,40 @@ def test_watch_ends_when_somebody_uninstalls(
     assert not places.plugin.exists()
 
 
+def test_watch_that_starts_after_the_emergency_exit_waits_for_an_installation(
+    places: Places, conflist: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(places)
+    with agent(places), watching(places):
+        wait_until(lambda: "entry is in place" in said(caplog))
+        keep_out(places)
+        wait_until(lambda: "keeps us out" in said(caplog))
+        assert conflist.read_text() == CONFLIST
+    caplog.clear()
+    # The kubelet starts the container again, on a node whose agent is well.
+    with agent(places), watching(places):
+        wait_until(lambda: "keeps us out" in said(caplog))
+        assert conflist.read_text() == CONFLIST
+        assert not places.plugin.exists()
+        install(places)
+        wait_until(lambda: "entry is in place" in said(caplog))
+        conflist.write_text(CONFLIST)
+        wait_until(lambda: types(conflist) == ["bridge", "sidestep"])
+
+
+def test_emergency_exit_leaves_nothing_to_uninstall_and_nothing_where_no_watch_was(
+    places: Places, conflist: Path
+) -> None:
+    before = tree(places)
+    keep_out(places)
+    assert tree(places) == before
+    install(places)
+    keep_out(places)
+    assert [path.name for path in places.state.iterdir()] == ["kept-out"]
+    uninstall(places)
+    assert tree(places) == before
+
+
 def test_list_of_a_network_that_its_owner_removed_goes_too(
     places: Places, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -403,4 +437,4 @@ def test_commands_install_keep_and_uninstall(places: Places, conflist: Path) -> 
     assert conflist.read_text() == installed
     assert run("uninstall", *where).returncode == 0
     assert conflist.read_text() == CONFLIST
-    assert not places.state.exists()
+    assert [path.name for path in places.state.iterdir()] == ["kept-out"]
