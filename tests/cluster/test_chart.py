@@ -34,7 +34,7 @@ EVERYTHING = {
         "maxSurge": "10%",
         "exclude": {
             "outboundPorts": [25],
-            "outboundNetworks": ["192.0.2.0/24"],
+            "outboundNetworks": ["192.0.2.0/24", "fd00::"],
             "inboundPorts": [9000],
         },
         "kubeletCgroup": "/sys/fs/cgroup/kubelet",
@@ -116,6 +116,7 @@ def test_misspelled_field_would_be_refused(api_server: ApiServer, tmp_path: Path
         ({"agnet": {}}, "additional properties 'agnet' not allowed"),
         ({"agent": {"workers": 99}}, "at '/agent/workers': maximum: got 99, want 64"),
         ({"ca": {"longest": "1d"}}, "at '/ca/longest': got string, want integer"),
+        ({"agent": {"metricsPort": 15000}}, "agent.metricsPort and agent.adminPort have to differ"),
     ],
 )
 def test_values_that_are_wrong_are_refused(
