@@ -136,7 +136,7 @@ def test_node_that_agents_leave_alone_is_cleaned_too(programs: Path, tmp_path: P
     few = {"nodeSelector": {"mesh": "yes"}, "tolerations": [], "affinity": {"nodeAffinity": {}}}
     pods = {
         body["metadata"]["name"]: body["spec"]["template"]["spec"]
-        for body in render(programs, tmp_path, {"agent": few})
+        for body in render(programs, tmp_path, {"agent": few, "cni": {"enabled": False}})
         if body["kind"] == "DaemonSet"
     }
     assert pods["sidestep-agent"]["nodeSelector"]["mesh"] == "yes"
@@ -144,6 +144,8 @@ def test_node_that_agents_leave_alone_is_cleaned_too(programs: Path, tmp_path: P
     assert cleaner["nodeSelector"] == {"kubernetes.io/os": "linux"}
     assert cleaner["tolerations"] == [{"operator": "Exists"}]
     assert "affinity" not in cleaner
+    # Also of a plugin that was turned off since.
+    assert [each["name"] for each in cleaner["initContainers"]] == ["cni", "node"]
     # Nor does a pod wait for what is missing on a node that never had an agent.
     kinds = {each["name"]: each["hostPath"]["type"] for each in cleaner["volumes"]}
     assert kinds["networks"] == kinds["plugins"] == "DirectoryOrCreate"
