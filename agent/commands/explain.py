@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, ask_any, chosen_sockets
 from agent.commands.examples import examples
 from agent.output import Output, emit, output_option
 
@@ -44,9 +44,8 @@ def explain(
     name, separator, port = destination.rpartition(":")
     if not separator or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise click.BadParameter(f"{destination!r} has no port", param_hint="DESTINATION:PORT")
-    sockets = chosen_sockets(socket_path, lab, run_dir)[:1]  # every agent knows all of it
     arguments = {"source": source, "destination": name.strip("[]"), "port": int(port)}
-    (rows,) = ask_each(sockets, "explain", **arguments)
+    rows = ask_any(chosen_sockets(socket_path, lab, run_dir), "explain", **arguments)
     emit(rows, COLUMNS, output)
     if output == "table":
         for row in rows:
