@@ -256,6 +256,11 @@ class Answers:
             self._settings.trust_domain,
             self._settings.exclusions,
             self._settings.has_direct_path,
+            {
+                uid: f"{status.state}: {status.detail}"
+                for uid, status in self._roster.statuses.items()
+                if status.state != "enrolled"
+            },
         )
         try:
             source, destination = str(arguments["source"]), str(arguments["destination"])

@@ -169,6 +169,11 @@ def test_what_cannot_be_mended_is_not_told_twice(lab: Lab) -> None:
         (row,) = json.loads(done.stdout)
         assert (done.returncode, row["problem"]) == (1, "it is so again")
         assert row["found"].startswith("pending: bank/vault has no process")
+        # Its label is set, so that is not what is missing.
+        done = run("explain", "client", "bank/vault:80", "--lab", lab.name, "-o", "json")
+        (row,) = json.loads(done.stdout)
+        assert "pending: bank/vault has no process" in row["reason"]
+        assert row["to_change"] == []
 
 
 def test_listings_without_rows_say_so_and_are_sorted(lab: Lab) -> None:
