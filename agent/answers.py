@@ -261,6 +261,7 @@ class Answers:
                 for uid, status in self._roster.statuses.items()
                 if status.state != "enrolled"
             },
+            self._roster.unguarded(),
         )
         try:
             source, destination = str(arguments["source"]), str(arguments["destination"])

@@ -339,10 +339,9 @@ class Agent:
             for fd in elders:
                 self._elders.add(socket.socket(fileno=fd))
             self._roster.wait_for_elders(True)
+            captured = [each.pod for each, _fds in heritage if not each.is_draining]
+            await self._arrivals.inherit(pod for pod in captured if pod.uid not in self._desired)
             self._roster.inherit(heritage, self._desired)
-            self._arrivals.inherit(
-                each.pod for each, _fds in heritage if each.pod.uid not in self._desired
-            )
             await self._fleet.wait_in_force()
             await predecessor.commit()
             self._elders.add(predecessor.connection)
@@ -443,6 +442,8 @@ class Agent:
             {each.uid: each for each in snapshot.workloads if each.node == node}
         )
         await self._enforce(snapshot)
+        # What is kept for slow workers is bounded by this: newer snapshots wait, and are one then.
+        await self._fleet.wait_taken()
         self._arrivals.on_enforced(told)
         snapshot = self._snapshot  # pods may have come and gone meanwhile
         self._desired = {

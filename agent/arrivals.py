@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from agent import netns
 from agent.errors import KubernetesError, SandboxNotFound, SidestepError
 from agent.state.arrival import complete, find_pod, pods_of
-from cni.protocol import CniError, Code
+from cni.protocol import CniError, Code, Request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from agent.model.starting import StartingPod
     from agent.roster import Roster
     from agent.state.store import Snapshot
-    from cni.protocol import Request
 
 log = logging.getLogger(__name__)
 # Less than the plugin waits, so that it can say what the matter is.
@@ -86,7 +85,9 @@ class Arrivals:
         self._told: Snapshot | None = None
         self._has_told = asyncio.Event()  # replaced at each new state
         self._sandboxes: dict[str, Sandbox] = {}
-        self._gone: set[str] = set()
+        # Pods whose sandbox has ended, though the state may still have it, and their addresses in
+        # it. A pod at another address has a new sandbox, which was made past the plugin.
+        self._gone: dict[str, frozenset[Address]] = {}
         # Pods in the mesh that the API server was asked for and the follower has not come to yet,
         # however long that takes: a watch may be silent for minutes. DEL ends it as well.
         self._unseen: dict[str, StartingPod] = {}
@@ -100,15 +101,28 @@ class Arrivals:
         known = pods_of(told, self._node)
         self._unseen = {uid: pod for uid, pod in self._unseen.items() if uid not in known}
         known |= self._unseen
-        self._gone &= known.keys()
+        self._gone = {
+            uid: ended
+            for uid, ended in self._gone.items()
+            if uid in known and ended.issuperset(known[uid].workload.addresses)
+        }
         self._sandboxes = {uid: box for uid, box in self._sandboxes.items() if uid in known}
         arrived = [known[uid].at(box.addresses) for uid, box in self._sandboxes.items()]
         return complete(told, self._node, arrived, self._gone)
 
-    def inherit(self, pods: Iterable[LocalPod]) -> None:
-        """Know pods that an agent before us brought, and whose addresses the API has not yet."""
+    async def inherit(self, pods: Iterable[LocalPod]) -> None:
+        """Know pods that an agent before us brought, and that the state has not, or not whole.
+
+        Raises:
+            KubernetesError: whether there is such a pod is not known.
+        """
         for pod in pods:
-            self._sandboxes.setdefault(pod.uid, Sandbox("", pod.addresses))
+            named = Request("ADD", namespace=pod.namespace, name=pod.name, uid=pod.uid)
+            # The state may be older than what the agent before us went by.
+            found = self._known(named) or await self._ask(named, self._has_told)
+            if found is not None and found.local is not None:
+                self._sandboxes[pod.uid] = Sandbox("", pod.addresses)
+                self._on_arrived(found.at(pod.addresses))
 
     def on_enforced(self, told: Snapshot) -> None:
         """Go on with what waits for a newer state: its policies are in force."""
@@ -146,7 +160,7 @@ class Arrivals:
         if pod.local is None:
             # What an earlier sandbox of it left here holds no more, should it join later on.
             self._sandboxes.pop(uid, None)
-            self._gone.discard(uid)
+            self._gone.pop(uid, None)
             return None
         if not request.addresses:
             raise CniError(
@@ -156,7 +170,7 @@ class Arrivals:
             )
         told, before = self._told, self._sandboxes.get(uid)
         self._sandboxes[uid] = brought = Sandbox(request.container_id, request.addresses)
-        self._gone.discard(uid)
+        self._gone.pop(uid, None)
         wanted = self._on_arrived(pod.at(request.addresses))
         try:
             await self._roster.bring(wanted, Path(request.netns))
@@ -172,13 +186,15 @@ class Arrivals:
         if before is not None and self._roster.cookie(uid) is not None:
             self._sandboxes[uid] = before
             return
-        # It has no sandbox that works: nothing to look for until the next ADD.
-        self._forget(uid)
+        # It has no sandbox that works: nothing to look for until the next one. The state never had
+        # the addresses of this one.
+        self._forget(uid, ())
 
-    def _forget(self, uid: str) -> None:
+    def _forget(self, uid: str, ended: tuple[Address, ...]) -> None:
         self._sandboxes.pop(uid, None)
         self._unseen.pop(uid, None)
-        self._gone.add(uid)
+        told = None if self._told is None else pods_of(self._told, self._node).get(uid)
+        self._gone[uid] = frozenset((*ended, *(told.workload.addresses if told else ())))
         self._on_left(uid)
 
     async def _find(self, request: Request) -> StartingPod:
@@ -275,7 +291,8 @@ class Arrivals:
         return cookie is not None and cookie == _cookie_of(path)
 
     async def _take_out(self, uid: str) -> None:
-        self._forget(uid)
+        sandbox = self._sandboxes.get(uid)
+        self._forget(uid, sandbox.addresses if sandbox else ())
         await self._roster.take_out(uid)
 
     async def _check(self, request: Request) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from agent import netns, sock_diag
 from agent.datapath.direct import DirectFlow, FlowEnds, Flows, Subject, Totals, Verdicts, live_flows
-from agent.errors import NetlinkError
+from agent.errors import MapError, NetlinkError
 from agent.loglines import ACCESS
 from agent.model.endpoint import endpoint
 from agent.model.flag import Flag
@@ -92,7 +92,11 @@ class DirectPath:
         asyncio.get_running_loop().remove_reader(self._ends.fd)
         if self._reading is not None:
             self._reading.cancel()
-        self._on_ends()
+        try:
+            self._on_ends()
+        except MapError as error:
+            # Whoever hands over, or ends, goes on without what these connections would have told.
+            log.error("the last direct connections are not logged", extra={"error": str(error)})
         self.close()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ The order keeps the pod closed or untouched, never half open:
                     (left out for a pod that wants plaintext past us)
     6 ss_pods       outbound is captured from here on    undo: delete
     7 guard         on the node's side of each link      undo: detach; counters
+                    (a pod without a veth has none, and takes no direct path)
 
 Over what an agent before us left, the same steps replace without a gap: the pod was captured, and
 stays so whatever fails here. Where that agent still runs, its listeners come along (`Inherited`)
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ from agent.datapath import links, records
 from agent.datapath.exemption import exempt
 from agent.errors import EnrollError, KernelError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.tunnel.sockets import prepare_listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -70,9 +72,22 @@ class Enrollment:
     capture: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     ground: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     plaintext_ports: frozenset[int] = frozenset()
-    is_guarded: bool = False
+    is_complete: bool = False  # else `attach_guard` is to follow
     guarded_links: list[int] = field(default_factory=list)  # interfaces of the node
     sysctls: dict[Path, str] = field(default_factory=dict)  # as they were before enrollment
+
+    @property
+    def is_unguarded(self) -> bool:
+        """Whether the pod has no link that could be guarded."""
+        return self.is_complete and not self.guarded_links
+
+    @property
+    def served(self) -> LocalPod:
+        """The pod as those know it who join it with others of this node.
+
+        What no guard has seen leave one of two pods is spoofed to the guard of the other (guard.h).
+        """
+        return replace(self.pod, may_go_direct=False) if self.is_unguarded else self.pod
 
     @property
     def listeners(self) -> list[tuple[int, socket.socket]]:
@@ -87,7 +102,7 @@ class Enrollment:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a running agent hands over of a pod beside what is in the kernel."""
+    """What an enrollment hands over to the next one of the pod, beside what is in the kernel."""
 
     listeners: list[tuple[int, socket.socket]]
     sysctls: dict[Path, str]
@@ -164,11 +179,12 @@ def unenroll(enrollment: Enrollment) -> None:
         enrollment.capture.close()
 
 
-def hand_over(enrollment: Enrollment) -> None:
+def hand_over(enrollment: Enrollment) -> Inherited:
     """Give 15008 of a released pod to the next enrollment, which finds the reply route there."""
     enrollment.ground.pop_all()
     for listener in enrollment.hbone:
         listener.close()
+    return Inherited([], enrollment.sysctls)
 
 
 def inherit_draining(
@@ -249,6 +265,7 @@ def _open_listeners(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host == "::1"))
+        prepare_listener(listener)
         listener.bind((host, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -280,6 +297,7 @@ def _take_listeners(
     for port, listener in inherited.listeners:
         if port in by_port:
             known, undo = by_port[port]
+            prepare_listener(listener)  # another version may not have done it
             known.append(listener)
             undo.callback(listener.close)
         else:
@@ -346,7 +364,7 @@ def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack
     undo.callback(_drop_counters, pins, cookie)
     for ifindex in guard.node_links(enrollment.netns_fd):
         _guard_link(pins, enrollment, ifindex, undo)
-    enrollment.is_guarded = True
+    enrollment.is_complete = True
 
 
 def guard_link(pins: Pins, enrollment: Enrollment, ifindex: int) -> None:

@@ -87,6 +87,12 @@ class Contested(KernelError):
     reason = "contested"
 
 
+class Unguarded(KernelError):
+    """No interface of the node leads to a pod, so no guard can see its packets."""
+
+    reason = "unguarded"
+
+
 class PinsInUse(KernelError):
     """Another agent runs on these pins; one must stop first."""
 
@@ -190,7 +196,7 @@ class PeerNotYetValid(UntrustedPeer):
 
 
 class PeerNames(UntrustedPeer):
-    """The peer's certificate does not name exactly one SPIFFE id and nothing else."""
+    """The peer's certificate does not have exactly one URI, a SPIFFE id."""
 
     reason = "peer_names_wrong"
 

@@ -27,7 +27,6 @@ import contextlib
 import json
 import logging
 import os
-import select
 import socket
 import struct
 from typing import TYPE_CHECKING, Any
@@ -267,7 +266,7 @@ class Predecessor:
             raise HandoverFailed(f"the agent that runs (pid {self.pid}) does not answer") from error
         except (ConnectionError, EOFError) as error:
             # It has ended, or it has ended this alone: only then is it still the node's agent.
-            if self.has_ended():
+            if await self.has_ended():
                 raise PredecessorGone from error
             raise HandoverFailed(f"the agent that runs (pid {self.pid}) waits no longer") from error
 
@@ -276,13 +275,16 @@ class Predecessor:
         with contextlib.suppress(OSError):
             await asyncio.get_running_loop().sock_recv(self.connection, MESSAGE_BYTES)
 
-    def has_ended(self) -> bool:
+    async def has_ended(self) -> bool:
         """Whether its process is gone, or goes just now."""
         if self._pidfd < 0:
             return True
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(GONE_SECONDS * 1000))
+        try:
+            async with asyncio.timeout(GONE_SECONDS):
+                await _until_ready(self._pidfd, is_write=False)
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         """Forget it; the connection stays open for who has taken it."""

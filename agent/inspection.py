@@ -226,7 +226,7 @@ class Inspection:
         named = _named(enrollment)
         attached = _Attached(self._pins)
         yield from self._lookup(named, enrollment, attached)
-        if enrollment.is_guarded:  # a pod that has just come is so a moment later
+        if enrollment.is_complete:  # a pod that has just come is so a moment later
             there = guard.node_links(enrollment.netns_fd)
             yield from self._guards(named, enrollment, there, attached)
         try:

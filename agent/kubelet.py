@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import watchfiles
 
+from agent.errors import MapError
+
 if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from agent.datapath.maps import Map
 
 log = logging.getLogger(__name__)
+LOOK_MILLISECONDS = 10_000  # between two looks, if no change is told
 # Below the root of cgroup v2, as systemd, k3s, RKE2 and MicroK8s name it.
 USUAL_CGROUPS = (
     "system.slice/kubelet.service",
@@ -44,8 +47,7 @@ class Probers:
     def __init__(self, probers: Map, cgroup: Path) -> None:
         self._map = probers
         self._cgroup = cgroup
-        # An agent before us may have written another; it goes when ours is there.
-        self._known: Value | None = next((key["value"] for key, _ in probers.items()), None)
+        self._written: set[Value] | None = None  # what the map holds, once it has been read
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Follow the cgroup through restarts of the kubelet, until `stop`."""
@@ -57,21 +59,34 @@ class Probers:
             stop_event=stop,
             step=10,
             debounce=50,
+            rust_timeout=LOOK_MILLISECONDS,
+            yield_on_timeout=True,
         )
         async for _change in changes:
             self.refresh()
 
     def refresh(self) -> None:
-        """Look now."""
+        """Look now; the next time makes up for what fails."""
         try:
-            cgroup_id: int | None = self._cgroup.stat().st_ino  # kernfs: the inode is the id
+            self._look()
+        except (MapError, OSError) as error:
+            log.warning("the kubelet's probes may not pass", extra={"error": str(error)})
+
+    def _look(self) -> None:
+        try:
+            wanted: set[Value] = {self._cgroup.stat().st_ino}  # kernfs: the inode is the id
         except FileNotFoundError:
-            cgroup_id = None
-        if cgroup_id == self._known:
+            wanted = set()
+        if self._written is None:
+            # An agent before us may have written another; it goes when ours is there.
+            self._written = {key["value"] for key, _ in self._map.items()}
+        if wanted == self._written:
             return
-        if cgroup_id is not None:
+        for cgroup_id in wanted - self._written:
             self._map.put({"value": cgroup_id}, {"value": 1})
-        if self._known is not None:
-            self._map.delete({"value": self._known})
-        self._known = cgroup_id
-        log.info("kubelet's cgroup", extra={"cgroup": str(self._cgroup), "id": cgroup_id})
+            self._written.add(cgroup_id)
+        for cgroup_id in self._written - wanted:
+            self._map.delete({"value": cgroup_id})
+            self._written.discard(cgroup_id)
+        fields = {"cgroup": str(self._cgroup), "id": next(iter(wanted), None)}
+        log.info("kubelet's cgroup", extra=fields)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from agent import netns, sandbox
 from agent.datapath import links
 from agent.enroll import (
+    NOTHING_INHERITED,
     Inherited,
     abandon,
     attach_guard,
@@ -42,6 +43,7 @@ from agent.errors import (
     MapError,
     SandboxNotFound,
     SidestepError,
+    Unguarded,
 )
 from agent.inheritance import Inheritance
 from agent.state.diff import Enroll, Unenroll, diff
@@ -64,6 +66,11 @@ PATIENT_TRIES = 10
 DNS_NOT_CAPTURED = (
     "the pod asks for ambient.istio.io/dns-capture, and this version has no DNS proxy: its names "
     "are resolved by the cluster's DNS as without the mesh; its TCP connections are captured"
+)
+UNGUARDED = (
+    "the pod has no veth to the node, so no guard sees its packets: what its raw sockets send, and "
+    "its plaintext connections from before enrollment, are not dropped; pods of this node are "
+    "reached by tunnel instead of the direct path; its TCP connections are captured as any pod's"
 )
 
 
@@ -125,6 +132,10 @@ class Roster:
         """List the pods that are captured, as they are enrolled."""
         return list(self._enrolled.values())
 
+    def unguarded(self) -> set[str]:
+        """Return the uids of the captured pods that no guard can see."""
+        return {uid for uid, enrollment in self._enrolled.items() if enrollment.is_unguarded}
+
     def draining(self) -> list[Enrollment]:
         """List the pods that have left and still have connections."""
         return list(self._draining.values())
@@ -151,12 +162,13 @@ class Roster:
 
     def contest(self, texts: Mapping[str, str]) -> None:
         """Say of the enrolled pods whose capture does not stay as it is made; by namespace/name."""
-        for status in self.statuses.values():
+        for uid, status in self.statuses.items():
             text = texts.get(f"{status.pod.namespace}/{status.pod.name}", "")
+            reason, text = (Contested.reason, text) if text else self._lack(uid)
             if status.state == "enrolled" and text != status.detail:
-                status.reason, status.detail = (Contested.reason if text else ""), text
+                status.reason, status.detail = reason, text
                 if text:
-                    self._source.report(status.pod, status.reason, text)
+                    self._source.report(status.pod, reason, text)
 
     def next_retry(self) -> float | None:
         """Return when a pod that failed is due again, by the event loop's clock."""
@@ -218,8 +230,8 @@ class Roster:
                 if before.netns_cookie == cookie and before.pod == pod:
                     return
                 self._unenroll(pod.uid, has_ended=True)
-            await self._take_back(pod.uid)
-            self._take(enroll(self._pins, pod, netns_fd, is_guarded=False))
+            inherited = await self._take_back(pod.uid)
+            self._take(enroll(self._pins, pod, netns_fd, inherited, is_guarded=False))
             unless_taken.pop_all()
         await self._confirm(pod)
 
@@ -227,7 +239,7 @@ class Roster:
         """Guard a pod that was brought: in a thread, since nobody waits for it."""
         async with self.turn:
             enrollment = self._enrolled.get(uid)
-            if enrollment is None or enrollment.is_guarded:
+            if enrollment is None or enrollment.is_complete:
                 return
             try:
                 await asyncio.to_thread(attach_guard, self._pins, enrollment)
@@ -235,6 +247,16 @@ class Roster:
                 pod = enrollment.pod
                 self._unenroll(uid, has_ended=True)
                 self._put_off(pod, error)
+                return
+            if enrollment.is_unguarded:
+                # So far it was one that may go direct; its connections go on.
+                self._fleet.tell(messages.RemovePod(uid, comes_back=True))
+                self._fleet.tell(*_added(enrollment))
+                await self._fleet.wait_in_force()
+                self._direct.add_pod(
+                    enrollment.netns_cookie, enrollment.served, enrollment.netns_fd
+                )
+                self._show_enrolled(enrollment.pod)
 
     async def take_out(self, uid: str) -> None:
         """Unenroll a pod whose sandbox ends, at once: nobody is left whose connections could."""
@@ -318,7 +340,7 @@ class Roster:
                 os.close(netns_fd)
                 self._put_off(pod, error)
                 continue
-            self.statuses[pod.uid] = PodStatus(pod, "enrolled")
+            self._show_enrolled(pod)
 
     def wait_for_elders(self, has_elders: bool) -> None:
         """Say whether an agent before us still serves connections, which need the reply routes."""
@@ -369,8 +391,8 @@ class Roster:
             with contextlib.ExitStack() as unless_taken:
                 netns_fd = sandbox.open_netns(pod, self._pod_cgroups)
                 unless_taken.callback(os.close, netns_fd)
-                await self._take_back(pod.uid)
-                self._take(enroll(self._pins, pod, netns_fd))
+                inherited = await self._take_back(pod.uid)
+                self._take(enroll(self._pins, pod, netns_fd, inherited))
                 unless_taken.pop_all()
         except SidestepError as error:
             self._put_off(pod, error)
@@ -382,17 +404,31 @@ class Roster:
     async def _confirm(self, pod: LocalPod) -> None:
         """Say that a pod is in, when the workers serve it."""
         await self._fleet.wait_in_force()
-        self.statuses[pod.uid] = PodStatus(pod, "enrolled")
         self._source.publish(pod, "enabled")
         log.info("pod enrolled", extra=_named(pod))
+        self._show_enrolled(pod)
         if pod.dns_capture:
             self._source.report(pod, "dns_not_captured", DNS_NOT_CAPTURED)
+
+    def _show_enrolled(self, pod: LocalPod) -> None:
+        reason, text = self._lack(pod.uid)
+        self.statuses[pod.uid] = PodStatus(pod, "enrolled", reason, text)
+        if reason:
+            log.warning("pod not guarded", extra=_named(pod) | {"error": text, "reason": reason})
+            self._source.report(pod, reason, text)
+
+    def _lack(self, uid: str) -> tuple[str, str]:
+        """Say what an enrolled pod has to do without: reason and text, both empty if nothing."""
+        enrollment = self._enrolled.get(uid)
+        if enrollment is None or not enrollment.is_unguarded:
+            return "", ""
+        return Unguarded.reason, UNGUARDED
 
     def _take(self, enrollment: Enrollment) -> None:
         """Have a pod from now on, and its namespace's descriptor (EnrollError: neither)."""
         pod = enrollment.pod
         try:
-            self._direct.add_pod(enrollment.netns_cookie, pod, enrollment.netns_fd)
+            self._direct.add_pod(enrollment.netns_cookie, enrollment.served, enrollment.netns_fd)
         except OSError as error:  # for want of descriptors
             unenroll(enrollment)
             raise EnrollError(f"{pod.namespace}/{pod.name} was not enrolled: {error}") from error
@@ -469,17 +505,18 @@ class Roster:
         self._let_go_of_one.set()
         self._on_gone()
 
-    async def _take_back(self, uid: str) -> None:
+    async def _take_back(self, uid: str) -> Inherited:
         """Free 15008 of a pod that comes back while it drains; its connections go on."""
         enrollment = self._draining.pop(uid, None)
         if enrollment is None:
-            return
+            return NOTHING_INHERITED
         self._drained.discard(uid)
         self._fleet.expect_no_more(uid)
         self._fleet.tell(messages.RemovePod(uid, comes_back=True))
         await self._fleet.wait_in_force()
-        hand_over(enrollment)
+        inherited = hand_over(enrollment)
         os.close(enrollment.netns_fd)
+        return inherited
 
     def _let_go(self, enrollment: Enrollment) -> None:
         """Undo all that is left of an enrollment."""
@@ -500,7 +537,7 @@ def _named(pod: LocalPod) -> dict[str, str]:
 
 def _added(enrollment: Enrollment) -> Told:
     ports = tuple(port for port, _listener in enrollment.listeners)
-    message = messages.AddPod(enrollment.pod, enrollment.netns_cookie, ports)
+    message = messages.AddPod(enrollment.served, enrollment.netns_cookie, ports)
     return message, _descriptors(enrollment)
 
 

@@ -19,6 +19,7 @@ COLUMNS = (
     "pod",
     "addresses",
     "strict",
+    "guarded",
     "outbound_bytes",
     "inbound_bytes",
     "dropped_plaintext",
@@ -40,7 +41,8 @@ def pods(root: Path | None, lab: str | None, wanted: Filter, output: Output) -> 
 
     Dropped is TCP that did not pass the agent (plaintext: what opens a connection, and of STRICT
     pods whatever carries data), that came from an address which is not the pod's (spoofed), or that
-    hid in fragments or headers (of STRICT pods).
+    hid in fragments or headers (of STRICT pods). A pod that is not guarded has no veth to the node:
+    nothing is counted or dropped of it.
     """
     places = find_places(root, lab)
     rows = [_with_addresses(row) for row in read_all(places, listing.list_pods)]

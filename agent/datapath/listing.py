@@ -428,10 +428,13 @@ def list_pods(directory: Path) -> list[Row]:
             for column, member in zip(columns, ("packets", "bytes"), strict=True):
                 if column is not None:
                     totals[column] = totals.get(column, 0) + _number(value[member])
+    with _opened(directory, "ss_guards") as opened:
+        guarded = {value["netns_cookie"] for _key, value in opened.items()}
     with _opened(directory, "ss_pods") as opened:
         return [
             _pod(key, value, names)
-            | {"strict": bool(value["is_strict"]), "pins": str(directory)}
+            | {"strict": bool(value["is_strict"]), "guarded": key["value"] in guarded}
+            | {"pins": str(directory)}
             | dict.fromkeys(POD_COUNTERS, 0)
             | counted.get(key["value"], {})
             for key, value in opened.items()

@@ -67,7 +67,9 @@ FORBIDDEN = 403
 # A little more than an API server remembers a token whose account has gone.
 REMEMBERED_SECONDS, ASK_AGAIN_SECONDS = 12.0, 1.0
 ONE_POD_SECONDS = 5.0
-GARBAGE_OBJECTS = 100_000  # one page of a list
+# A list of 10,000 pods takes a tenth longer than with 100,000. But of pyroute2, whose every
+# connection is garbage, so many would be 15 MiB that lie here once 45 pods have come and gone.
+GARBAGE_OBJECTS = 10_000
 
 
 class KubernetesSource:
@@ -107,7 +109,7 @@ class KubernetesSource:
         """Find the cluster that this process is in (KubernetesError).
 
         Also has the process look for cyclic garbage more rarely: JSON has none, and looking for it
-        while lists are read took two thirds of the time of that.
+        took a third of the time in which lists are read.
         """
         gc.set_threshold(GARBAGE_OBJECTS)
         api = Api(connect().configuration)

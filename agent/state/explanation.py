@@ -28,7 +28,7 @@ from agent.model.policy import Action, PeerAuthentication, Policy
 from agent.model.verdict import Basis, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Set
 
     from agent.model.identity import SpiffeId
     from agent.model.pod import Address, Exclusions, LocalPod
@@ -129,14 +129,20 @@ class Explainer:
         common: Exclusions,
         has_direct_path: bool,
         unenrolled: Mapping[str, str],
+        unguarded: Set[str] = frozenset(),
     ) -> None:
-        """Explain for one agent; `unenrolled` says of pods of its node, by uid, how they fare."""
+        """Explain for one agent, which knows more of the pods of its node, by uid.
+
+        `unenrolled` says of those that are not enrolled how they fare; `unguarded` are those that
+        take no direct path for it.
+        """
         self._snapshot = snapshot
         self._rulebook = rulebook
         self._trust_domain = trust_domain
         self._common = common
         self._has_direct_path = has_direct_path
         self._unenrolled = unenrolled
+        self._unguarded = unguarded
         self._pods = {pod.uid: pod for pods in snapshot.local_pods.values() for pod in pods}
 
     def explain(self, source: str, destination: str, port: int) -> list[Explanation]:
@@ -281,6 +287,9 @@ class Explainer:
         )
         pods = (source.pod, destination.pod)
         if is_near and self._has_direct_path and all(pod and pod.may_go_direct for pod in pods):
+            for end in (source, destination):
+                if end.workload is not None and end.workload.uid in self._unguarded:
+                    return "tunnel", f"{end} has no veth to the node, so it takes no direct path"
             return "direct", "two pods of one node: the first connection is judged in the tunnel"
         return "tunnel", "both pods are in the mesh"
 

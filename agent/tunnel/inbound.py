@@ -50,12 +50,20 @@ if TYPE_CHECKING:
 
 
 LONGEST_HOST = 253  # of a name in DNS
+LONGEST_AUTHORITY = LONGEST_HOST + len(":65535")  # as much is logged of what a peer says
+# Tunnels whose peers have not proved who they are, of all pods of a worker and of one of them. Each
+# may hold some 80 KiB (session.HANDSHAKE_BYTES), and whoever reaches the pod can open them.
+MOST_HANDSHAKES = 4096
+MOST_HANDSHAKES_OF_POD = 1024
+TOO_MANY_HANDSHAKES = "too many tunnels at once whose peers have not proved who they are"
 # Of the idle time: our peers close their idle tunnels themselves, and before we do.
 IDLE_TURN = 1.5
 
 
 def parse_authority(authority: str) -> tuple[Address, int]:
     """Return the address and port of `:authority` (ValueError if it is not `ip:port`)."""
+    if len(authority) > LONGEST_AUTHORITY:
+        raise ValueError(f"{authority[:LONGEST_AUTHORITY]!r}... is too long for ADDRESS:PORT")
     host, separator, port = authority.rpartition(":")
     if not separator or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"{authority!r} is not ADDRESS:PORT")
@@ -100,6 +108,7 @@ class Inbound:
         self._ledger = ledger
         self._bounds = bounds
         self.tunnels = 0  # that are open, or on the way
+        self._handshakes = 0
         self._idle_timers: dict[Session, Timer] = {}
 
     def serve_plaintext(
@@ -125,8 +134,10 @@ class Inbound:
             access.complete("no room in ss_agent_flows for a connection to the application")
             return
         admission = self._gate.admit(served.pod.uid, Connection(source, None, address, port))
+        dial = _Dial()
 
         def refuse(reason: str) -> None:
+            dial.give_up()
             sockets.abort(accepted)
             _complete(admission, access, reason)
 
@@ -147,7 +158,7 @@ class Inbound:
                 left.start()
                 dialed.start()
 
-        self._dial(served, source, address, port, on_dialed)
+        self._dial(served, source, address, port, dial, on_dialed)
 
     def serve_tunnel(
         self, served: ServedPod, accepted: socket.socket, peer: tuple[str, int]
@@ -158,6 +169,8 @@ class Inbound:
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
             if served.tunnels >= self._bounds.connections_per_pod:
                 context, reason = None, TOO_MANY
+            elif served.handshakes >= MOST_HANDSHAKES_OF_POD or self._handshakes >= MOST_HANDSHAKES:
+                context, reason = None, TOO_MANY_HANDSHAKES
             if context is None:
                 sockets.abort(accepted)
                 ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
@@ -174,7 +187,9 @@ class Inbound:
             )
             self.tunnels += 1
             served.tunnels += 1
-            session.on_ready = self._watch_idle
+            self._handshakes += 1
+            served.handshakes += 1
+            session.on_ready = partial(self._on_ready, served)
             session.on_request = lambda session, event: self._on_request(
                 served, session, event, source
             )
@@ -183,6 +198,11 @@ class Inbound:
             )
 
         self._contexts.server(str(served.identity), on_context)
+
+    def _on_ready(self, served: ServedPod, session: Session) -> None:
+        self._handshakes -= 1
+        served.handshakes -= 1
+        self._watch_idle(session)
 
     def _watch_idle(self, session: Session, before: int | None = None) -> None:
         """Close a tunnel that carries nothing from one look, which found `before`, to the next."""
@@ -198,6 +218,9 @@ class Inbound:
     def _on_closed(self, served: ServedPod, session: Session, source: Address, reason: str) -> None:
         self.tunnels -= 1
         served.tunnels -= 1
+        if session.peer is None:
+            self._handshakes -= 1
+            served.handshakes -= 1
         if session in self._idle_timers:
             self._idle_timers.pop(session).cancel()
         if session.refusal:
@@ -220,8 +243,9 @@ class Inbound:
     def _on_request(
         self, served: ServedPod, session: Session, event: ConnectRequested, source: Address
     ) -> None:
-        access = self._ledger.inbound(served, str(source), source, event.authority, "hbone")
-        access.hbone_target = event.authority
+        target = event.authority[:LONGEST_AUTHORITY]
+        access = self._ledger.inbound(served, str(source), source, target, "hbone")
+        access.hbone_target = target
         access.prove(str(served.identity), str(session.peer))
         access.service = self._ledger.known_service(
             forwarded_host(event.headers.get("forwarded", ""))
@@ -232,7 +256,7 @@ class Inbound:
             access.complete(f"{status}: {reason}")
 
         if event.fault is not None:
-            refuse(400, event.fault)
+            refuse(400, event.fault[:LONGEST_AUTHORITY])
             return
         try:
             address, port = parse_authority(event.authority)
@@ -255,7 +279,7 @@ class Inbound:
             request.refuse(401, str(admission.verdict))
             return
         request.wait()
-        self._dial(served, source, address, port, request.on_dialed)
+        self._dial(served, source, address, port, request.dial, request.on_dialed)
 
     def _dial(
         self,
@@ -263,6 +287,7 @@ class Inbound:
         source: Address,
         address: Address,
         port: int,
+        dial: _Dial,
         on_dialed: Callable[[TcpChannel | None, str], None],
         *,
         is_any_port: bool = False,
@@ -275,10 +300,11 @@ class Inbound:
             return
 
         def on_connected(error: OSError | None) -> None:
+            dial.give_up = _nothing
             if error is None:
                 on_dialed(TcpChannel(self._reactor, own, served.share), "")
             elif error.errno == errno.EADDRNOTAVAIL and not is_any_port:
-                self._dial(served, source, address, port, on_dialed, is_any_port=True)
+                self._dial(served, source, address, port, dial, on_dialed, is_any_port=True)
             else:
                 on_dialed(None, f"the application cannot be reached: {error}")
 
@@ -293,7 +319,17 @@ class Inbound:
                 own.close()
                 on_dialed(None, f"the client's address {source} cannot be used: {error}")
                 return
-        tcp.connect(self._reactor, own, (str(address), port), on_connected)
+        dial.give_up = tcp.connect(self._reactor, own, (str(address), port), on_connected)
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Dial:
+    """An application that is being dialed, until it answers or nobody waits for it any more."""
+
+    give_up: Callable[[], None] = staticmethod(_nothing)
 
 
 class _Request:
@@ -311,6 +347,7 @@ class _Request:
         self._stream_id = stream_id
         self._admission = admission
         self._access = access
+        self.dial = _Dial()
         self._early = Kept(share, self._on_full)
         self._has_ended = False  # at the client's side
         self._is_gone = False
@@ -344,8 +381,7 @@ class _Request:
 
     def refuse(self, status: int, reason: str) -> None:
         """Answer, and wait no more."""
-        self._is_gone = True
-        self._early.take()
+        self._wait_no_more()
         self._session.respond(self._stream_id, status)
         _complete(self._admission, self._access, f"{status}: {reason}")
 
@@ -359,9 +395,13 @@ class _Request:
         self._has_ended = True
 
     def _on_abort(self) -> None:
-        self._is_gone = True
-        self._early.take()
+        self._wait_no_more()
         _complete(self._admission, self._access, "reset")
+
+    def _wait_no_more(self) -> None:
+        self._is_gone = True
+        self.dial.give_up()
+        self._early.take()
 
 
 def _join(admission: Admission, access: Access, left: Channel, right: Channel) -> None:

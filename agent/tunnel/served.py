@@ -46,6 +46,7 @@ class ServedPod:
     is_leaving: bool = False
     connections: int = 0  # open ones of the pod, both directions, in this worker
     tunnels: int = 0  # accepted for the pod, in this worker
+    handshakes: int = 0  # of those tunnels, whose peers have not proved who they are
     share: Share = field(init=False)  # of the worker's buffers
 
     def __post_init__(self) -> None:

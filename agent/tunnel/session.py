@@ -142,7 +142,10 @@ class Session:
         self._reads = READ  # or 0 while it waits for room
         self._is_write_due = False
         self._unwritten_headers = 0
+        # Of streams: in the output, and in what the socket takes now. What comes after that may be
+        # bulk without end, and has nothing to do with them.
         self._unwritten_ends: set[int] = set()
+        self._leaving_ends: set[int] = set()
         self._waiting: dict[int, None] = {}  # streams that found the socket full, in turn
         reactor.watch(self._fd, self._watched, self._on_io)
         self._deadline = reactor.call_later(bounds.handshake_seconds, self._on_deadline)
@@ -178,6 +181,7 @@ class Session:
         """Deliver no more events of a stream."""
         if self.channels.pop(stream_id, None) is not None:
             self._unwritten_ends.discard(stream_id)
+            self._leaving_ends.discard(stream_id)
             self.wants_write()
             if not self.channels:
                 self.on_idle(self)
@@ -356,6 +360,8 @@ class Session:
                 if not self._outgoing.pending:
                     break
                 self._unsent = self._outgoing.read()
+                self._leaving_ends |= self._unwritten_ends
+                self._unwritten_ends.clear()
             try:
                 sent = self._socket.send(self._unsent)
             except BlockingIOError:
@@ -373,11 +379,11 @@ class Session:
                 self._note(len(self._unsent) + self._outgoing.pending)
                 return
             self._unsent = b""
+            self._leaving_ends.clear()
             self._room = max(0, UNSENT_BYTES - self._outgoing.pending)
             if self._waiting:
                 self._serve_waiting()
         self._watch(self._reads)
-        self._unwritten_ends.clear()
         self.connection.forgive_replies()
         if self.buffered:
             self._note(0)
@@ -573,9 +579,10 @@ class Session:
         self._note(0)
         self._reactor.forget(self._fd)
         channels, self.channels = self.channels, {}
+        unwritten = self._unwritten_ends | self._leaving_ends
         for stream_id, channel in channels.items():
             # What has ended both ways needs no tunnel any more, only an application that reads.
-            if not channel.has_ended or stream_id in self._unwritten_ends:
+            if not channel.has_ended or stream_id in unwritten:
                 channel.fail()
 
     def _say_closed(self, reason: str) -> None:

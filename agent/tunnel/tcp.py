@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import deque
 from typing import TYPE_CHECKING
 
 from agent.tunnel import sockets
+from agent.tunnel.buffers import Backlog
 from agent.tunnel.reactor import BROKEN, READ, WRITE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TcpChannel:
         self._socket = own
         self._fd = own.fileno()
         sockets.reset_on_close(own, is_reset=True)
-        self._pending: deque[bytes | memoryview] = deque()
+        self._pending = Backlog()
         self.buffered = 0
         self._wants_read = False
         self._has_read_all = False
@@ -133,7 +133,7 @@ class TcpChannel:
             if sent == len(data):
                 return
             data = data[sent:]
-        self._pending.append(bytes(data))
+        self._pending.keep(data)
         self.buffered += len(data)
         self.share.change(self, len(data))
         self._update()
@@ -150,10 +150,9 @@ class TcpChannel:
                 return
             self.buffered -= sent
             self.share.change(self, -sent)
+            self._pending.pass_on(sent)
             if sent < len(data):
-                self._pending[0] = memoryview(data)[sent:]
                 return
-            self._pending.popleft()
         self._update()
         self._end_if_due()
         self.on_drained()
@@ -201,6 +200,13 @@ class TcpChannel:
             self.share.change(self, -held)
             sockets.abort(self._socket)
 
+    def hang_up(self) -> None:
+        """Close with RST, unless the application's kernel has not taken all yet."""
+        if not self._is_closed and sockets.unacknowledged(self._socket):
+            self.close()
+        else:
+            self.abort()
+
     def close(self) -> None:
         """Close; both directions have ended."""
         if not self._is_closed:
@@ -222,8 +228,12 @@ def connect(
     own: socket.socket,
     destination: tuple[str, int],
     on_done: Callable[[OSError | None], None],
-) -> None:
-    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed)."""
+) -> Callable[[], None]:
+    """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed).
+
+    What is returned gives up waiting: then the socket is closed, and `on_done` not called. It does
+    nothing once there is nothing to wait for.
+    """
 
     try:
         number = own.connect_ex(destination)
@@ -234,7 +244,7 @@ def connect(
         number = error.errno or errno.EINVAL
     if number == 0:
         reactor.call_soon(lambda: on_done(None))
-        return
+        return _nothing
 
     def settle(error: OSError | None) -> None:
         timer.cancel()
@@ -242,6 +252,11 @@ def connect(
         if error is not None:
             own.close()
         on_done(error)
+
+    def give_up() -> None:
+        timer.cancel()
+        reactor.forget(own.fileno())
+        own.close()
 
     def on_ready(_ready: int) -> None:
         number = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -256,3 +271,5 @@ def connect(
     else:
         failed = OSError(number, os.strerror(number))
         reactor.call_soon(lambda: settle(failed))
+        return _nothing
+    return give_up

@@ -16,12 +16,14 @@ import pytest
 from agent import netlink, netns
 from agent.arrivals import Arrivals
 from agent.direct import DirectPath
+from agent.enroll import REPLY_SYSCTLS
 from agent.fleet import Fleet
 from agent.model.pod import LocalPod
 from agent.model.starting import StartingPod
 from agent.model.workload import Workload
 from agent.roster import Roster
 from agent.state.store import Snapshot
+from agent.tunnel import messages
 from cni.protocol import CniError, Request
 from tests.support.processes import descriptor_count
 
@@ -63,13 +65,15 @@ class Silent:
 
     def __init__(self) -> None:
         self.asked_for: StartingPod | None = None
+        self.reported: list[str] = []
 
     async def ask_for_pod(self, _namespace: str, _name: str) -> StartingPod | None:
         return self.asked_for
 
     def publish(self, *_said: object) -> None: ...
 
-    def report(self, *_said: object) -> None: ...
+    def report(self, _pod: LocalPod, reason: str, _note: str) -> None:
+        self.reported.append(reason)
 
 
 class Node:
@@ -201,6 +205,25 @@ def test_pod_that_the_state_never_shows_stays_until_its_sandbox_ends(
     run(pins, check)
 
 
+def test_pod_that_an_agent_before_brought_stays_until_its_sandbox_ends(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        told = pod_of(WEB, "web")
+        other = pod_of(OTHER, "other", is_member=False)
+        path = node.sandbox()
+        node.arrivals.on_enforced(other)
+        await node.roster.bring(told.local_pods[NODE][0], Path(path))
+        node.source.asked_for = starting(told)
+        await node.arrivals.inherit(each.pod for each in node.roster.enrollments())
+        for _ in range(2):
+            await node.follow(other)
+            assert node.addresses() == {"web": "10.77.0.2"}
+        await node.arrivals.serve(replace(Request("DEL"), uid=WEB, container_id="c1", netns=path))
+        await node.follow(other)
+        assert node.addresses() == {}
+
+    run(pins, check)
+
+
 def test_pod_that_the_state_has_shown_goes_with_it(pins: Pins) -> None:
     async def check(node: Node) -> None:
         node.source.asked_for = starting(pod_of(WEB, "web"))
@@ -210,6 +233,36 @@ def test_pod_that_the_state_has_shown_goes_with_it(pins: Pins) -> None:
         assert node.addresses() == {"web": "10.77.0.2"}
         await node.follow(Snapshot())
         assert node.addresses() == {}
+
+    run(pins, check)
+
+
+def known_uids(node: Node, told: Snapshot) -> set[str]:
+    return {each.uid for each in node.arrivals.complete(told).workloads}
+
+
+def test_pod_whose_next_sandbox_passes_the_plugin_by_is_known_all_the_same(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        told = pod_of(WEB, "web")
+        await node.follow(told)
+        path = node.sandbox()
+        await node.add(WEB, "web", "c1", path)
+        await node.arrivals.serve(replace(Request("DEL"), uid=WEB, container_id="c1", netns=path))
+        assert known_uids(node, told) == set()  # the state has not heard of the end
+        assert known_uids(node, pod_of(WEB, "web", "10.77.0.9")) == {WEB}
+        assert known_uids(node, told) == {WEB}
+
+    run(pins, check)
+
+
+def test_pod_whose_sandbox_failed_is_known_when_it_runs(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        told = pod_of(WEB, "web")
+        begun = replace(told, workloads=(), local_pods={}, starting=(starting(told).at(()),))
+        await node.follow(begun)
+        assert "/run/netns/gone" in await error_of(node.add(WEB, "web", "c1", "/run/netns/gone"))
+        assert known_uids(node, begun) == set()
+        assert known_uids(node, told) == {WEB}
 
     run(pins, check)
 
@@ -294,6 +347,64 @@ def test_pod_that_drains_is_nobodys_once_all_are_abandoned(pins: Pins) -> None:
         for _ in range(3):  # what the fleet was asked to say about it comes now
             await asyncio.sleep(0)
         assert failed == []
+
+    run(pins, check)
+
+
+def test_pod_without_a_veth_is_unguarded_and_shown_so_unless_it_is_contested(
+    pins: Pins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(node: Node) -> None:
+        may_go_direct = []
+
+        def tell(message: object, _fds: object = None) -> None:
+            if isinstance(message, messages.AddPod):
+                may_go_direct.append(message.pod.may_go_direct)
+
+        monkeypatch.setattr(node.fleet, "tell", tell)
+        await node.follow(pod_of(WEB, "web"))
+        settle = await node.add(WEB, "web", "c1", node.sandbox())
+        assert settle is not None
+        await settle()
+        assert may_go_direct == [True, False]
+        status = node.roster.statuses[WEB]
+        text = status.detail
+        for contested, shown in (
+            ({}, ("unguarded", text)),
+            ({"shop/web": "who?"}, ("contested", "who?")),
+            ({}, ("unguarded", text)),
+        ):
+            node.roster.contest(contested)
+            assert (status.state, status.reason, status.detail) == ("enrolled", *shown)
+        assert node.source.reported == ["unguarded", "contested", "unguarded"]
+
+    run(pins, check)
+
+
+def test_pod_that_comes_back_while_it_drains_gets_its_own_sysctls_in_the_end(pins: Pins) -> None:
+    async def check(node: Node) -> None:
+        path = node.sandbox()
+        accept, *reflect = REPLY_SYSCTLS
+        own = {accept: "0\n"} | dict.fromkeys(reflect, "1\n")
+
+        def write() -> None:
+            for sysctl, text in own.items():
+                sysctl.write_text(text)
+
+        def read() -> dict[Path, str]:
+            return {sysctl: sysctl.read_text() for sysctl in own}
+
+        fd = int(path.rpartition("/")[2])
+        netns.run_in(fd, write)
+        await node.follow(pod_of(WEB, "web"))
+        await node.add(WEB, "web", "c1", path)
+        await node.follow(pod_of(WEB, "web", is_member=False))
+        (draining,) = node.roster.draining()
+        await node.roster.bring(draining.pod, Path(path))
+        assert netns.run_in(fd, read) == dict.fromkeys(own, "1\n")
+        node.roster.release_all()
+        node.roster.drop_all()
+        assert netns.run_in(fd, read) == own
 
     run(pins, check)
 

@@ -460,6 +460,27 @@ def test_ends_are_read_again_after_an_error(
     assert len(errors) == 1
 
 
+def test_who_stops_goes_on_without_the_ends_that_cannot_be_read(
+    neighbors: Neighbors, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_ends: direct.FlowEnds) -> Batch:
+        raise MapError("not this time")
+
+    async def check() -> None:
+        control = DirectPath(neighbors.pins, "cluster.local", lambda _counts: None)
+        control.start()
+        pod = LocalPod("uid-client", "default", "client", "client", (ip_address(POD4),))
+        control.add_pod(neighbors.client.netns_cookie, pod, neighbors.network.pod.fd)
+        control.stop()
+        assert not control._netns_fds
+
+    monkeypatch.setattr(direct.FlowEnds, "read", fail)
+    asyncio.run(check())
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "the last direct connections are not logged"
+    ]
+
+
 def test_other_connections_of_the_pods_stay_open(neighbors: Neighbors, shop: Shop) -> None:
     neighbors.allow()
     client, served = neighbors.join(PEER4)

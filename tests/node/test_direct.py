@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from agent.datapath import listing
 from agent.demo.evidence import AccessLog
+from agent.lab import machine
 from agent.lab.lab import Lab
-from tests.support.labs import scrape
+from agent.question import ask
+from tests.support.labs import entries, scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +90,51 @@ def test_second_connection_takes_the_direct_path(lab: Lab) -> None:
 
 def test_annotation_keeps_traffic_of_a_pod_encrypted(lab: Lab) -> None:
     assert [entry["path"] for entry in visit(lab, "private")] == ["hbone", "hbone"]
+
+
+def replace_veth(lab: Lab, name: str) -> None:
+    """Give a pod a macvlan in place of its veth, as the CNI plugin of that name does."""
+    pod = lab.find_pod(name)
+    node_netns, pod_netns = lab.node_netns(pod.node), lab.pod_netns(pod)
+    link = f"pod{pod.number}"
+    commands = (
+        f"link del {link}",
+        f"link add {link} type veth peer name under",
+        "link set under up",
+        "link add over link under type macvlan mode bridge",
+        f"link set over netns {pod_netns} name eth0",
+    )
+
+    def replace() -> None:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+
+    machine.within(node_netns, replace)
+    machine.connect_pod(node_netns, pod, pod_netns)
+
+
+def test_pod_without_a_veth_is_told_and_speaks_with_its_neighbors_by_tunnel(lab: Lab) -> None:
+    (node,) = lab.cluster().nodes
+    lab.label_namespace("shop", None)
+    replace_veth(lab, "server")
+    lab.label_namespace("shop", "ambient")
+    assert [entry["path"] for entry in visit(lab, "server")] == ["hbone", "hbone"]
+    state = next(lab.agent_states(node))
+    told = {pod["name"]: (pod["state"], pod["reason"]) for pod in state["pods"]}
+    assert told == {
+        "client": ("enrolled", ""),
+        "private": ("enrolled", ""),
+        "server": ("enrolled", "unguarded"),
+    }
+    (logged,) = entries(lab, node, "pod not guarded")
+    assert logged["pod"] == "shop/server"
+    (directory,) = listing.find_directories((lab.pins / node.name,))
+    guarded = {row["pod"]: row["guarded"] for row in listing.list_pods(directory)}
+    assert guarded == {"shop/client": True, "shop/private": True, "shop/server": False}
+    asked = {"source": "client", "destination": "server", "port": 8080}
+    (row,) = ask(lab.admin_socket(node), "explain", **asked)
+    assert row["path"] == "tunnel"
+    assert "shop/server has no veth" in row["reason"]
 
 
 def test_direct_connections_survive_the_agent_and_are_logged_by_the_next(lab: Lab) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from agent.app import Agent, Departure
+from agent.arrivals import Arrivals
+from agent.inheritance import Inheritance
+from agent.model.pod import Exclusions, LocalPod
+from agent.model.starting import StartingPod
+from agent.model.workload import Workload
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from agent.model.identity import SpiffeId
 
 TURNS = 100  # of the event loop
 
@@ -31,6 +40,10 @@ class States:
 
 
 async def nothing(*_arguments: object) -> None:
+    pass
+
+
+def ignore(*_arguments: object) -> None:
     pass
 
 
@@ -110,3 +123,95 @@ def test_successor_that_waits_for_certificates_follows_the_state(
     monkeypatch.setattr(Agent, "_apply", apply)
     asyncio.run(check())
     assert results == [False] * 3
+
+
+@pytest.mark.usefixtures("_alone")
+def test_newer_state_waits_until_workers_have_taken_what_they_were_told() -> None:
+    """What is kept for a slow worker would become more and more."""
+    applied: list[Snapshot] = []
+
+    def complete(told: Snapshot) -> Snapshot:
+        applied.append(told)
+        return told
+
+    async def check() -> None:
+        agent = following(
+            source=States(3),
+            roster=SimpleNamespace(next_retry=lambda: None),
+            arrivals=SimpleNamespace(complete=complete),
+            direct=SimpleNamespace(name_workloads=ignore),
+            enforcement=SimpleNamespace(change=lambda _snapshot: ()),
+            fleet=SimpleNamespace(tell=ignore, wait_taken=for_ever),
+            predecessor=None,
+            snapshot=Snapshot(),
+        )
+        agent._settings = SimpleNamespace(  # type: ignore[assignment]  # a part of them
+            node="east", kubelet_cgroup=None
+        )
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await agent._follow()
+
+    asyncio.run(check())
+    assert len(applied) == 1
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("known", ["to the API server", "without an address", "to nobody"])
+def test_pod_that_the_agent_before_brought_stays_though_the_state_has_it_not_yet(
+    known: str,
+) -> None:
+    brought = LocalPod("uid-1", "shop", "web", "web", (ip_address("10.0.0.7"),))
+    workload = Workload("uid-1", "shop", "web", "east", "web", (), is_hbone=False)
+    starting = StartingPod(workload, replace(brought, addresses=()))
+    told = Snapshot(starting=(starting,)) if known == "without an address" else Snapshot()
+    wanted: set[SpiffeId] = set()
+    inherited: dict[str, LocalPod] = {}
+
+    async def ask_for_pod(_namespace: str, _name: str) -> StartingPod | None:
+        return starting if known == "to the API server" else None
+
+    async def begin() -> tuple[int, list[int], list[tuple[Inheritance, list[int]]]]:
+        gone = replace(brought, uid="uid-2", name="gone")
+        pods = [Inheritance(brought, 1, ()), Inheritance(gone, 2, (), is_draining=True)]
+        return 3, [], [(pod, []) for pod in pods]
+
+    async def check() -> None:
+        source = SimpleNamespace(ask_for_pod=ask_for_pod)
+        agent = following(
+            source=source,
+            credentials=SimpleNamespace(wait_complete=nothing, want=wanted.update),
+            fleet=SimpleNamespace(tell=ignore, wait_in_force=nothing),
+            enforcement=SimpleNamespace(learn=ignore),
+            pins=SimpleNamespace(hold=ignore),
+            elders=SimpleNamespace(add=ignore, fds=[]),
+            roster=SimpleNamespace(
+                wait_for_elders=ignore,
+                inherit=lambda _heritage, desired: inherited.update(desired),
+            ),
+            predecessor=SimpleNamespace(
+                wait_gone=for_ever, begin=begin, commit=nothing, close=ignore,
+                connection=None, pid=1,
+            ),
+            snapshot=told,
+            desired={},
+        )  # fmt: skip
+        agent._settings = SimpleNamespace(  # type: ignore[assignment]  # a part of them
+            node="east", trust_domain="cluster.local", exclusions=Exclusions(), has_direct_path=True
+        )
+        agent._arrivals = Arrivals(
+            "east", source, agent._roster, agent._on_arrived, agent._on_left, ignore,
+        )  # fmt: skip
+        agent._arrivals.on_enforced(told)
+        assert agent._predecessor is not None
+        async with asyncio.TaskGroup() as tasks:
+            assert await agent._succeed(agent._predecessor, set(), tasks)
+        is_known = known != "to nobody"
+        state = agent._arrivals.complete(told)
+        assert state.local_pods.get("east", ()) == ((brought,) if is_known else ())
+        assert inherited == ({"uid-1": brought} if is_known else {})
+        assert [str(each) for each in wanted] == (
+            ["spiffe://cluster.local/ns/shop/sa/web"] if is_known else []
+        )
+
+    asyncio.run(check())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import pytest
 
 from agent.elders import Elders
 from agent.errors import HandoverFailed
-from agent.handover import HandoverServer, Predecessor
+from agent.handover import HandoverServer, Predecessor, PredecessorGone
 from agent.inheritance import Inheritance, encode
 from agent.model.pod import Exclusions, LocalPod
 
@@ -107,6 +108,29 @@ def test_predecessor_that_ends_it_alone_is_still_the_agent(tmp_path: Path) -> No
         found.connection.close()
 
     with_server(tmp_path, check)
+
+
+def test_predecessor_that_ends_in_a_moment_is_waited_for_beside_other_work() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+
+    async def check() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        found = Predecessor(ours)
+        found.close()
+        found._pidfd = os.pidfd_open(process.pid)
+        theirs.close()
+        asyncio.get_running_loop().call_later(0.05, process.kill)
+        with pytest.raises(PredecessorGone):
+            await found.begin()
+        found.close()
+        ours.close()
+
+    try:
+        asyncio.run(check())
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(

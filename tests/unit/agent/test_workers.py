@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import socket
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pytest
 
 from agent import workers
 from agent.model.policy import PolicyKey
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
-
-if TYPE_CHECKING:
-    import pytest
+from tests.support.processes import descriptor_count
 
 
 async def start() -> tuple[WorkerProcess, asyncio.Future[WorkerProcess]]:
@@ -80,6 +81,52 @@ def test_worker_that_misses_a_message_is_ended() -> None:
     asyncio.run(check())
 
 
+def test_worker_that_takes_nothing_for_a_while_is_told_all_and_stops_nobody() -> None:
+    """Far more than its socket holds, with a descriptor that is closed meanwhile."""
+
+    async def check() -> None:
+        worker, gone = await start()
+        loop = asyncio.get_running_loop()
+        os.kill(worker.pid, signal.SIGSTOP)
+        began = loop.time()
+        for number in range(5000):
+            worker.send(messages.RemoveWorkload(f"uid-{number}"))
+        revoked = os.memfd_create("revoked")
+        worker.send(messages.PutRevoked(), [revoked])
+        os.close(revoked)
+        assert loop.time() - began < workers.SEND_SECONDS / 2
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await worker.wait_taken()
+        os.kill(worker.pid, signal.SIGCONT)
+        async with asyncio.timeout(10):
+            await worker.wait_in_force()
+        assert not gone.done()
+        worker.stop()
+        assert worker.process.returncode == 0
+
+    asyncio.run(check())
+
+
+def test_worker_that_takes_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        worker, gone = await start()
+        before = descriptor_count(os.getpid())
+        monkeypatch.setattr(workers, "SEND_SECONDS", 0.2)
+        os.kill(worker.pid, signal.SIGSTOP)
+        keys = tuple(PolicyKey("shop", f"policy-{n}", "AuthorizationPolicy") for n in range(1000))
+        for _ in range(50):
+            worker.send(messages.RemovePolicies(keys), [0])
+        async with asyncio.timeout(10):
+            await worker.wait_taken()
+            assert await gone is worker
+        worker.stop()
+        assert worker.process.returncode == -signal.SIGKILL
+        assert descriptor_count(os.getpid()) < before  # what waited for it is closed
+
+    asyncio.run(check())
+
+
 def test_worker_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
         worker, gone = await start()
@@ -90,5 +137,47 @@ def test_worker_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -
             assert await gone is worker
         worker.stop()
         assert worker.process.returncode == -signal.SIGKILL
+
+    asyncio.run(check())
+
+
+def wait_stopped(pid: int) -> None:
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
+def test_worker_that_is_held_up_within_a_message_stalls_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauges = messages.Gauges(1, (("buffered_bytes", (), 7),))
+    packed = pickle.dumps(gauges)
+    halves = [pickle.dumps(messages.Fragment(packed[:9], is_last=False))]
+    halves.append(pickle.dumps(messages.Fragment(packed[9:], is_last=True)))
+    held_up = tmp_path / "worker"
+    held_up.write_text(
+        f"#!{sys.executable}\n"
+        "import os, signal, socket, sys\n"
+        "channel = socket.socket(fileno=int(sys.argv[-1]))\n"
+        f"channel.send({halves[0]!r})\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+        f"channel.send({halves[1]!r})\n"
+        "while channel.recv(1000):\n"
+        "    pass\n"
+    )
+    held_up.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(held_up))
+    monkeypatch.setattr(workers, "SEND_SECONDS", 1.0)
+
+    async def check() -> None:
+        worker = WorkerProcess(
+            lambda _worker: None,
+            lambda _identity: None,
+            lambda _worker, _uid: None,
+            lambda _counts: None,
+        )
+        wait_stopped(worker.pid)
+        # Whatever else the agent has to do.
+        asyncio.get_running_loop().call_later(0.05, os.kill, worker.pid, signal.SIGCONT)
+        assert await worker.ask(messages.AskGauges, workers.ANSWER_SECONDS) == gauges
+        worker.stop()
 
     asyncio.run(check())

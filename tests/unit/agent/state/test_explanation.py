@@ -20,7 +20,7 @@ from agent.state.store import Snapshot
 from tests.support.policies import authentication, authorization, from_account
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Set
 
     from agent.model.policy import AnyPolicy
 
@@ -87,11 +87,14 @@ def explain(
     has_direct: bool = True,
     snapshot: Snapshot = SNAPSHOT,
     unenrolled: Mapping[str, str] = NONE,
+    unguarded: Set[str] = frozenset(),
 ) -> list[Explanation]:
     rulebook = Rulebook()
     for policy in policies:
         rulebook.put(policy)
-    explainer = Explainer(snapshot, rulebook, "cluster.local", Exclusions(), has_direct, unenrolled)
+    explainer = Explainer(
+        snapshot, rulebook, "cluster.local", Exclusions(), has_direct, unenrolled, unguarded
+    )
     return explainer.explain(source, destination, port)
 
 
@@ -260,6 +263,13 @@ def test_advice_names_what_would_change_it(
 def test_unknown_name_is_an_error(name: str) -> None:
     with pytest.raises(NameUnknown, match=name.rpartition(":")[2]):
         explain("client", name)
+
+
+@pytest.mark.parametrize("name", ["client", "near"])
+def test_pod_that_is_not_guarded_takes_no_direct_path(name: str) -> None:
+    (found,) = explain("client", "near", unguarded={workload(name).uid})
+    assert found.path == "tunnel"
+    assert found.reason.startswith(f"default/{name} has no veth")
 
 
 def test_several_pods_or_services_of_one_name_are_an_error() -> None:

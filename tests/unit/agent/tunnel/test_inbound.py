@@ -6,6 +6,7 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from agent.model.pod import LocalPod
 from agent.model.service import Service
 from agent.model.workload import Workload
 from agent.tunnel import buffers as buffers_module
+from agent.tunnel import inbound as inbound_module
 from agent.tunnel import tcp
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import FULL, PARTS
@@ -245,10 +247,48 @@ def test_bytes_for_an_application_that_does_not_accept_cost_the_stream_once_ther
             accepted.append(stage.application.accept()[0])
         return len(accepted) == count
 
-    run_until(stage.reactor, accept)  # the last one, too, which has nobody by now
-    run_until(stage.reactor, lambda: is_reset(accepted[-1]))
+    stage.wait_some([])
+    assert not accept()  # the last one is dialed no more
+    assert len(accepted) == count - 1
     for each in accepted:
         each.close()
+
+
+def test_request_that_is_reset_leaves_no_dial_behind(scene: Callable[..., Scene]) -> None:
+    stage = scene()
+    stage.application.listen(0)
+    tunnel = stage.tunnel()
+    while stage.wait_some(stage.ask(tunnel)):
+        pass  # until its queue is full
+    before = count_descriptors()
+    *_, waiting = tunnel.session.channels.values()
+    waiting.abort()
+    run_rounds(stage.reactor, 10)
+    assert count_descriptors() == before - 1
+
+
+def count_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_tunnels_of_nobody_are_bounded(
+    scene: Callable[..., Scene],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(inbound_module, "MOST_HANDSHAKES_OF_POD", 2)
+    stage = scene(handshake_seconds=0.5)
+    stage.tunnel()  # does not count: it has proved who it is
+    silent = [tcp_pair() for _ in range(3)]
+    with ExitStack() as stack:
+        for ours, theirs in silent:
+            stack.enter_context(ours)
+            stage.inbound.serve_tunnel(stage.served, theirs, (str(ADDRESS), 40000))
+        assert stage.inbound.tunnels == 3
+        assert is_reset(silent[-1][0])
+        assert inbound_module.TOO_MANY_HANDSHAKES in capsys.readouterr().err
+        run_until(stage.reactor, lambda: stage.inbound.tunnels == 1)
+    stage.tunnel()  # there is room again
 
 
 def is_full(stage: Scene) -> bool:
@@ -260,9 +300,13 @@ def test_bytes_before_the_answer_are_bounded_like_those_after_it(
 ) -> None:
     connect = tcp.connect
 
-    def late(reactor: Reactor, own: socket.socket, *rest: Any) -> None:
+    def late(reactor: Reactor, own: socket.socket, *rest: Any) -> Callable[[], None]:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        reactor.call_later(0.05, lambda: connect(reactor, own, *rest))
+
+        def connect_now() -> None:
+            connect(reactor, own, *rest)
+
+        return reactor.call_later(0.05, connect_now).cancel
 
     monkeypatch.setattr(tcp, "connect", late)
     stage = scene()
@@ -307,6 +351,32 @@ def test_peer_names_no_service_that_there_is_not(scene: Callable[..., Scene]) ->
     found, _last = stage.ledger.list(0, 10, None, None)
     known = "web.shop.svc.cluster.local"
     assert [each.service for each in found] == [known, known, None]
+
+
+@pytest.mark.parametrize(
+    ("target", "headers"),
+    [
+        ("a" * 10_000, {}),
+        (f"[fe80::1%{'a' * 10_000}]:{PORT}", {}),
+        (f"{ADDRESS}:{PORT}", {"A" * 10_000: "a"}),
+    ],
+    ids=["no address", "a long scope", "no name of a field"],
+)
+def test_little_is_logged_of_what_a_peer_says(
+    scene: Callable[..., Scene],
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    headers: dict[str, str],
+) -> None:
+    stage = scene()
+    tunnel = stage.tunnel()
+    answers: list[int] = []
+    stream_id = tunnel.session.open_stream(target, headers)
+    tunnel.session.channels[stream_id].on_response = answers.append
+    assert stage.wait(answers) == 400
+    logged = capsys.readouterr().err
+    assert "400: " in logged
+    assert len(logged) < 2500
 
 
 def test_headers_beyond_their_size_cost_the_tunnel(scene: Callable[..., Scene]) -> None:

@@ -489,6 +489,48 @@ def test_end_that_has_not_left_yet_is_lost_with_the_tunnel(tunnel: Tunnel) -> No
     assert near.seen == ["end", "abort"]
 
 
+def test_end_that_the_socket_has_not_taken_is_lost_with_the_tunnel(tunnel: Tunnel) -> None:
+    client = tunnel.client.session
+    client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    near, far = tunnel.open()
+    far.channel.finish()
+    tunnel.until(lambda: near.seen)
+    bulk, _sink = tunnel.open()
+    bulk.channel.write(bytes(session_module.UNSENT_BYTES))
+    near.channel.finish()
+    client.write_now()
+    assert client.buffered
+    client.fail("the peer is gone")
+    assert near.seen == ["end", "abort"]
+
+
+def test_end_that_has_left_does_not_wait_for_the_bulk_of_others(tunnel: Tunnel) -> None:
+    client = tunnel.client.session
+    client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    near, far = tunnel.open()
+    far.channel.finish()
+    tunnel.until(lambda: near.seen)
+    bulk, sink = tunnel.open()
+
+    def feed() -> None:  # more than goes at once, so that it is drained later and fed again
+        bulk.channel.write(bytes(2 * session_module.UNSENT_BYTES))
+
+    bulk.channel.on_drained = feed
+    feed()
+    client.write_now()
+    near.channel.finish()
+    unsent: list[int] = []
+
+    def has_passed() -> bool:
+        unsent.append(client.buffered)
+        return len(sink.received) > 8 * session_module.UNSENT_BYTES
+
+    tunnel.until(has_passed)
+    assert min(unsent) > 0
+    client.fail("the peer is gone")
+    assert (near.seen, far.seen, bulk.seen) == (["end"], ["end"], ["abort"])
+
+
 def test_client_that_drains_in_its_handshake_serves_who_waits_for_it(join: Join) -> None:
     tunnel = join()
     session = tunnel.client.session
