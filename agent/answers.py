@@ -92,6 +92,7 @@ class Answers:
         return {
             "policies": self._list_policies,
             "explain": self._explain,
+            "names": self._list_names,
             "connections": self._list_connections,
             "workloads": self._list_workloads,
             "services": self._list_services,
@@ -120,6 +121,26 @@ class Answers:
             if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
         ]
         return refused + self._enforcement.list_policies(self._snapshot())
+
+    async def _list_names(self, _arguments: dict[str, Any]) -> object:
+        """Tell what is there, and of each pod why it does not want the mesh."""
+        snapshot = self._snapshot()
+        pods = (*snapshot.workloads, *(each.workload for each in snapshot.starting))
+        namespaces = {each.namespace for each in pods}
+        namespaces |= {each.namespace for each in snapshot.services}
+        namespaces |= {each.key.namespace for each in snapshot.policies}
+        return {
+            "pods": [
+                {
+                    "pod": f"{each.namespace}/{each.name}",
+                    "node": each.node,
+                    "refusal": snapshot.refusals.get(each.uid),
+                }
+                for each in pods
+            ],
+            "namespaces": sorted(namespaces),
+            "nodes": sorted({self._settings.node, *(each.node for each in pods if each.node)}),
+        }
 
     async def _list_connections(self, arguments: dict[str, Any]) -> object:
         namespace, pod = arguments.get("namespace"), arguments.get("pod")
@@ -235,6 +256,11 @@ class Answers:
             self._settings.trust_domain,
             self._settings.exclusions,
             self._settings.has_direct_path,
+            {
+                uid: f"{status.state}: {status.detail}"
+                for uid, status in self._roster.statuses.items()
+                if status.state != "enrolled"
+            },
             self._roster.unguarded(),
         )
         try:

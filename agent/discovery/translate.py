@@ -39,7 +39,7 @@ from agent.discovery.policies import (
     read_peer_authentication,
 )
 from agent.errors import ManifestError
-from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
+from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules, Refusal
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.policy import NO_LABELS, PeerAuthentication, Policy
 from agent.model.service import Service, ServicePort
@@ -147,7 +147,7 @@ class Translator:
         self._services = Joiner()
         self._policies: dict[str, AnyPolicy] = {}
         # What need not be worked out again, by the objects that it came from.
-        self._local_pods: dict[str, tuple[_Namespace, LocalPod | None]] = {}
+        self._local_pods: dict[str, tuple[_Namespace, LocalPod | Refusal]] = {}
         self.changes = 0  # of what is known: a Node that says again what it said makes none
 
     def put(self, source: SourcedObject, *, is_new: bool = False) -> ObjectProblem | None:
@@ -233,12 +233,15 @@ class Translator:
         pods = sorted(self._pods.items(), key=_by_uid)
         local_pods: dict[str, list[LocalPod]] = {}
         starting = []
+        refusals: dict[str, Refusal] = {}
         for named, pod in pods:
-            local = self._local_pod(named, pod)
+            judged = self._local_pod(named, pod)
+            if isinstance(judged, Refusal):
+                refusals[pod.uid] = judged
             if not pod.workload.addresses:
-                starting.append(StartingPod(pod.workload, local))
-            elif local is not None:
-                local_pods.setdefault(pod.workload.node, []).append(local)
+                starting.append(StartingPod(pod.workload, _wanted(judged)))
+            elif not isinstance(judged, Refusal):
+                local_pods.setdefault(pod.workload.node, []).append(judged)
         own = self._own_network()
         workloads = tuple(
             replace(pod.workload, network="") if pod.workload.network == own else pod.workload
@@ -252,6 +255,7 @@ class Translator:
             local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
             policies=tuple(sorted(self._policies.values(), key=lambda policy: policy.key)),
             starting=tuple(starting),
+            refusals=refusals,
         )
 
     def _own_network(self) -> str | None:
@@ -272,12 +276,12 @@ class Translator:
         if pod is None or namespace is None:
             return None
         placed = pod.at(self._locality(pod))
-        return StartingPod(placed.workload, self._judge(pod, namespace))
+        return StartingPod(placed.workload, _wanted(self._judge(pod, namespace)))
 
     def _locality(self, pod: _Pod) -> Locality:
         return self._localities.get(f"Node {pod.workload.node}", NOWHERE)
 
-    def _local_pod(self, named: str, pod: _Pod) -> LocalPod | None:
+    def _local_pod(self, named: str, pod: _Pod) -> LocalPod | Refusal:
         namespace = self._namespaces.get(f"Namespace {pod.local.namespace}", NO_NAMESPACE)
         known = self._local_pods.get(named)
         if known is not None and known[0] is namespace:
@@ -286,15 +290,20 @@ class Translator:
         self._local_pods[named] = (namespace, local)
         return local
 
-    def _judge(self, pod: _Pod, namespace: _Namespace) -> LocalPod | None:
-        if pod.has_sidecar or not self._rules.wants(
-            pod.local.namespace, pod.workload.labels, namespace.labels
-        ):
-            return None
+    def _judge(self, pod: _Pod, namespace: _Namespace) -> LocalPod | Refusal:
+        if pod.has_sidecar:
+            return Refusal.SIDECAR
+        refusal = self._rules.refusal(pod.local.namespace, pod.workload.labels, namespace.labels)
+        if refusal is not None:
+            return refusal
         word = pod.may_go_direct
         if word is None:
             word = namespace.may_go_direct
         return replace(pod.local, may_go_direct=word is not False)
+
+
+def _wanted(judged: LocalPod | Refusal) -> LocalPod | None:
+    return None if isinstance(judged, Refusal) else judged
 
 
 def translate(

@@ -30,6 +30,7 @@ from agent.model.enrollment import (
     MODE_LABEL,
     EnrollmentRules,
     Operator,
+    Refusal,
     Requirement,
     SelectorPair,
 )
@@ -400,6 +401,7 @@ def test_pod_with_a_sidecar_is_a_workload_and_never_enrolled() -> None:
         snapshot = translated(namespace(), found).snapshot
         assert len(snapshot.workloads) == 1
         assert snapshot.local_pods == {}
+        assert snapshot.refusals == {snapshot.workloads[0].uid: Refusal.SIDECAR}
 
 
 def test_rules_decide_with_the_labels_of_pod_and_namespace() -> None:
@@ -419,6 +421,7 @@ def test_excluded_namespace_has_workloads_and_no_local_pods() -> None:
     sources = [SourcedObject("a", namespace()), SourcedObject("b", pod())]
     snapshot = translate(sources, rules=rules).snapshot
     assert (len(snapshot.workloads), snapshot.local_pods) == (1, {})
+    assert snapshot.refusals == {snapshot.workloads[0].uid: Refusal.NAMESPACE}
 
 
 @pytest.mark.parametrize(
