@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Routes = Mapping[tuple[str, str], Handler]  # (method, path)
 
 HOST = "127.0.0.1"
+EVERYWHERE, EVERYWHERE4 = "::", "0.0.0.0"
 REQUEST_SECONDS = 5.0
 REQUEST_BYTES = 8192
 END_OF_HEAD = b"\r\n\r\n"
@@ -150,12 +151,16 @@ class Server:
 
 
 def _bind(host: str, port: int, is_successor: bool) -> socket.socket:
+    if host == EVERYWHERE and not socket.has_dualstack_ipv6():
+        host = EVERYWHERE4
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         # SO_REUSEPORT binds beside those who have it as well, and are root as well. A first one
         # does without, or it would share the port of an agent that it knows nothing of.
         option = socket.SO_REUSEPORT if is_successor else socket.SO_REUSEADDR
         bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        if host == EVERYWHERE:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         bound.bind((host, port))
     except OSError:
         bound.close()

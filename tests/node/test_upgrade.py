@@ -225,7 +225,7 @@ def test_successor_that_cannot_have_its_ports_leaves_the_one_before_in_office(la
                 assert lab.agent_pid(east) == before
                 assert is_alive(client.connect(server.address, PORT))
         # Where nobody else has them it may be one of the other's, at more addresses, and a new one.
-        lab.agent_options = ("--metrics-host", "0.0.0.0", "--admin-port", str(port))
+        lab.agent_options = ("--metrics-host", "::", "--admin-port", str(port))
         lab.upgrade_agent(east)
         for served in (15020, port):
             connect = partial(socket.create_connection, ("127.0.0.1", served), SECONDS)

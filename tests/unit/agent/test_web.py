@@ -48,7 +48,7 @@ async def ask(port: int | None, host: str = web.HOST) -> str:
     return answer.decode().splitlines()[-1]
 
 
-@pytest.mark.parametrize("host", [web.HOST, "0.0.0.0"])
+@pytest.mark.parametrize("host", [web.HOST, web.EVERYWHERE4, web.EVERYWHERE])
 def test_successor_has_the_port_before_it_serves_it(host: str) -> None:
     async def check(first: web.Server, second: web.Server) -> None:
         first.bind(0, OPTION)
@@ -100,5 +100,22 @@ def test_port_is_had_again_when_connections_of_before_are_left(is_successor: boo
         second.bind(port, OPTION)
         await second.start()
         assert await ask(port) == "second"
+
+    with_servers(check)
+
+
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_everywhere_is_both_families(has_ipv6: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.has_dualstack_ipv6", lambda: has_ipv6)
+
+    async def check(first: web.Server, _second: web.Server) -> None:
+        first.bind(0, OPTION, web.EVERYWHERE)
+        await first.start()
+        assert await ask(first.port) == "first"
+        if has_ipv6:
+            assert await ask(first.port, "::1") == "first"
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                await ask(first.port, "::1")
 
     with_servers(check)
