@@ -219,6 +219,7 @@ class Agent:
             await self._plugin_server.stop()
             self._shut_down()
             await self._source.close()
+            self._handover.forget()
         if self._settings.is_restarted and self._departure.result() is Departure.SUCCEEDED:
             await self._stay()
 
@@ -391,6 +392,8 @@ class Agent:
             self._leave_office()
             self._roster.abandon()
             self._pins.let_go_links()
+        else:
+            self._handover.withhold()
 
     async def _depart(self) -> None:
         departure = await self._departure
@@ -634,7 +637,6 @@ class Agent:
         self._roster.abandon()
         self._fleet.stop()
         self._pins.close()
-        self._handover.forget()
 
 
 def _raise_ours(group: BaseExceptionGroup[BaseException]) -> None:
