@@ -207,6 +207,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        self._bind_ports()
         links.attach_cgroup(self._pins, links.cgroup_root())
         self._fleet.start(self._settings.worker_count)
         try:
@@ -218,6 +219,7 @@ class Agent:
             await self._plugin_server.stop()
             self._shut_down()
             await self._source.close()
+            self._handover.forget()
         if self._settings.is_restarted and self._departure.result() is Departure.SUCCEEDED:
             await self._stay()
 
@@ -279,15 +281,26 @@ class Agent:
 
     # -- office -------------------------------------------------------------------------------
 
+    def _bind_ports(self) -> None:
+        """Have the node's ports, to serve them once in office (ConfigError).
+
+        Before anything else, so that an agent which cannot have them is nobody's successor.
+        """
+        settings, is_successor = self._settings, self._predecessor is not None
+        if settings.metrics_port:
+            self._metrics.bind(
+                settings.metrics_host, settings.metrics_port, is_successor=is_successor
+            )
+        if settings.admin_port:
+            self._pages.bind(settings.admin_port, "--admin-port", is_successor=is_successor)
+
     async def _take_office(self, tasks: asyncio.TaskGroup) -> None:
         """Begin with what only one agent can do at a time."""
         self._is_in_office = True
         self._direct.start()
         await self._admin.start()
-        if self._settings.metrics_port:
-            await self._metrics.start(self._settings.metrics_host, self._settings.metrics_port)
-        if self._settings.admin_port:
-            await self._pages.start(self._settings.admin_port, "--admin-port")
+        await self._metrics.start()
+        await self._pages.start()
         await self._plugin_server.start()
         self._handover.start(tasks)
         self._show_office()
@@ -379,6 +392,8 @@ class Agent:
             self._leave_office()
             self._roster.abandon()
             self._pins.let_go_links()
+        else:
+            self._handover.withhold()
 
     async def _depart(self) -> None:
         departure = await self._departure
@@ -622,7 +637,6 @@ class Agent:
         self._roster.abandon()
         self._fleet.stop()
         self._pins.close()
-        self._handover.forget()
 
 
 def _raise_ours(group: BaseExceptionGroup[BaseException]) -> None:

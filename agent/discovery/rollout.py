@@ -17,7 +17,7 @@ from agent.errors import KubernetesError
 
 SHOWN_NODES = 5
 PAUSE_SECONDS = 1.0
-UNAUTHORIZED, NOT_FOUND = 401, 404
+NOT_FOUND = 404
 
 
 def wait_until_ready(namespace: str, name: str, seconds: float) -> tuple[int, list[str]]:
@@ -79,16 +79,8 @@ def delete(namespace: str, name: str, seconds: float) -> list[str]:
 
 
 def is_deleted(api: Api, namespace: str, name: str) -> bool:
-    """Say whether it has gone, or goes now (KubernetesError if nobody knows).
-
-    Where our own account has gone, so does all that was installed with it.
-    """
-    try:
-        return "deletionTimestamp" in _read(api, namespace, name)["metadata"]
-    except StatusError as error:
-        if error.status in (UNAUTHORIZED, NOT_FOUND):
-            return True
-        raise
+    """Say whether it goes now, or is to stay (KubernetesError if nobody says, or it has gone)."""
+    return "deletionTimestamp" in _read(api, namespace, name)["metadata"]
 
 
 def _path(namespace: str, name: str) -> str:
