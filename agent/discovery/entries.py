@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_interface
 from typing import TYPE_CHECKING
 
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field
+from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field, read_created
 from agent.model.service import Endpoint, Service, ServicePort
 from agent.model.workload import Workload
 
@@ -143,7 +143,7 @@ def read_service_entry(body: Field, _root_namespace: str) -> ReadService | None:
         selection if selector else None,
         selects_pods=True,
         workloads=workloads,
-        created=metadata.get("creationTimestamp").text(""),
+        created=read_created(metadata),
     )
 
 

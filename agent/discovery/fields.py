@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
@@ -140,3 +141,12 @@ class Field:
     def wrong(self, detail: str) -> WrongField:
         """Make the error that names this field."""
         return WrongField(self.path or "object", detail)
+
+
+def read_created(metadata: Field) -> str:
+    """Read when an object was made, in UTC as the API server writes it; empty if nobody says."""
+    created = metadata.get("creationTimestamp")
+    if isinstance(created.value, datetime):  # YAML reads one without quotes so
+        moment = created.value if created.value.tzinfo else created.value.replace(tzinfo=UTC)
+        return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return created.text("")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agent.discovery.entries import merge, unclaimed
+from agent.model.age import age
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -105,7 +106,7 @@ class Joiner:
         """Return the workloads that are no pods, and all services; `pods` hold their addresses."""
         services = {named: self._join(named, read) for named, read in self._services.items()}
         entries = sorted(
-            (self._services[named].created, named)
+            (age(self._services[named].created), named)
             for named, service in services.items()
             if service.kind == "ServiceEntry"
         )
@@ -125,7 +126,7 @@ class Joiner:
             for address in service.addresses
         )
         outside = [workload for each in claims if (workload := unclaimed(each, taken)) is not None]
-        for _created, named in entries:
+        for _age, named in entries:
             service = services[named]
             addresses = tuple(each for each in service.addresses if each not in taken)
             taken.update(addresses)

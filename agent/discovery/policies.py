@@ -11,11 +11,10 @@ through than the policy says, and a warning says so.
 
 from __future__ import annotations
 
-from datetime import datetime
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING
 
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field
+from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field, read_created
 from agent.model.condition import Attribute, Term, network_set, port_set, text_set
 from agent.model.policy import (
     Action,
@@ -169,7 +168,12 @@ def read_peer_authentication(body: Field, root_namespace: str) -> PeerAuthentica
     if scope.selector and not scope.namespace:
         warnings.append("spec.selector: in the root namespace a policy that selects has no effect")
     return PeerAuthentication(
-        key, scope, mode, tuple(sorted(ports)), _read_created(body), tuple(warnings)
+        key,
+        scope,
+        mode,
+        tuple(sorted(ports)),
+        read_created(body.get("metadata")),
+        tuple(warnings),
     )
 
 
@@ -217,13 +221,6 @@ def _read_mode(mtls: Field, warnings: list[str]) -> Mode | None:
     if word == Mode.DISABLE:
         warnings.append(f"{field.path}: DISABLE is taken as PERMISSIVE: a tunnel is never refused")
     return Mode(word)
-
-
-def _read_created(body: Field) -> str:
-    created = body.get("metadata").get("creationTimestamp")
-    if isinstance(created.value, datetime):  # YAML reads one without quotes so
-        return created.value.isoformat()
-    return created.text("")
 
 
 class _RuleReader:

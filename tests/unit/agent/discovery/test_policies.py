@@ -241,7 +241,7 @@ def test_selecting_peer_authentication_of_the_root_namespace_has_no_effect() -> 
 def test_age_may_be_written_without_quotes() -> None:
     created = datetime(2026, 1, 1, tzinfo=UTC)  # as YAML reads it
     policy = read("PeerAuthentication", {}, creationTimestamp=created)
-    assert policy.created == "2026-01-01T00:00:00+00:00"
+    assert policy.created == "2026-01-01T00:00:00Z"
 
 
 def test_selector_and_target_are_too_much() -> None:
