@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from agent.identity import der
 from agent.model.condition import Attribute, NetworkSet, PortSet, TextSet
 from agent.model.policy import PeerAuthentication
+from agent.model.workload import owners
 from agent.tunnel.labels import CANONICAL_NAME, CANONICAL_REVISION, CLUSTER, NO_REVISION
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def build_dump(
         version: of Sidestep.
         settings: shown as `config`.
     """
-    by_address = {
-        address: workload for workload in snapshot.workloads for address in workload.addresses
-    }
+    by_address = owners(snapshot.workloads)
     services = [_service(each, cluster_domain, by_address) for each in snapshot.services]
     listed = list(connections)
     return {

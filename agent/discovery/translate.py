@@ -30,7 +30,14 @@ from agent.discovery.entries import (
     read_service_selection,
     read_workload_entry,
 )
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
+from agent.discovery.fields import (
+    LABEL_NAME,
+    SUBDOMAIN_NAME,
+    UID,
+    Field,
+    WrongField,
+    read_created,
+)
 from agent.discovery.joining import Joiner, Slice
 from agent.discovery.ownership import read_owner
 from agent.discovery.policies import (
@@ -372,6 +379,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         return None
     addresses = _read_pod_addresses(status)
     labels = read_labels(metadata.get("labels"))
+    is_leaving = metadata.get("deletionTimestamp").value is not None
     workload = Workload(
         uid=uid,
         namespace=namespace,
@@ -383,6 +391,8 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         labels=labels,
         network=dict(labels).get(NETWORK, ""),
         owner=read_owner(metadata),
+        created=read_created(metadata),
+        is_leaving=is_leaving,
     )
     local = LocalPod(
         uid=uid,
@@ -401,7 +411,6 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
     )
     may_go_direct = _read_direct_path(annotations)
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
-    is_leaving = metadata.get("deletionTimestamp").value is not None
     is_ready = not is_leaving and _read_is_ready(status)
     if not node:
         return None

@@ -1,13 +1,15 @@
 """Where a connection goes: a worker's view of workloads and services. Pure.
 
 Kept up to date by messages. Workload before service, as ambient mesh resolves it; an address that
-nobody claims passes through as plain TCP. Nothing leads into another network: that would take a
-gateway, which Sidestep has not.
+nobody claims passes through as plain TCP. One that several workloads claim is that one's which
+`Workload.claim` prefers, whatever order they came in, and the next one's when that is gone. Nothing
+leads into another network: that would take a gateway, which Sidestep has not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from agent.model.service import KINDS
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from agent.model.workload import Workload
 
     Choose = Callable[[Sequence[tuple[Address, int]]], tuple[Address, int]]
+
+CLAIM = attrgetter("claim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Mesh:
 
     def __init__(self) -> None:
         self._workloads: dict[str, Workload] = {}
-        self._by_address: dict[Address, Workload] = {}
+        self._by_address: dict[Address, tuple[Workload, ...]] = {}  # who has it comes first
         self._elsewhere: set[str] = set()  # uids of workloads in other networks than the cluster's
         self._services: dict[tuple[str, str, ServiceKind], Service] = {}
         self._service_by_address: dict[Address, Service] = {}
@@ -54,15 +58,17 @@ class Mesh:
         if workload.network:
             self._elsewhere.add(workload.uid)
         for address in workload.addresses:
-            self._by_address[address] = workload
+            claims = (workload, *self._by_address.get(address, ()))
+            self._by_address[address] = tuple(sorted(claims, key=CLAIM, reverse=True))
 
     def remove_workload(self, uid: str) -> None:
         """Forget a workload, if it is known."""
         known = self._workloads.pop(uid, None)
         self._elsewhere.discard(uid)
         for address in known.addresses if known else ():
-            if self._by_address.get(address) is known:
-                del self._by_address[address]
+            claims = self._by_address.pop(address, ())
+            if left := tuple(each for each in claims if each is not known):
+                self._by_address[address] = left
 
     def workload(self, uid: str) -> Workload | None:
         """Return a workload, if it is known."""
@@ -70,7 +76,8 @@ class Mesh:
 
     def at(self, address: Address) -> Workload | None:
         """Return the workload that has an address, if one is known."""
-        return self._by_address.get(address)
+        claims = self._by_address.get(address)
+        return claims[0] if claims else None
 
     def put_service(self, service: Service) -> None:
         """Add or replace a service."""
@@ -112,7 +119,7 @@ class Mesh:
             if not endpoints:
                 return None
             address, port = choose(same_family or endpoints)
-        workload = self._by_address.get(address)
+        workload = self.at(address)
         if workload is not None and workload.network != network:
             named = f"{workload.namespace}/{workload.name}"
             where = f"network {workload.network!r}" if workload.network else "the cluster's network"
@@ -122,5 +129,5 @@ class Mesh:
         return Route(address, port, workload if is_tunneled else None, service)
 
     def _is_near(self, address: Address, network: str) -> bool:
-        workload = self._by_address.get(address)
+        workload = self.at(address)
         return workload is None or workload.network == network

@@ -118,6 +118,13 @@ def test_pod_becomes_a_workload() -> None:
     assert snapshot.local_pods == {}
 
 
+def test_pod_says_when_it_was_made_and_whether_it_leaves() -> None:
+    made, asked = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    body = pod(creationTimestamp=made, deletionTimestamp=asked)
+    (workload,) = translated(body).snapshot.workloads
+    assert (workload.created, workload.is_leaving) == (made, True)
+
+
 def test_fields_that_may_be_missing_have_the_defaults_of_kubernetes() -> None:
     body = pod(spec={"serviceAccountName": None}, status={"podIPs": None, "podIP": "10.0.0.1"})
     del body["metadata"]["namespace"]

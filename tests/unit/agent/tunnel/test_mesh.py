@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import pytest
@@ -116,6 +117,24 @@ def test_address_that_was_taken_over_stays_with_its_new_owner(mesh: Mesh) -> Non
     mesh.put_service(service)
     mesh.remove_service(SERVICE.namespace, SERVICE.name)
     assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, heir, service)
+
+
+def test_address_is_the_same_pods_whatever_came_first_and_then_whose_it_still_is() -> None:
+    leaving = replace(WORKLOAD, uid="u-0", is_leaving=True)
+    heir = replace(WORKLOAD, uid="u-2", name="cart-1", addresses=(POD4,))
+    for order in permutations((leaving, heir, leaving)):  # which is told again while it leaves
+        mesh = Mesh()
+        for workload in order:
+            mesh.put_workload(workload)
+        assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, heir)
+        assert mesh.at(POD6) == leaving
+        mesh.remove_workload("u-0")
+        assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, heir)
+        mesh.put_workload(leaving)
+        mesh.remove_workload("u-2")
+        assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, leaving)
+        mesh.remove_workload("u-0")
+        assert mesh.at(POD4) is None
 
 
 def test_workload_is_found_by_its_uid(mesh: Mesh) -> None:
