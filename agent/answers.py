@@ -120,6 +120,7 @@ class Answers:
             }
             for problem in self._source.problems
             if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
+            if not problem.is_partial  # such a one is in force, and says so in its warnings
         ]
         return refused + self._enforcement.list_policies(self._snapshot())
 

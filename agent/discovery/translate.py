@@ -11,8 +11,9 @@
 
 Other kinds are not read. An object that cannot be used is left out and becomes a problem
 that names file, object, field and reason; it never disturbs another object. Whoever calls
-decides what stays in force instead. Names are checked, because they become parts of
-identities and of paths.
+decides what stays in force instead. One that can do without what is wrong with it is used,
+and is a problem in part. Names are checked, because they become parts of identities and of
+paths.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ STATIC_UID = re.compile("[0-9a-f]{32}", re.ASCII)
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+NO_PORTS: frozenset[int] = frozenset()
 # On a pod, or on the root namespace for the whole cluster.
 NETWORK = "topology.istio.io/network"
 CLUSTER_KINDS = ("Namespace", "Node")  # which are in no namespace themselves
@@ -100,14 +102,17 @@ class Translation:
 
 
 class ObjectProblem(ManifestError):
-    """One object that cannot be used, with the parts of its message."""
+    """One object that cannot be used, or in part not, with the parts of its message."""
 
-    def __init__(self, file: str, named: str, path: str, detail: str) -> None:
+    def __init__(
+        self, file: str, named: str, path: str, detail: str, *, is_partial: bool = False
+    ) -> None:
         super().__init__(f"{file}: {named}: {path}: {detail}")
         self.file = file
         self.named = named
         self.path = path
         self.detail = detail
+        self.is_partial = is_partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,9 @@ class Translator:
         """Take an object in place of what is known of it, unless it should be new.
 
         Return the problem of one that cannot be used: what it said before then stays in force,
-        but not what another object of this name said that is gone by now.
+        but not what another object of this name said that is gone by now. Of one that can be
+        used in part, what can be used is in force, whatever it said before: nothing depends on
+        what this agent has seen.
         """
         body = Field(source.body, "")
         named = describe(source.body)
@@ -186,7 +193,10 @@ class Translator:
             self.changes += 1
             self._keep(named, found)
         self._origins[named] = (source.file, _uid_of(source.body))
-        return None
+        if not body.excused:
+            return None
+        first = body.excused[0]
+        return ObjectProblem(source.file, named, first.path, first.detail, is_partial=True)
 
     def remove(self, named: str) -> None:
         """Forget an object, if it is known; `named` is what `describe` says of it."""
@@ -343,8 +353,9 @@ def _by_uid(item: tuple[str, _Pod]) -> str:
 def _read_namespace(body: Field, _root_namespace: str) -> _Namespace:
     metadata = body.get("metadata")
     metadata.get("name").name(LABEL_NAME)
+    direct_path = metadata.get("annotations").get(DIRECT_PATH)
     return _Namespace(
-        read_labels(metadata.get("labels")), _read_direct_path(metadata.get("annotations"))
+        read_labels(metadata.get("labels")), direct_path.excuse(_read_direct_path, None)
     )
 
 
@@ -355,8 +366,7 @@ def _read_node(body: Field, _root_namespace: str) -> Locality:
     return Locality(labels.get(REGION_LABEL).text(""), labels.get(ZONE_LABEL).text(""))
 
 
-def _read_direct_path(annotations: Field) -> bool | None:
-    entry = annotations.get(DIRECT_PATH)
+def _read_direct_path(entry: Field) -> bool | None:
     if entry.text("") not in DIRECT_PATH_WORDS:
         raise entry.wrong(f"must be enabled or disabled, not {entry.value!r}")
     return DIRECT_PATH_WORDS[entry.text("")]
@@ -391,7 +401,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         labels=labels,
         network=dict(labels).get(NETWORK, ""),
         owner=read_owner(metadata),
-        created=read_created(metadata),
+        created=metadata.excuse(read_created, ""),
         is_leaving=is_leaving,
     )
     local = LocalPod(
@@ -401,15 +411,15 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         service_account=account,
         addresses=addresses,
         exclusions=Exclusions(
-            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
-            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
-            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
+            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).excuse(Field.ports, NO_PORTS),
+            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).excuse(Field.networks, ()),
+            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).excuse(Field.ports, NO_PORTS),
         ),
         bypasses_inbound=_read_word(annotations.get(BYPASS_INBOUND)) is True,
         dns_capture=_read_word(annotations.get(DNS_CAPTURE)),
         node_uid=_read_node_uid(annotations.get(MIRROR)),
     )
-    may_go_direct = _read_direct_path(annotations)
+    may_go_direct = annotations.get(DIRECT_PATH).excuse(_read_direct_path, None)
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
     is_ready = not is_leaving and _read_is_ready(status)
     if not node:

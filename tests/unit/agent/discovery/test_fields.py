@@ -85,3 +85,11 @@ def test_age_may_be_written_without_quotes(written: str) -> None:
     metadata = Field(yaml.safe_load(f"creationTimestamp: {written}"), "metadata")
     assert read_created(metadata) == "2026-01-01T00:00:00Z"
     assert read_created(Field({}, "metadata")) == ""
+
+
+def test_what_is_excused_is_remembered_of_the_whole_object() -> None:
+    body = Field({"a": {"ports": "x", "more": ["80"]}}, "")
+    assert body.get("a").get("ports").excuse(Field.ports, frozenset({1})) == {1}
+    (item,) = body.get("a").get("more").items()
+    assert item.excuse(Field.ports, frozenset({1})) == {80}
+    assert [wrong.path for wrong in body.excused] == ["a.ports"]

@@ -214,6 +214,31 @@ def test_empty_annotations_exclude_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    "name", [EXCLUDE_OUTBOUND_PORTS, EXCLUDE_OUTBOUND_NETWORKS, EXCLUDE_INBOUND_PORTS, DIRECT_PATH]
+)
+@pytest.mark.parametrize("text", ["*", "true"])
+def test_wrong_annotation_is_a_problem_and_the_pod_takes_part_without_it(
+    name: str, text: str
+) -> None:
+    plain, wrong = pod(), pod(annotations={name: text})
+    translator = Translator()
+    assert put(translator, namespace()) == []
+    problem = translator.put(SourcedObject("a", wrong))
+    assert problem is not None
+    assert (problem.path, problem.is_partial) == (f"metadata.annotations[{name}]", True)
+    assert translator.snapshot() == translated(namespace(), plain).snapshot
+    assert translator.judge(plain) is not None
+    assert translator.judge(wrong) == translator.judge(plain)
+
+
+def test_wrong_annotation_of_a_namespace_keeps_nobody_out() -> None:
+    wrong = namespace(annotations={DIRECT_PATH: "true"})
+    found = translated(wrong, pod())
+    assert [problem.is_partial for problem in found.problems] == [True]
+    assert found.snapshot == translated(namespace(), pod()).snapshot
+
+
+@pytest.mark.parametrize(
     ("of_namespace", "of_pod", "may_go_direct"),
     [
         (None, None, True),
@@ -507,15 +532,15 @@ def test_wrong_object_leaves_its_last_good_content_in_force() -> None:
     translator = Translator()
     put(translator, namespace(), pod())
     before = translator.snapshot()
-    wrong = pod(annotations={EXCLUDE_OUTBOUND_PORTS: "http"})
-    assert put(translator, wrong) == ["'http' is not a port from 1 to 65535"]
+    wrong = pod(spec={"serviceAccountName": "a b"})
+    assert put(translator, wrong) == ["'a b' is not a valid name"]
     assert translator.snapshot() == before
 
 
 def test_wrong_pod_that_took_over_a_name_does_not_keep_the_old_one() -> None:
     translator = Translator()
     put(translator, namespace(), pod())
-    assert put(translator, pod(annotations={EXCLUDE_OUTBOUND_PORTS: "http"}, uid="uid-new")) != []
+    assert put(translator, pod(spec={"serviceAccountName": "a b"}, uid="uid-new")) != []
     assert translator.snapshot().workloads == ()
     assert put(translator, pod("other", uid="uid-cart-0")) == []
 
