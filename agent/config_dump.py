@@ -186,7 +186,7 @@ def _values(term: Term) -> list[object]:
     if isinstance(values, PortSet):
         return list(values.ports)
     if isinstance(values, NetworkSet):
-        return [*str(values).split(", ")]
+        return [*filter(None, str(values).split(", "))]  # a DENY may have no exception left
     if term.attribute is Attribute.SERVICE_ACCOUNT:
         pairs = [text.partition("/") for text in values.exact]
         return [{"namespace": space, "serviceAccount": name} for space, _, name in pairs]
