@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.app import Agent, Departure
+from agent.model.workload import Workload
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
@@ -110,3 +111,38 @@ def test_successor_that_waits_for_certificates_follows_the_state(
     monkeypatch.setattr(Agent, "_apply", apply)
     asyncio.run(check())
     assert results == [False] * 3
+
+
+def test_word_on_a_captured_pod_that_somebody_took_away_is_said_again() -> None:
+    def workload(uid: str, *, is_hbone: bool, node: str = "east") -> Workload:
+        return Workload(uid, "shop", uid, node, "a", (), is_hbone)
+
+    said: list[tuple[str, str | None]] = []
+    agent = object.__new__(Agent)
+    parts = {
+        "settings": SimpleNamespace(node="east"),
+        "desired": {},
+        "roster": SimpleNamespace(
+            captured=lambda: {"robbed", "fine", "late"},
+            statuses={
+                uid: SimpleNamespace(state=state)
+                for uid, state in (
+                    ("robbed", "enrolled"),
+                    ("fine", "enrolled"),
+                    ("late", "pending"),
+                )
+            },
+        ),
+        "source": SimpleNamespace(publish=lambda pod, word: said.append((pod.uid, word))),
+    }
+    for name, part in parts.items():
+        setattr(agent, f"_{name}", part)
+    workloads = [
+        workload("robbed", is_hbone=False),
+        workload("fine", is_hbone=True),
+        workload("late", is_hbone=False),
+        workload("left", is_hbone=True),
+        workload("elsewhere", is_hbone=True, node="west"),
+    ]
+    agent._correct_words(Snapshot(tuple(workloads)))
+    assert said == [("robbed", "enabled"), ("left", None)]
