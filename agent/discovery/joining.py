@@ -15,15 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from agent.discovery.entries import merge, unclaimed
+from agent.discovery.entries import build_endpoint, merge, unclaimed
 from agent.model.age import age
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from agent.discovery.entries import EntryWorkload, ReadService
-    from agent.model.pod import Address
-    from agent.model.service import Service
+    from agent.model.service import Endpoint, Service
     from agent.model.workload import Workload
 
     ServiceKey = tuple[str, str]
@@ -34,7 +33,7 @@ class Slice:
     """A part of the endpoints of a Service."""
 
     service: ServiceKey
-    endpoints: dict[Address, dict[str, int]]
+    endpoints: tuple[Endpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +164,12 @@ class Joiner:
             joined = self._joined[named] = replace(read.service, endpoints=endpoints)
         return joined
 
-    def _endpoints_of(self, read: ReadService) -> Iterator[tuple[Address, dict[str, int]]]:
+    def _endpoints_of(self, read: ReadService) -> Iterator[Endpoint]:
         service = read.service
-        for endpoint in service.endpoints:
-            yield endpoint.address, dict(endpoint.ports)
+        yield from service.endpoints
         if service.kind == "Service":
             for part in self._slices_of.get((service.namespace, service.name), {}).values():
-                yield from part.endpoints.items()
+                yield from part.endpoints
         if read.selection is None:
             return
         space = self._spaces[service.namespace]
@@ -183,7 +181,7 @@ class Joiner:
         for workload, ports in found:
             if read.selection.labels <= workload.labels:
                 for address in workload.addresses:
-                    yield address, read.selection.ports(ports)
+                    yield build_endpoint(address, read.selection.ports(ports))
 
 
 def _named_service(key: ServiceKey) -> str:

@@ -26,6 +26,7 @@ from agent.discovery.entries import REDIRECTION as REDIRECTION
 from agent.discovery.entries import (
     EntryWorkload,
     ReadService,
+    build_endpoint,
     read_labels,
     read_service_entry,
     read_service_selection,
@@ -483,13 +484,21 @@ def _read_endpoint_slice(body: Field, _root_namespace: str) -> Slice | None:
         for item in body.get("ports").items()
         if item.get("protocol").text("TCP") == "TCP" and item.get("port").value is not None
     }
-    endpoints = {
-        address.address(): ports
+    endpoints = tuple(
+        build_endpoint(address.address(), ports, is_leaving=not is_ready)
         for item in body.get("endpoints").items()
-        if item.get("conditions").get("ready").flag(default=True)
+        for conditions in (item.get("conditions"),)
+        for is_ready in (conditions.get("ready").flag(default=True),)
+        if is_ready or _is_leaving(conditions)
         for address in item.get("addresses").items()
-    }
+    )
     return Slice((namespace, service), endpoints)
+
+
+def _is_leaving(conditions: Field) -> bool:
+    """Tell whether what is not ready is so because it is to end, and still serves."""
+    serving, terminating = conditions.get("serving"), conditions.get("terminating")
+    return serving.flag(default=False) and terminating.flag(default=False)
 
 
 _Read = (

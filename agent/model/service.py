@@ -1,8 +1,9 @@
 """A Kubernetes Service or a ServiceEntry, and the endpoints behind it, TCP only. Pure.
 
 A service's port leads to a target port by name, because each endpoint may listen
-elsewhere; an endpoint that lacks the name does not serve that port. Choosing one endpoint
-among several is not done here.
+elsewhere; an endpoint that lacks the name does not serve that port. What leaves and still
+serves counts where nothing else does, as for kube-proxy: otherwise a rollout of a single pod
+would be a gap. Choosing one endpoint among several is not done here.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A ready address behind a service, with its target port by port name."""
+    """An address behind a service that serves, with its target port by port name, in order."""
 
     address: Address
     ports: tuple[tuple[str, int], ...]
+    is_leaving: bool = False  # serves, and takes what is new only where nobody else does
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,11 @@ class Service:
     def endpoints_for(self, port: int) -> tuple[tuple[Address, int], ...]:
         """List where a connection to `port` of the service may go; empty if nowhere."""
         names = {entry.name for entry in self.ports if entry.port == port}
-        return tuple(
-            (endpoint.address, target)
+        found = [
+            (endpoint, target)
             for endpoint in self.endpoints
             for name, target in endpoint.ports
             if name in names
-        )
+        ]
+        staying = [each for each in found if not each[0].is_leaving]
+        return tuple((endpoint.address, target) for endpoint, target in staying or found)

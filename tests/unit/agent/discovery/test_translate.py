@@ -289,6 +289,21 @@ def test_service_has_the_ready_endpoints_of_all_its_slices() -> None:
     )
 
 
+def test_endpoint_that_leaves_and_serves_counts_where_there_is_no_other() -> None:
+    leaving = {"ready": False, "serving": True, "terminating": True}
+    endpoints: list[Body] = [
+        {"addresses": ["10.0.0.2"], "conditions": leaving},
+        {"addresses": ["10.0.0.3"], "conditions": leaving | {"serving": False}},
+        {"addresses": ["10.0.0.4"], "conditions": leaving | {"terminating": False}},
+        {"addresses": ["10.0.0.5"], "conditions": {"ready": False}},
+    ]
+    last = endpoint_slice("cart-2", endpoints=endpoints)
+    (found,) = translated(service(), last).snapshot.services
+    assert found.endpoints_for(80) == ((ip_address("10.0.0.2"), 8080),)
+    (found,) = translated(service(), last, endpoint_slice()).snapshot.services
+    assert found.endpoints_for(80) == ((POD4, 8080),)
+
+
 def test_service_may_have_several_addresses_or_none() -> None:
     dual = service(clusterIPs=["10.96.0.1", "fd00:96::1"])
     assert len(translated(dual).snapshot.services[0].addresses) == 2
