@@ -157,7 +157,7 @@ class Answers:
             pods = [at[found.address] for found in each.endpoints if found.address in at]
             row = {
                 "service": f"{each.namespace}/{each.name}",
-                "addresses": [str(address) for address in each.addresses],
+                "addresses": [str(address) for address in (*each.addresses, *each.balanced)],
                 "ports": [port.port for port in each.ports],
                 "endpoints": [
                     endpoint(str(address), target)

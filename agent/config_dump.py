@@ -137,7 +137,7 @@ def _service(service: Service, cluster_domain: str, by_address: dict[Address, Wo
         "name": service.name,
         "namespace": service.namespace,
         "hostname": hostname,
-        "vips": [f"/{address}" for address in service.addresses],
+        "vips": [f"/{address}" for address in (*service.addresses, *service.balanced)],
         "ports": {str(port.port): targets.get(port.name, 0) for port in service.ports},
         "endpoints": endpoints,
         "subjectAltNames": [],

@@ -114,7 +114,7 @@ def service_ports(services: Iterable[Service]) -> ServicePorts:
     """
     ports: ServicePorts = {}
     for service in services:
-        for address in service.addresses:
+        for address in (*service.addresses, *service.balanced):
             for port in service.ports:
                 endpoints = service.endpoints_for(port.port)
                 same = tuple(found for found in endpoints if found[0].version == address.version)

@@ -122,7 +122,7 @@ class Joiner:
             address
             for service in services.values()
             if service.kind == "Service"
-            for address in service.addresses
+            for address in (*service.addresses, *service.balanced)
         )
         outside = [workload for each in claims if (workload := unclaimed(each, taken)) is not None]
         for _age, named in entries:

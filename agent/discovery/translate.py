@@ -457,7 +457,7 @@ def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
 
 
 def _read_service(body: Field, _root_namespace: str) -> ReadService:
-    metadata, spec = body.get("metadata"), body.get("spec")
+    metadata, spec, status = body.get("metadata"), body.get("spec"), body.get("status")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     name = metadata.get("name").name(SUBDOMAIN_NAME)
     clusters = [*spec.get("clusterIPs").items()] or [spec.get("clusterIP")]
@@ -467,7 +467,13 @@ def _read_service(body: Field, _root_namespace: str) -> ReadService:
         if item.get("protocol").text("TCP") == "TCP"
     )
     addresses = tuple(item.address() for item in clusters if item.text("") not in {"", "None"})
-    service = Service(namespace, name, addresses, ports, ())
+    # What goes to one in mode Proxy goes there (KEP-1860); one may also have a name alone.
+    balanced = tuple(
+        item.get("ip").address()
+        for item in status.get("loadBalancer").get("ingress").items()
+        if item.get("ip").text("") and item.get("ipMode").text("VIP") != "Proxy"
+    )
+    service = Service(namespace, name, addresses, ports, (), balanced=balanced)
     return ReadService(service, read_service_selection(spec))
 
 

@@ -37,7 +37,11 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One service; a headless one has no addresses. `hosts` are a ServiceEntry's names."""
+    """One service; a headless one has no addresses. `hosts` are a ServiceEntry's names.
+
+    `balanced` are the addresses of its load balancers, which are its own at its ports only: there
+    are some that give several services one address, or that of a node.
+    """
 
     namespace: str
     name: str
@@ -46,6 +50,7 @@ class Service:
     endpoints: tuple[Endpoint, ...]
     kind: ServiceKind = "Service"
     hosts: tuple[str, ...] = ()
+    balanced: tuple[Address, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, ServiceKind]:

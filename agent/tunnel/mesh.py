@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from agent.model.service import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from agent.model.pod import Address
     from agent.model.service import Service, ServiceKind
@@ -50,6 +50,7 @@ class Mesh:
         self._elsewhere: set[str] = set()  # uids of workloads in other networks than the cluster's
         self._services: dict[tuple[str, str, ServiceKind], Service] = {}
         self._service_by_address: dict[Address, Service] = {}
+        self._service_by_balanced: dict[tuple[Address, int], Service] = {}
 
     def put_workload(self, workload: Workload) -> None:
         """Add or replace a workload."""
@@ -85,6 +86,8 @@ class Mesh:
         self._services[service.key] = service
         for address in service.addresses:
             self._service_by_address[address] = service
+        for balanced in _balanced(service):
+            self._service_by_balanced[balanced] = service
 
     def remove_service(self, namespace: str, name: str, kind: ServiceKind = "Service") -> None:
         """Forget a service, if it is known."""
@@ -92,6 +95,9 @@ class Mesh:
         for address in known.addresses if known else ():
             if self._service_by_address.get(address) is known:
                 del self._service_by_address[address]
+        for balanced in _balanced(known) if known else ():
+            if self._service_by_balanced.get(balanced) is known:
+                del self._service_by_balanced[balanced]
 
     def has_service(self, namespace: str, name: str) -> bool:
         """Say whether there is a service of that name, of either kind."""
@@ -109,7 +115,7 @@ class Mesh:
 
         None if it is to a service without an endpoint. One in the same network comes first.
         """
-        service = None if address in self._by_address else self._service_by_address.get(address)
+        service = None if address in self._by_address else self._service_at(address, port)
         if service is not None:
             endpoints = service.endpoints_for(port)
             if self._elsewhere:
@@ -128,6 +134,14 @@ class Mesh:
         is_tunneled = workload is not None and workload.is_hbone
         return Route(address, port, workload if is_tunneled else None, service)
 
+    def _service_at(self, address: Address, port: int) -> Service | None:
+        found = self._service_by_address.get(address)
+        return found or self._service_by_balanced.get((address, port))
+
     def _is_near(self, address: Address, network: str) -> bool:
         workload = self.at(address)
         return workload is None or workload.network == network
+
+
+def _balanced(service: Service) -> Iterator[tuple[Address, int]]:
+    return ((address, entry.port) for address in service.balanced for entry in service.ports)

@@ -88,11 +88,13 @@ def test_address_of_a_pod_or_service_is_nobody_elses() -> None:
         "kind": "Service",
         "metadata": {"namespace": "other", "name": "web"},
         "spec": {"clusterIP": vip, "ports": []},
+        "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.8"}]}},
     }
     claims = [
         machine("takes-a-pods", str(POD4)),
         machine("takes-a-services", vip),
         service_entry("takes-it-too", addresses=[vip, str(POD6)]),
+        machine("takes-a-load-balancers", "192.0.2.8"),
         machine("fair", "192.0.2.9"),
     ]
     snapshot = follow(*claims, service, pod()).snapshot()

@@ -311,6 +311,19 @@ def test_service_may_have_several_addresses_or_none() -> None:
         assert translated(service(clusterIP=nothing)).snapshot.services[0].addresses == ()
 
 
+def test_service_has_the_addresses_of_its_load_balancers_but_of_those_that_are_proxies() -> None:
+    ingress = [
+        {"ip": "192.0.2.7"},
+        {"ip": "192.0.2.8", "ipMode": "VIP"},
+        {"ip": "192.0.2.9", "ipMode": "Proxy"},
+        {"hostname": "lb.example.com"},
+    ]
+    body = service() | {"status": {"loadBalancer": {"ingress": ingress}}}
+    (found,) = translated(body).snapshot.services
+    assert found.addresses == (ip_address("10.96.0.1"),)
+    assert found.balanced == (ip_address("192.0.2.7"), ip_address("192.0.2.8"))
+
+
 def test_only_tcp_ports_of_a_service_count() -> None:
     ports = [{"port": 53, "protocol": "UDP"}, {"port": 80, "protocol": "TCP"}, {"port": 81}]
     (found,) = translated(service(ports=ports)).snapshot.services

@@ -188,3 +188,18 @@ def test_endpoint_that_is_no_workload_is_in_every_network(mesh: Mesh) -> None:
     mesh.put_workload(replace(WORKLOAD, uid="u-2", addresses=(OTHER4,), network="west"))
     mesh.remove_workload("u-1")
     assert mesh.resolve(VIP4, 80, first, "west") == Route(POD4, 8080, None, SERVICE)
+
+
+def test_load_balancer_is_a_services_at_its_ports_and_may_be_shared(mesh: Mesh) -> None:
+    web = replace(SERVICE, balanced=(OTHER4,))
+    admin = replace(web, name="admin", addresses=(), ports=(ServicePort("web", 81),))
+    for service in (web, admin):
+        mesh.put_service(service)
+    assert mesh.resolve(OTHER4, 80, first) == Route(POD4, 8080, WORKLOAD, web)
+    assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, admin)
+    assert mesh.resolve(OTHER4, 22, first) == Route(OTHER4, 22, None)
+    mesh.put_service(replace(web, endpoints=()))
+    assert mesh.resolve(OTHER4, 80, first) is None
+    mesh.remove_service(*web.key)
+    assert mesh.resolve(OTHER4, 80, first) == Route(OTHER4, 80, None)
+    assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, admin)
