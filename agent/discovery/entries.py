@@ -166,10 +166,10 @@ def read_service_selection(spec: Field) -> Selection | None:
 
 
 def build_endpoint(
-    address: Address, ports: Mapping[str, int], *, is_leaving: bool = False
+    address: Address, ports: Mapping[str, int], node: str = "", *, is_leaving: bool = False
 ) -> Endpoint:
     """Make an endpoint with its ports in order."""
-    return Endpoint(address, tuple(sorted(ports.items())), is_leaving)
+    return Endpoint(address, tuple(sorted(ports.items())), node, is_leaving)
 
 
 def merge(found: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
@@ -186,7 +186,7 @@ def merge(found: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
 def _join(one: Endpoint, other: Endpoint) -> Endpoint:
     ports = dict(one.ports) | dict(other.ports)
     is_leaving = one.is_leaving and other.is_leaving
-    return build_endpoint(one.address, ports, is_leaving=is_leaving)
+    return build_endpoint(one.address, ports, one.node or other.node, is_leaving=is_leaving)
 
 
 def unclaimed(workload: Workload, taken: set[Address]) -> Workload | None:

@@ -473,7 +473,8 @@ def _read_service(body: Field, _root_namespace: str) -> ReadService:
         for item in status.get("loadBalancer").get("ingress").items()
         if item.get("ip").text("") and item.get("ipMode").text("VIP") != "Proxy"
     )
-    service = Service(namespace, name, addresses, ports, (), balanced=balanced)
+    is_local = spec.get("internalTrafficPolicy").text("Cluster") == "Local"
+    service = Service(namespace, name, addresses, ports, (), balanced=balanced, is_local=is_local)
     return ReadService(service, read_service_selection(spec))
 
 
@@ -491,7 +492,9 @@ def _read_endpoint_slice(body: Field, _root_namespace: str) -> Slice | None:
         if item.get("protocol").text("TCP") == "TCP" and item.get("port").value is not None
     }
     endpoints = tuple(
-        build_endpoint(address.address(), ports, is_leaving=not is_ready)
+        build_endpoint(
+            address.address(), ports, item.get("nodeName").text(""), is_leaving=not is_ready
+        )
         for item in body.get("endpoints").items()
         for conditions in (item.get("conditions"),)
         for is_ready in (conditions.get("ready").flag(default=True),)

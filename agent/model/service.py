@@ -32,6 +32,7 @@ class Endpoint:
 
     address: Address
     ports: tuple[tuple[str, int], ...]
+    node: str = ""  # where it is, if it is known
     is_leaving: bool = False  # serves, and takes what is new only where nobody else does
 
 
@@ -40,7 +41,8 @@ class Service:
     """One service; a headless one has no addresses. `hosts` are a ServiceEntry's names.
 
     `balanced` are the addresses of its load balancers, which are its own at its ports only: there
-    are some that give several services one address, or that of a node.
+    are some that give several services one address, or that of a node. If it `is_local`, its own
+    addresses lead from each node to endpoints on that node, and nowhere if there are none.
     """
 
     namespace: str
@@ -51,18 +53,23 @@ class Service:
     kind: ServiceKind = "Service"
     hosts: tuple[str, ...] = ()
     balanced: tuple[Address, ...] = ()
+    is_local: bool = False
 
     @property
     def key(self) -> tuple[str, str, ServiceKind]:
         """Return what no other service shares."""
         return self.namespace, self.name, self.kind
 
-    def endpoints_for(self, port: int) -> tuple[tuple[Address, int], ...]:
-        """List where a connection to `port` of the service may go; empty if nowhere."""
+    def endpoints_for(self, port: int, node: str | None = None) -> tuple[tuple[Address, int], ...]:
+        """List where a connection to `port` of the service may go; empty if nowhere.
+
+        With a node, only where it may go that stays there.
+        """
         names = {entry.name for entry in self.ports if entry.port == port}
         found = [
             (endpoint, target)
             for endpoint in self.endpoints
+            if node is None or endpoint.node == node
             for name, target in endpoint.ports
             if name in names
         ]

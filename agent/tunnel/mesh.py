@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from agent.model.service import KINDS
 
@@ -39,6 +39,16 @@ class Route:
     workload: Workload | None
     service: Service | None = None
     unreachable: str = ""
+
+
+class Standpoint(NamedTuple):
+    """Where a connection comes from, as far as it decides where it goes."""
+
+    network: str = ""
+    node: str = ""
+
+
+UNKNOWN = Standpoint()
 
 
 class Mesh:
@@ -103,30 +113,32 @@ class Mesh:
         """Say whether there is a service of that name, of either kind."""
         return any((namespace, name, kind) in self._services for kind in KINDS)
 
-    def network(self, uid: str) -> str:
-        """Return the network of a workload; the cluster's own if it is not known."""
-        known = self._workloads.get(uid) if uid in self._elsewhere else None
-        return known.network if known else ""
+    def network(self, uid: str) -> Standpoint:
+        """Return the network and the node of a workload; the cluster's own if it is not known."""
+        known = self._workloads.get(uid)
+        return Standpoint(known.network, known.node) if known else UNKNOWN
 
     def resolve(
-        self, address: Address, port: int, choose: Choose, network: str = ""
+        self, address: Address, port: int, choose: Choose, source: Standpoint = UNKNOWN
     ) -> Route | None:
-        """Return the route of a connection from a network.
+        """Return the route of a connection from somewhere.
 
         None if it is to a service without an endpoint. One in the same network comes first.
         """
         service = None if address in self._by_address else self._service_at(address, port)
         if service is not None:
-            endpoints = service.endpoints_for(port)
+            # As kube-proxy does: what comes by a load balancer may go to other nodes.
+            stays = service.is_local and address in service.addresses
+            endpoints = service.endpoints_for(port, source.node if stays else None)
             if self._elsewhere:
-                near = tuple(found for found in endpoints if self._is_near(found[0], network))
+                near = tuple(each for each in endpoints if self._is_near(each[0], source.network))
                 endpoints = near or endpoints
             same_family = [found for found in endpoints if found[0].version == address.version]
             if not endpoints:
                 return None
             address, port = choose(same_family or endpoints)
         workload = self.at(address)
-        if workload is not None and workload.network != network:
+        if workload is not None and workload.network != source.network:
             named = f"{workload.namespace}/{workload.name}"
             where = f"network {workload.network!r}" if workload.network else "the cluster's network"
             why = f"{named} is in {where}, and there is no gateway to it"

@@ -127,6 +127,12 @@ def test_load_balancer_leads_to_the_same_endpoints() -> None:
     assert records.service_ports([balanced]) == {(VIP4, 80): ((V4, 8080),)}
 
 
+def test_local_service_is_left_to_the_agent_but_for_its_load_balancers() -> None:
+    found = service(Endpoint(V4, (("web", 8080),)))
+    local = replace(found, addresses=(VIP6,), balanced=(VIP4,), is_local=True)
+    assert records.service_ports([local]) == {(VIP4, 80): ((V4, 8080),)}
+
+
 def test_service_without_endpoints_is_left_to_the_agent() -> None:
     assert records.service_ports([service()]) == {}
 

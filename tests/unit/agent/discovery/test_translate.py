@@ -324,6 +324,15 @@ def test_service_has_the_addresses_of_its_load_balancers_but_of_those_that_are_p
     assert found.balanced == (ip_address("192.0.2.7"), ip_address("192.0.2.8"))
 
 
+def test_service_may_be_local_to_each_node() -> None:
+    endpoints = [{"addresses": ["10.0.0.1"], "nodeName": "east"}]
+    bodies = service(internalTrafficPolicy="Local"), endpoint_slice(endpoints=endpoints)
+    (found,) = translated(*bodies).snapshot.services
+    assert (found.is_local, found.endpoints[0].node) == (True, "east")
+    (found,) = translated(service(internalTrafficPolicy="Cluster")).snapshot.services
+    assert not found.is_local
+
+
 def test_only_tcp_ports_of_a_service_count() -> None:
     ports = [{"port": 53, "protocol": "UDP"}, {"port": 80, "protocol": "TCP"}, {"port": 81}]
     (found,) = translated(service(ports=ports)).snapshot.services

@@ -11,7 +11,7 @@ import pytest
 
 from agent.model.service import Endpoint, Service, ServicePort
 from agent.model.workload import Workload
-from agent.tunnel.mesh import Mesh, Route
+from agent.tunnel.mesh import Mesh, Route, Standpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,7 @@ POD4, POD6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 OTHER4 = ip_address("10.0.0.2")
 VIP4, VIP6 = ip_address("10.96.0.1"), ip_address("fd00:96::1")
 WORKLOAD = Workload("u-1", "shop", "cart-0", "node-1", "cart", (POD4, POD6), is_hbone=True)
+WEST = Standpoint("west")
 SERVICE = Service(
     "shop",
     "cart",
@@ -155,17 +156,17 @@ def test_service_and_entry_of_one_name_are_two(mesh: Mesh) -> None:
 def test_pod_in_another_network_is_unreachable_with_a_reason(mesh: Mesh) -> None:
     elsewhere = replace(WORKLOAD, network="west")
     mesh.put_workload(elsewhere)
-    assert mesh.network("u-1") == "west"
-    assert mesh.network("u-2") == ""
+    assert mesh.network("u-1") == Standpoint("west", "node-1")
+    assert mesh.network("u-2") == Standpoint()
     why = "shop/cart-0 is in network 'west', and there is no gateway to it"
     assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None, None, why)
-    assert mesh.resolve(POD4, 80, first, "west") == Route(POD4, 80, elsewhere)
+    assert mesh.resolve(POD4, 80, first, WEST) == Route(POD4, 80, elsewhere)
     assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, None, SERVICE, why)
     mesh.put_workload(WORKLOAD)
     why = "shop/cart-0 is in the cluster's network, and there is no gateway to it"
-    assert mesh.resolve(POD4, 80, first, "west") == Route(POD4, 80, None, None, why)
+    assert mesh.resolve(POD4, 80, first, WEST) == Route(POD4, 80, None, None, why)
     mesh.remove_workload("u-1")
-    assert mesh.network("u-1") == ""
+    assert mesh.network("u-1") == Standpoint()
 
 
 def test_service_leads_to_the_endpoints_of_the_clients_network(mesh: Mesh) -> None:
@@ -180,14 +181,14 @@ def test_service_leads_to_the_endpoints_of_the_clients_network(mesh: Mesh) -> No
         return endpoints[0]
 
     assert mesh.resolve(VIP4, 80, only) == Route(POD4, 8080, WORKLOAD, service)
-    assert mesh.resolve(VIP4, 80, only, "west") == Route(OTHER4, 8080, west, service)
+    assert mesh.resolve(VIP4, 80, only, WEST) == Route(OTHER4, 8080, west, service)
     assert [len(each) for each in seen] == [1, 1]
 
 
 def test_endpoint_that_is_no_workload_is_in_every_network(mesh: Mesh) -> None:
     mesh.put_workload(replace(WORKLOAD, uid="u-2", addresses=(OTHER4,), network="west"))
     mesh.remove_workload("u-1")
-    assert mesh.resolve(VIP4, 80, first, "west") == Route(POD4, 8080, None, SERVICE)
+    assert mesh.resolve(VIP4, 80, first, WEST) == Route(POD4, 8080, None, SERVICE)
 
 
 def test_load_balancer_is_a_services_at_its_ports_and_may_be_shared(mesh: Mesh) -> None:
@@ -203,3 +204,13 @@ def test_load_balancer_is_a_services_at_its_ports_and_may_be_shared(mesh: Mesh) 
     mesh.remove_service(*web.key)
     assert mesh.resolve(OTHER4, 80, first) == Route(OTHER4, 80, None)
     assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, admin)
+
+
+def test_local_service_leads_to_the_clients_node_but_by_a_load_balancer(mesh: Mesh) -> None:
+    there = Endpoint(POD4, (("web", 8080),), "node-1")
+    service = replace(SERVICE, endpoints=(there,), balanced=(OTHER4,), is_local=True)
+    mesh.put_service(service)
+    found = Route(POD4, 8080, WORKLOAD, service)
+    assert mesh.resolve(VIP4, 80, first, Standpoint(node="node-1")) == found
+    assert mesh.resolve(VIP4, 80, first, Standpoint(node="node-2")) is None
+    assert mesh.resolve(OTHER4, 80, first, Standpoint(node="node-2")) == found
