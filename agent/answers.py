@@ -12,6 +12,7 @@ goes out as JSON. Errors are RequestRefused and the others that a person who ask
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from agent.connections import list_connections
 from agent.errors import RequestRefused
 from agent.inspection import rows
 from agent.model.endpoint import endpoint
+from agent.model.workload import owners
 from agent.readings import read_gauges
 from agent.state.explanation import Explainer
 from agent.tunnel.labels import CLUSTER_DOMAIN
@@ -119,6 +121,7 @@ class Answers:
             }
             for problem in self._source.problems
             if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
+            if not problem.is_partial  # such a one is in force, and says so in its warnings
         ]
         return refused + self._enforcement.list_policies(self._snapshot())
 
@@ -169,13 +172,13 @@ class Answers:
 
     async def _list_services(self, _arguments: dict[str, Any]) -> object:
         snapshot = self._snapshot()
-        at = {address: each for each in snapshot.workloads for address in each.addresses}
+        at = owners(snapshot.workloads)
         rows = []
         for each in snapshot.services:
             pods = [at[found.address] for found in each.endpoints if found.address in at]
             row = {
                 "service": f"{each.namespace}/{each.name}",
-                "addresses": [str(address) for address in each.addresses],
+                "addresses": [str(address) for address in (*each.addresses, *each.balanced)],
                 "ports": [port.port for port in each.ports],
                 "endpoints": [
                     endpoint(str(address), target)
@@ -250,8 +253,11 @@ class Answers:
         return pending
 
     async def _explain(self, arguments: dict[str, Any]) -> object:
+        snapshot = self._snapshot()
+        # Of those that have one address the first is taken: that has to be whose it is.
+        workloads = sorted(snapshot.workloads, key=lambda each: each.claim, reverse=True)
         explainer = Explainer(
-            self._snapshot(),
+            replace(snapshot, workloads=tuple(workloads)),
             self._enforcement.rulebook,
             self._settings.trust_domain,
             self._settings.exclusions,

@@ -556,12 +556,19 @@ class Agent:
         log.info("log levels changed", extra={"levels": str(self._levels)})
 
     def _correct_words(self, snapshot: Snapshot) -> None:
-        """Take back what an agent that did not end in order said of pods of this node."""
+        """Have the state say of pods of this node what is so.
+
+        An agent that did not end in order leaves words behind, and others may take ours away.
+        """
         known = self._desired.keys() | self._roster.captured()
         for workload in snapshot.workloads:
-            is_ours = workload.node == self._settings.node and workload.is_hbone
-            if is_ours and workload.uid not in known:
+            if workload.node != self._settings.node:
+                continue
+            if workload.is_hbone and workload.uid not in known:
                 self._source.publish(workload, None)
+            status = self._roster.statuses.get(workload.uid)
+            if not workload.is_hbone and status is not None and status.state == "enrolled":
+                self._source.publish(workload, "enabled")
 
     def _identity(self, pod: LocalPod) -> SpiffeId:
         return SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)

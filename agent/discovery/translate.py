@@ -11,8 +11,9 @@
 
 Other kinds are not read. An object that cannot be used is left out and becomes a problem
 that names file, object, field and reason; it never disturbs another object. Whoever calls
-decides what stays in force instead. Names are checked, because they become parts of
-identities and of paths.
+decides what stays in force instead. One that can do without what is wrong with it is used,
+and is a problem in part. Names are checked, because they become parts of identities and of
+paths.
 """
 
 from __future__ import annotations
@@ -25,12 +26,20 @@ from agent.discovery.entries import REDIRECTION as REDIRECTION
 from agent.discovery.entries import (
     EntryWorkload,
     ReadService,
+    build_endpoint,
     read_labels,
     read_service_entry,
     read_service_selection,
     read_workload_entry,
 )
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
+from agent.discovery.fields import (
+    LABEL_NAME,
+    SUBDOMAIN_NAME,
+    UID,
+    Field,
+    WrongField,
+    read_created,
+)
 from agent.discovery.joining import Joiner, Slice
 from agent.discovery.ownership import read_owner
 from agent.discovery.policies import (
@@ -64,6 +73,7 @@ STATIC_UID = re.compile("[0-9a-f]{32}", re.ASCII)
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+NO_PORTS: frozenset[int] = frozenset()
 # On a pod, or on the root namespace for the whole cluster.
 NETWORK = "topology.istio.io/network"
 CLUSTER_KINDS = ("Namespace", "Node")  # which are in no namespace themselves
@@ -93,14 +103,17 @@ class Translation:
 
 
 class ObjectProblem(ManifestError):
-    """One object that cannot be used, with the parts of its message."""
+    """One object that cannot be used, or in part not, with the parts of its message."""
 
-    def __init__(self, file: str, named: str, path: str, detail: str) -> None:
+    def __init__(
+        self, file: str, named: str, path: str, detail: str, *, is_partial: bool = False
+    ) -> None:
         super().__init__(f"{file}: {named}: {path}: {detail}")
         self.file = file
         self.named = named
         self.path = path
         self.detail = detail
+        self.is_partial = is_partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +167,9 @@ class Translator:
         """Take an object in place of what is known of it, unless it should be new.
 
         Return the problem of one that cannot be used: what it said before then stays in force,
-        but not what another object of this name said that is gone by now.
+        but not what another object of this name said that is gone by now. Of one that can be
+        used in part, what can be used is in force, whatever it said before: nothing depends on
+        what this agent has seen.
         """
         body = Field(source.body, "")
         named = describe(source.body)
@@ -179,7 +194,10 @@ class Translator:
             self.changes += 1
             self._keep(named, found)
         self._origins[named] = (source.file, _uid_of(source.body))
-        return None
+        if not body.excused:
+            return None
+        first = body.excused[0]
+        return ObjectProblem(source.file, named, first.path, first.detail, is_partial=True)
 
     def remove(self, named: str) -> None:
         """Forget an object, if it is known; `named` is what `describe` says of it."""
@@ -345,8 +363,9 @@ def _by_uid(item: tuple[str, _Pod]) -> str:
 def _read_namespace(body: Field, _root_namespace: str) -> _Namespace:
     metadata = body.get("metadata")
     metadata.get("name").name(LABEL_NAME)
+    direct_path = metadata.get("annotations").get(DIRECT_PATH)
     return _Namespace(
-        read_labels(metadata.get("labels")), _read_direct_path(metadata.get("annotations"))
+        read_labels(metadata.get("labels")), direct_path.excuse(_read_direct_path, None)
     )
 
 
@@ -357,8 +376,7 @@ def _read_node(body: Field, _root_namespace: str) -> Locality:
     return Locality(labels.get(REGION_LABEL).text(""), labels.get(ZONE_LABEL).text(""))
 
 
-def _read_direct_path(annotations: Field) -> bool | None:
-    entry = annotations.get(DIRECT_PATH)
+def _read_direct_path(entry: Field) -> bool | None:
     if entry.text("") not in DIRECT_PATH_WORDS:
         raise entry.wrong(f"must be enabled or disabled, not {entry.value!r}")
     return DIRECT_PATH_WORDS[entry.text("")]
@@ -381,6 +399,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         return None
     addresses = _read_pod_addresses(status)
     labels = read_labels(metadata.get("labels"))
+    is_leaving = metadata.get("deletionTimestamp").value is not None
     workload = Workload(
         uid=uid,
         namespace=namespace,
@@ -392,6 +411,8 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         labels=labels,
         network=dict(labels).get(NETWORK, ""),
         owner=read_owner(metadata),
+        created=metadata.excuse(read_created, ""),
+        is_leaving=is_leaving,
     )
     local = LocalPod(
         uid=uid,
@@ -400,17 +421,16 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         service_account=account,
         addresses=addresses,
         exclusions=Exclusions(
-            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
-            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
-            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
+            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).excuse(Field.ports, NO_PORTS),
+            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).excuse(Field.networks, ()),
+            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).excuse(Field.ports, NO_PORTS),
         ),
         bypasses_inbound=_read_word(annotations.get(BYPASS_INBOUND)) is True,
         dns_capture=_read_word(annotations.get(DNS_CAPTURE)),
         node_uid=_read_node_uid(annotations.get(MIRROR)),
     )
-    may_go_direct = _read_direct_path(annotations)
+    may_go_direct = annotations.get(DIRECT_PATH).excuse(_read_direct_path, None)
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
-    is_leaving = metadata.get("deletionTimestamp").value is not None
     is_ready = not is_leaving and _read_is_ready(status)
     if not node:
         return None
@@ -446,7 +466,7 @@ def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
 
 
 def _read_service(body: Field, _root_namespace: str) -> ReadService:
-    metadata, spec = body.get("metadata"), body.get("spec")
+    metadata, spec, status = body.get("metadata"), body.get("spec"), body.get("status")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     name = metadata.get("name").name(SUBDOMAIN_NAME)
     clusters = [*spec.get("clusterIPs").items()] or [spec.get("clusterIP")]
@@ -456,7 +476,14 @@ def _read_service(body: Field, _root_namespace: str) -> ReadService:
         if item.get("protocol").text("TCP") == "TCP"
     )
     addresses = tuple(item.address() for item in clusters if item.text("") not in {"", "None"})
-    service = Service(namespace, name, addresses, ports, ())
+    # What goes to one in mode Proxy goes there (KEP-1860); one may also have a name alone.
+    balanced = tuple(
+        item.get("ip").address()
+        for item in status.get("loadBalancer").get("ingress").items()
+        if item.get("ip").text("") and item.get("ipMode").text("VIP") != "Proxy"
+    )
+    is_local = spec.get("internalTrafficPolicy").text("Cluster") == "Local"
+    service = Service(namespace, name, addresses, ports, (), balanced=balanced, is_local=is_local)
     return ReadService(service, read_service_selection(spec))
 
 
@@ -473,13 +500,23 @@ def _read_endpoint_slice(body: Field, _root_namespace: str) -> Slice | None:
         for item in body.get("ports").items()
         if item.get("protocol").text("TCP") == "TCP" and item.get("port").value is not None
     }
-    endpoints = {
-        address.address(): ports
+    endpoints = tuple(
+        build_endpoint(
+            address.address(), ports, item.get("nodeName").text(""), is_leaving=not is_ready
+        )
         for item in body.get("endpoints").items()
-        if item.get("conditions").get("ready").flag(default=True)
+        for conditions in (item.get("conditions"),)
+        for is_ready in (conditions.get("ready").flag(default=True),)
+        if is_ready or _is_leaving(conditions)
         for address in item.get("addresses").items()
-    }
+    )
     return Slice((namespace, service), endpoints)
+
+
+def _is_leaving(conditions: Field) -> bool:
+    """Tell whether what is not ready is so because it is to end, and still serves."""
+    serving, terminating = conditions.get("serving"), conditions.get("terminating")
+    return serving.flag(default=False) and terminating.flag(default=False)
 
 
 _Read = (

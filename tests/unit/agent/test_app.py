@@ -215,3 +215,38 @@ def test_pod_that_the_agent_before_brought_stays_though_the_state_has_it_not_yet
         )
 
     asyncio.run(check())
+
+
+def test_word_on_a_captured_pod_that_somebody_took_away_is_said_again() -> None:
+    def workload(uid: str, *, is_hbone: bool, node: str = "east") -> Workload:
+        return Workload(uid, "shop", uid, node, "a", (), is_hbone)
+
+    said: list[tuple[str, str | None]] = []
+    agent = object.__new__(Agent)
+    parts = {
+        "settings": SimpleNamespace(node="east"),
+        "desired": {},
+        "roster": SimpleNamespace(
+            captured=lambda: {"robbed", "fine", "late"},
+            statuses={
+                uid: SimpleNamespace(state=state)
+                for uid, state in (
+                    ("robbed", "enrolled"),
+                    ("fine", "enrolled"),
+                    ("late", "pending"),
+                )
+            },
+        ),
+        "source": SimpleNamespace(publish=lambda pod, word: said.append((pod.uid, word))),
+    }
+    for name, part in parts.items():
+        setattr(agent, f"_{name}", part)
+    workloads = [
+        workload("robbed", is_hbone=False),
+        workload("fine", is_hbone=True),
+        workload("late", is_hbone=False),
+        workload("left", is_hbone=True),
+        workload("elsewhere", is_hbone=True, node="west"),
+    ]
+    agent._correct_words(Snapshot(tuple(workloads)))
+    assert said == [("robbed", "enabled"), ("left", None)]
