@@ -45,6 +45,7 @@ def test_address_of_two_pods_is_the_same_ones_in_each_answer() -> None:
         answers = answering(
             snapshot=lambda found=workloads: Snapshot(found, (SERVICE,)),
             enforcement=SimpleNamespace(rulebook=Rulebook()),
+            roster=SimpleNamespace(statuses={}, unguarded=set),
             settings=settings,
         )
         (service,) = asyncio.run(ask(answers, "services"))
