@@ -204,6 +204,10 @@ def test_load_balancer_is_a_services_at_its_ports_and_may_be_shared(mesh: Mesh) 
     mesh.remove_service(*web.key)
     assert mesh.resolve(OTHER4, 80, first) == Route(OTHER4, 80, None)
     assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, admin)
+    heir = replace(admin, name="heir")
+    mesh.put_service(heir)
+    mesh.remove_service(*admin.key)
+    assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, heir)
 
 
 def test_local_service_leads_to_the_clients_node_but_by_a_load_balancer(mesh: Mesh) -> None:
