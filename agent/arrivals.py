@@ -116,10 +116,15 @@ class Arrivals:
         Raises:
             KubernetesError: whether there is such a pod is not known.
         """
-        for pod in pods:
+
+        async def find(pod: LocalPod) -> StartingPod | None:
             named = Request("ADD", namespace=pod.namespace, name=pod.name, uid=pod.uid)
             # The state may be older than what the agent before us went by.
-            found = self._known(named) or await self._ask(named, self._has_told)
+            return self._known(named) or await self._ask(named, self._has_told)
+
+        brought = list(pods)
+        # All at once: the agent before us waits.
+        for pod, found in zip(brought, await asyncio.gather(*map(find, brought)), strict=True):
             if found is not None and found.local is not None:
                 self._sandboxes[pod.uid] = Sandbox("", pod.addresses)
                 self._on_arrived(found.at(pod.addresses))

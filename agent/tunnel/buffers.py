@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Bytes buffered for a slow side before the fast one pauses. What is buffered was copied, so a
 # bulk flow pauses after one read that did not go through.
 HIGH_WATER = 64 * 1024
-# A bytes object of one byte takes 40: what is smaller than this is joined.
+# A bytes object of one byte takes 40: so the last piece is added to while it is smaller than this.
 JOINED_BYTES = 16 * 1024
 FULL_SECONDS = 5.0
 PARTS = 4  # of what the worker may keep a pod gets one

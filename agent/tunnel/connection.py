@@ -138,7 +138,7 @@ class Connection:
         return parts
 
     def forgive_replies(self) -> None:
-        """Say that all output has left: the peer may ask for as many replies again."""
+        """Say that output has left: the peer may ask for as many replies again."""
         self._unsent_replies = 0
 
     @property
@@ -264,7 +264,7 @@ class Connection:
 
     def drain(self) -> None:
         """Refuse new streams and tell the peer; open ones go on."""
-        if not self.is_draining:
+        if not (self.is_draining or self.is_terminated):
             self.is_draining = True
             self._output.append(frames.build_goaway(self._last_peer_stream_id, ErrorCode.NO_ERROR))
 

@@ -55,7 +55,7 @@ LONGEST_AUTHORITY = LONGEST_HOST + len(":65535")  # as much is logged of what a 
 # may hold some 80 KiB (session.HANDSHAKE_BYTES), and whoever reaches the pod can open them.
 MOST_HANDSHAKES = 4096
 MOST_HANDSHAKES_OF_POD = 1024
-TOO_MANY_HANDSHAKES = "too many tunnels at once whose peers have not proved who they are"
+CROWDED_OUT = "newer tunnels took the place of one whose peer had not proved who it is"
 # Of the idle time: our peers close their idle tunnels themselves, and before we do.
 IDLE_TURN = 1.5
 
@@ -108,7 +108,7 @@ class Inbound:
         self._ledger = ledger
         self._bounds = bounds
         self.tunnels = 0  # that are open, or on the way
-        self._handshakes = 0
+        self._handshakes: dict[Session, ServedPod] = {}  # the oldest first
         self._idle_timers: dict[Session, Timer] = {}
 
     def serve_plaintext(
@@ -169,8 +169,6 @@ class Inbound:
         def on_context(context: ssl.SSLContext | None, reason: str) -> None:
             if served.tunnels >= self._bounds.connections_per_pod:
                 context, reason = None, TOO_MANY
-            elif served.handshakes >= MOST_HANDSHAKES_OF_POD or self._handshakes >= MOST_HANDSHAKES:
-                context, reason = None, TOO_MANY_HANDSHAKES
             if context is None:
                 sockets.abort(accepted)
                 ends = endpoint(str(source), peer[1]), endpoint(served.pod.name, HBONE_PORT)
@@ -187,7 +185,7 @@ class Inbound:
             )
             self.tunnels += 1
             served.tunnels += 1
-            self._handshakes += 1
+            self._handshakes[session] = served
             served.handshakes += 1
             session.on_ready = partial(self._on_ready, served)
             session.on_request = lambda session, event: self._on_request(
@@ -196,13 +194,29 @@ class Inbound:
             session.on_closed = lambda session, reason: self._on_closed(
                 served, session, source, reason
             )
+            self._crowd_out(served)
 
         self._contexts.server(str(served.identity), on_context)
 
+    def _crowd_out(self, served: ServedPod) -> None:
+        """End the oldest tunnel of nobody, if there are too many: who means it needs no time."""
+        is_of_pod = served.handshakes > MOST_HANDSHAKES_OF_POD
+        if is_of_pod or len(self._handshakes) > MOST_HANDSHAKES:
+            oldest = next(
+                session
+                for session, pod in self._handshakes.items()
+                if pod is served or not is_of_pod
+            )
+            oldest.fail(CROWDED_OUT, "handshake_crowded_out")
+
     def _on_ready(self, served: ServedPod, session: Session) -> None:
-        self._handshakes -= 1
-        served.handshakes -= 1
+        self._has_settled(served, session)
         self._watch_idle(session)
+
+    def _has_settled(self, served: ServedPod, session: Session) -> None:
+        """The peer has proved who it is, or will not do so any more."""
+        del self._handshakes[session]
+        served.handshakes -= 1
 
     def _watch_idle(self, session: Session, before: int | None = None) -> None:
         """Close a tunnel that carries nothing from one look, which found `before`, to the next."""
@@ -219,8 +233,7 @@ class Inbound:
         self.tunnels -= 1
         served.tunnels -= 1
         if session.peer is None:
-            self._handshakes -= 1
-            served.handshakes -= 1
+            self._has_settled(served, session)
         if session in self._idle_timers:
             self._idle_timers.pop(session).cancel()
         if session.refusal:
@@ -300,10 +313,10 @@ class Inbound:
             return
 
         def on_connected(error: OSError | None) -> None:
-            dial.give_up = _nothing
+            dial.on_give_up = _nothing
             if error is None:
                 on_dialed(TcpChannel(self._reactor, own, served.share), "")
-            elif error.errno == errno.EADDRNOTAVAIL and not is_any_port:
+            elif error.errno == errno.EADDRNOTAVAIL and not is_any_port and not dial.is_over:
                 self._dial(served, source, address, port, dial, on_dialed, is_any_port=True)
             else:
                 on_dialed(None, f"the application cannot be reached: {error}")
@@ -319,7 +332,7 @@ class Inbound:
                 own.close()
                 on_dialed(None, f"the client's address {source} cannot be used: {error}")
                 return
-        dial.give_up = tcp.connect(self._reactor, own, (str(address), port), on_connected)
+        dial.on_give_up = tcp.connect(self._reactor, own, (str(address), port), on_connected)
 
 
 def _nothing() -> None:
@@ -329,7 +342,14 @@ def _nothing() -> None:
 class _Dial:
     """An application that is being dialed, until it answers or nobody waits for it any more."""
 
-    give_up: Callable[[], None] = staticmethod(_nothing)
+    def __init__(self) -> None:
+        self.is_over = False
+        self.on_give_up: Callable[[], None] = _nothing
+
+    def give_up(self) -> None:
+        """Wait no more."""
+        self.is_over = True
+        self.on_give_up()
 
 
 class _Request:

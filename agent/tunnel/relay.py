@@ -7,7 +7,8 @@ sockets; it is the whole of half-close and reset semantics:
     end (FIN)   passed on when all data before it is written; the other direction goes on
     abort (RST) passed on at once, whatever is still buffered; but of a side that had ended before
                 all that it said is passed on first, since it only wants to hear no more (a server
-                that answers before the request is over: RFC 9113 §8.1)
+                that answers before the request is over: RFC 9113 §8.1). A socket that is not read,
+                since the other side is slow, has not ended before it is
     both ended  both closed
 
 Buffers are bounded: a paused TCP socket is not read, a paused stream is not acknowledged.

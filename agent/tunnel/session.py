@@ -64,7 +64,10 @@ HEADERS_TOGETHER = 4
 # Of a peer that has not proved who it is: its certificate with a long chain is a quarter of it.
 # OpenSSL keeps each byte twice, and none of it is in the account of buffers.
 HANDSHAKE_BYTES = 32 * 1024
-# What waits for a peer that takes nothing: bytes of streams, and less of all else.
+# A message that is alone in its round costs the head of a frame and a record around it.
+OVERHEAD_BYTES = 9 + 22
+# What waits for a peer that takes nothing: of streams so much, with all around it, and less of all
+# else.
 MOST_UNSENT_BYTES = 2 * UNSENT_BYTES
 # From "no new streams, please" until they are refused: what was on the way then has come.
 WARNING_SECONDS = 5.0
@@ -196,7 +199,7 @@ class Session:
             self._waiting.setdefault(stream_id)
             return 0
         sent = self.connection.send_some(stream_id, data, self._room)
-        self._room -= sent
+        self._room = max(0, self._room - sent - OVERHEAD_BYTES)
         if not self._room:
             self._waiting.setdefault(stream_id)  # who waits already keeps its place
         return sent
@@ -380,11 +383,13 @@ class Session:
                 return
             self._unsent = b""
             self._leaving_ends.clear()
+            # All replies before it have left. Not only once there is nothing to write any more,
+            # which bulk on a slow link never lets it come to.
+            self.connection.forgive_replies()
             self._room = max(0, UNSENT_BYTES - self._outgoing.pending)
             if self._waiting:
                 self._serve_waiting()
         self._watch(self._reads)
-        self.connection.forgive_replies()
         if self.buffered:
             self._note(0)
         if self.connection.is_terminated and self._is_established and not self.is_closed:

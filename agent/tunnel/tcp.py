@@ -7,7 +7,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from agent.tunnel import sockets
+from agent.tunnel import lingering, sockets
 from agent.tunnel.buffers import Backlog
 from agent.tunnel.reactor import BROKEN, READ, WRITE
 
@@ -88,7 +88,7 @@ class TcpChannel:
         if ready & READ and self._wants_read and not self._is_closed:
             self._read()
         if ready & BROKEN and not ready & READ and not self._is_closed:
-            # RST while we do not read: there may be data before it, but nobody wants it any more.
+            # RST while we do not read: what came before it, be it an end, is lost with it.
             if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._fail()
             elif not self._watched:
@@ -201,11 +201,13 @@ class TcpChannel:
             sockets.abort(self._socket)
 
     def hang_up(self) -> None:
-        """Close with RST, unless the application's kernel has not taken all yet."""
-        if not self._is_closed and sockets.unacknowledged(self._socket):
-            self.close()
-        else:
+        """Close with RST, after the application's kernel has taken all."""
+        if self._is_closed or not sockets.unacknowledged(self._socket):
             self.abort()
+        else:
+            self._end()
+            sockets.reset_on_close(self._socket, is_reset=False)
+            lingering.linger(self._reactor, self._socket, _nothing)
 
     def close(self) -> None:
         """Close; both directions have ended."""
@@ -232,7 +234,7 @@ def connect(
     """Connect without blocking; `on_done` gets None, or why it failed (the socket is closed).
 
     What is returned gives up waiting: then the socket is closed, and `on_done` not called. It does
-    nothing once there is nothing to wait for.
+    nothing once there is nothing to wait for, though `on_done` may still be about to be called.
     """
 
     try:

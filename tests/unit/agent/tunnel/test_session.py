@@ -271,6 +271,46 @@ def test_peer_that_asks_and_takes_no_answer_is_given_up(tunnel: Tunnel) -> None:
     assert tunnel.server.reasons == ["the peer broke HTTP/2: too many replies to write"]
 
 
+def test_peer_on_a_full_link_that_reads_may_ask_for_ever(tunnel: Tunnel) -> None:
+    client, server = tunnel.client.session, tunnel.server.session
+    for own in (client._socket, server._socket):
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    streams = [tunnel.open() for _ in range(2)]
+
+    def fill() -> None:  # never is there nothing to write
+        for near, _far in streams:
+            if near.channel.buffered < 1 << 20:
+                near.channel.write(bytes(1 << 20))
+
+    worst = 0
+    for _ in range(300):
+        fill()
+        server.connection.ping(b"sidestep")
+        server.wants_write()
+        run_rounds(tunnel.reactor, 2)
+        worst = max(worst, client.connection._unsent_replies)
+    assert worst < 50
+    assert tunnel.client.reasons == []
+
+
+def test_small_messages_to_a_peer_that_stalls_are_bounded_with_all_around_them(
+    tunnel: Tunnel,
+) -> None:
+    near, far = tunnel.open()
+    client, server = tunnel.client.session, tunnel.server.session
+    client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    tunnel.reactor.change(server._fd, 0)
+    while not near.channel.buffered:
+        near.channel.write(b"x")
+        client.write_now()  # each in a round of its own
+    assert client.buffered <= session_module.UNSENT_BYTES
+    far.channel.write(b"the first that it says after that")
+    tunnel.reactor.change(server._fd, READ)
+    tunnel.until(lambda: near.received)
+    assert tunnel.client.reasons == []
+
+
 def test_answers_of_tls_do_not_wait_for_other_output(tunnel: Tunnel) -> None:
     near, far = tunnel.open()
     server = tunnel.server.session

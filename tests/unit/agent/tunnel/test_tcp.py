@@ -249,11 +249,14 @@ def test_hanging_up_loses_nothing(end: End) -> None:
     end.channel.write(bytes(1 << 18))
     end.channel.finish()
     assert not end.channel.buffered
+    end.peer.send(b"not read")  # for which closing the socket would be a reset
     end.channel.hang_up()
     received = 0
     while data := end.peer.recv(1 << 16):
         received += len(data)
     assert received == 1 << 18
+    end.peer.close()
+    run_until(end.reactor, lambda: end.own.fileno() < 0)
 
 
 def test_channel_that_was_not_joined_says_so(end: End) -> None:
