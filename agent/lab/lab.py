@@ -447,18 +447,26 @@ class Lab:
 
     # -- down ---------------------------------------------------------------------------------
 
+    def places(self) -> list[Path]:
+        """List what is on the machine of this lab: files, pins, cgroup, namespaces."""
+        namespaces = [
+            path
+            for path in machine.NETNS_DIRECTORY.glob(f"ss-{self.name}-*")
+            if self._is_ours(path.name)
+        ]
+        return [path for path in (self.run, self.pins, self.cgroup) if path.exists()] + namespaces
+
     def down(self) -> bool:
         """Remove everything that is there; False if there was nothing."""
-        there = [self.run.exists(), self.pins.exists(), self.cgroup.exists()]
+        found = self.places()
         # At once: an agent that ends in order would leave the same, and serve what is open first.
         machine.kill_cgroup(self.cgroup)
         for child in self._children:
             child.wait(STOP_SECONDS)
         self._children.clear()
-        for path in machine.NETNS_DIRECTORY.glob(f"ss-{self.name}-*"):
-            if self._is_ours(path.name):
+        for path in found:
+            if path.parent == machine.NETNS_DIRECTORY:
                 machine.delete_namespace(path)
-                there.append(True)
         for directory in self.pins.glob("*/*") if self.pins.exists() else ():
             pins.remove(directory)
         shutil.rmtree(self.pins, ignore_errors=True)
@@ -468,7 +476,7 @@ class Lab:
                 parent.rmdir()
             except OSError:
                 continue  # another lab, or an agent, still uses it
-        return any(there)
+        return bool(found)
 
     def _is_ours(self, name: str) -> bool:
         # `a` and `a-b` are both names of labs: ss-a-b-fabric belongs to the second.
