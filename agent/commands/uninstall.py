@@ -39,7 +39,8 @@ def uninstall(
     An agent that runs is asked to take its pods out first: what is open goes on until it ends, at
     most for the agent's --drain-seconds. From then on pods speak in plaintext. Then the CNI plugin
     and its entry go, for which pods that start have waited, and all the rest. Delete the DaemonSet
-    first, or it starts the next agent. Run it in the node's network namespace, as the agent.
+    first, or it starts the next agent. Run it in the node's network namespace, as the agent. Labs
+    are not touched: sidestep lab down.
     """
     pid = asyncio.run(steps.ask_agent(run_dir))
     if pid is not None:

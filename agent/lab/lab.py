@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from agent import sandbox
 from agent.datapath import links, pins
 from agent.errors import FeatureMissing, LabError, ManifestError
 from agent.lab import machine
@@ -63,7 +64,7 @@ class Lab:
         self.certificate_seconds = certificate_seconds
         self.run = RUN / name
         self.pins = PINS / name
-        self.cgroup = links.cgroup_root() / "sidestep-lab" / name
+        self.cgroup = links.cgroup_root() / sandbox.LABS / name
         self.objects = self.run / "objects"
         self.logs = self.run / "logs"
         self.agent_options: tuple[str, ...] = ()  # what `up` adds to each agent's command line
