@@ -10,7 +10,7 @@ import click
 from agent import uninstall as steps
 from agent.commands.cni import places_options, take_away
 from agent.commands.examples import examples
-from agent.datapath import pins
+from agent.datapath import features, pins
 from agent.discovery.entries import REDIRECTION
 from cni import installer
 
@@ -42,6 +42,7 @@ def uninstall(
     first, or it starts the next agent. Run it in the node's network namespace, as the agent. Labs
     are not touched: sidestep lab down.
     """
+    features.require_root()
     pid = asyncio.run(steps.ask_agent(run_dir))
     if pid is not None:
         click.echo(f"agent {pid} has taken its pods out and ended")

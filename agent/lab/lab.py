@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from agent import sandbox
-from agent.datapath import links, pins
-from agent.errors import FeatureMissing, LabError, ManifestError
+from agent.datapath import features, links, pins
+from agent.errors import LabError, ManifestError
 from agent.lab import machine
 from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
 from agent.model.enrollment import MODE_LABEL
@@ -55,11 +55,10 @@ class Lab:
     """One lab by name; several do not disturb each other."""
 
     def __init__(self, name: str, certificate_seconds: int = CERTIFICATE_SECONDS) -> None:
-        """Name a lab (LabError for a name that cannot be part of paths)."""
+        """Name a lab (LabError for a name that cannot be part of paths; FeatureMissing)."""
         if not NAME.fullmatch(name):
             raise LabError(f"lab name {name!r} is not 1 to 20 of a-z, 0-9 and -")
-        if os.geteuid() != 0:
-            raise FeatureMissing("root is missing: a lab makes namespaces and loads BPF programs")
+        features.require_root()
         self.name = name
         self.certificate_seconds = certificate_seconds
         self.run = RUN / name
