@@ -41,7 +41,7 @@ def test_scope_may_include_those_below_it_and_be_a_librarys() -> None:
     ]
 
 
-@pytest.mark.parametrize("level", ["nope=debug", "info,acess=debug", "agent.roster.x=off"])
+@pytest.mark.parametrize("level", ["nope=debug", "info,access.x=debug", "agent.roster.x=off"])
 def test_scope_of_nothing_is_refused_and_those_there_are_are_named(level: str) -> None:
     with pytest.raises(RequestRefused, match=r"nothing logs as .*access, agent, .*tunnel$"):
         set_levels(level=level)
