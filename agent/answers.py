@@ -12,6 +12,7 @@ goes out as JSON. Errors are RequestRefused and the others that a person who ask
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from agent.connections import list_connections
 from agent.errors import RequestRefused
 from agent.inspection import rows
 from agent.model.endpoint import endpoint
+from agent.model.workload import owners
 from agent.readings import read_gauges
 from agent.state.explanation import Explainer
 from agent.tunnel.labels import CLUSTER_DOMAIN
@@ -92,6 +94,7 @@ class Answers:
         return {
             "policies": self._list_policies,
             "explain": self._explain,
+            "names": self._list_names,
             "connections": self._list_connections,
             "workloads": self._list_workloads,
             "services": self._list_services,
@@ -118,8 +121,29 @@ class Answers:
             }
             for problem in self._source.problems
             if problem.named.split(" ")[0] in ("AuthorizationPolicy", "PeerAuthentication")
+            if not problem.is_partial  # such a one is in force, and says so in its warnings
         ]
         return refused + self._enforcement.list_policies(self._snapshot())
+
+    async def _list_names(self, _arguments: dict[str, Any]) -> object:
+        """Tell what is there, and of each pod why it does not want the mesh."""
+        snapshot = self._snapshot()
+        pods = (*snapshot.workloads, *(each.workload for each in snapshot.starting))
+        namespaces = {each.namespace for each in pods}
+        namespaces |= {each.namespace for each in snapshot.services}
+        namespaces |= {each.key.namespace for each in snapshot.policies}
+        return {
+            "pods": [
+                {
+                    "pod": f"{each.namespace}/{each.name}",
+                    "node": each.node,
+                    "refusal": snapshot.refusals.get(each.uid),
+                }
+                for each in pods
+            ],
+            "namespaces": sorted(namespaces),
+            "nodes": sorted({self._settings.node, *(each.node for each in pods if each.node)}),
+        }
 
     async def _list_connections(self, arguments: dict[str, Any]) -> object:
         namespace, pod = arguments.get("namespace"), arguments.get("pod")
@@ -148,13 +172,13 @@ class Answers:
 
     async def _list_services(self, _arguments: dict[str, Any]) -> object:
         snapshot = self._snapshot()
-        at = {address: each for each in snapshot.workloads for address in each.addresses}
+        at = owners(snapshot.workloads)
         rows = []
         for each in snapshot.services:
             pods = [at[found.address] for found in each.endpoints if found.address in at]
             row = {
                 "service": f"{each.namespace}/{each.name}",
-                "addresses": [str(address) for address in each.addresses],
+                "addresses": [str(address) for address in (*each.addresses, *each.balanced)],
                 "ports": [port.port for port in each.ports],
                 "endpoints": [
                     endpoint(str(address), target)
@@ -229,12 +253,20 @@ class Answers:
         return pending
 
     async def _explain(self, arguments: dict[str, Any]) -> object:
+        snapshot = self._snapshot()
+        # Of those that have one address the first is taken: that has to be whose it is.
+        workloads = sorted(snapshot.workloads, key=lambda each: each.claim, reverse=True)
         explainer = Explainer(
-            self._snapshot(),
+            replace(snapshot, workloads=tuple(workloads)),
             self._enforcement.rulebook,
             self._settings.trust_domain,
             self._settings.exclusions,
             self._settings.has_direct_path,
+            {
+                uid: f"{status.state}: {status.detail}"
+                for uid, status in self._roster.statuses.items()
+                if status.state != "enrolled"
+            },
             self._roster.unguarded(),
         )
         try:

@@ -207,6 +207,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        self._bind_ports()
         links.attach_cgroup(self._pins, links.cgroup_root())
         self._fleet.start(self._settings.worker_count)
         try:
@@ -218,6 +219,7 @@ class Agent:
             await self._plugin_server.stop()
             self._shut_down()
             await self._source.close()
+            self._handover.forget()
         if self._settings.is_restarted and self._departure.result() is Departure.SUCCEEDED:
             await self._stay()
 
@@ -279,15 +281,26 @@ class Agent:
 
     # -- office -------------------------------------------------------------------------------
 
+    def _bind_ports(self) -> None:
+        """Have the node's ports, to serve them once in office (ConfigError).
+
+        Before anything else, so that an agent which cannot have them is nobody's successor.
+        """
+        settings, is_successor = self._settings, self._predecessor is not None
+        if settings.metrics_port:
+            self._metrics.bind(
+                settings.metrics_host, settings.metrics_port, is_successor=is_successor
+            )
+        if settings.admin_port:
+            self._pages.bind(settings.admin_port, "--admin-port", is_successor=is_successor)
+
     async def _take_office(self, tasks: asyncio.TaskGroup) -> None:
         """Begin with what only one agent can do at a time."""
         self._is_in_office = True
         self._direct.start()
         await self._admin.start()
-        if self._settings.metrics_port:
-            await self._metrics.start(self._settings.metrics_host, self._settings.metrics_port)
-        if self._settings.admin_port:
-            await self._pages.start(self._settings.admin_port, "--admin-port")
+        await self._metrics.start()
+        await self._pages.start()
         await self._plugin_server.start()
         self._handover.start(tasks)
         self._show_office()
@@ -379,6 +392,8 @@ class Agent:
             self._leave_office()
             self._roster.abandon()
             self._pins.let_go_links()
+        else:
+            self._handover.withhold()
 
     async def _depart(self) -> None:
         departure = await self._departure
@@ -442,6 +457,8 @@ class Agent:
             {each.uid: each for each in snapshot.workloads if each.node == node}
         )
         await self._enforce(snapshot)
+        # What is kept for slow workers is bounded by this: newer snapshots wait, and are one then.
+        await self._fleet.wait_taken()
         self._arrivals.on_enforced(told)
         snapshot = self._snapshot  # pods may have come and gone meanwhile
         self._desired = {
@@ -539,12 +556,19 @@ class Agent:
         log.info("log levels changed", extra={"levels": str(self._levels)})
 
     def _correct_words(self, snapshot: Snapshot) -> None:
-        """Take back what an agent that did not end in order said of pods of this node."""
+        """Have the state say of pods of this node what is so.
+
+        An agent that did not end in order leaves words behind, and others may take ours away.
+        """
         known = self._desired.keys() | self._roster.captured()
         for workload in snapshot.workloads:
-            is_ours = workload.node == self._settings.node and workload.is_hbone
-            if is_ours and workload.uid not in known:
+            if workload.node != self._settings.node:
+                continue
+            if workload.is_hbone and workload.uid not in known:
                 self._source.publish(workload, None)
+            status = self._roster.statuses.get(workload.uid)
+            if not workload.is_hbone and status is not None and status.state == "enrolled":
+                self._source.publish(workload, "enabled")
 
     def _identity(self, pod: LocalPod) -> SpiffeId:
         return SpiffeId(self._settings.trust_domain, pod.namespace, pod.service_account)
@@ -620,7 +644,6 @@ class Agent:
         self._roster.abandon()
         self._fleet.stop()
         self._pins.close()
-        self._handover.forget()
 
 
 def _raise_ours(group: BaseExceptionGroup[BaseException]) -> None:

@@ -17,7 +17,10 @@ def introduce(snapshot: Snapshot) -> Iterator[messages.ToWorker]:
 
 
 def changes(before: Snapshot, after: Snapshot) -> Iterator[messages.ToWorker]:
-    """Yield what has changed; what is gone comes first, since its address may be another's now."""
+    """Yield what has changed; what is gone comes first, since its address may be another's now.
+
+    Of workloads that share an address each is told: a worker knows who has it, and who is next.
+    """
     workloads = {workload.uid: workload for workload in before.workloads}
     wanted = {workload.uid: workload for workload in after.workloads}
     for uid in workloads.keys() - wanted.keys():

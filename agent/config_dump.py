@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from agent.identity import der
 from agent.model.condition import Attribute, NetworkSet, PortSet, TextSet
 from agent.model.policy import PeerAuthentication
+from agent.model.workload import owners
 from agent.tunnel.labels import CANONICAL_NAME, CANONICAL_REVISION, CLUSTER, NO_REVISION
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def build_dump(
         version: of Sidestep.
         settings: shown as `config`.
     """
-    by_address = {
-        address: workload for workload in snapshot.workloads for address in workload.addresses
-    }
+    by_address = owners(snapshot.workloads)
     services = [_service(each, cluster_domain, by_address) for each in snapshot.services]
     listed = list(connections)
     return {
@@ -138,7 +137,7 @@ def _service(service: Service, cluster_domain: str, by_address: dict[Address, Wo
         "name": service.name,
         "namespace": service.namespace,
         "hostname": hostname,
-        "vips": [f"/{address}" for address in service.addresses],
+        "vips": [f"/{address}" for address in (*service.addresses, *service.balanced)],
         "ports": {str(port.port): targets.get(port.name, 0) for port in service.ports},
         "endpoints": endpoints,
         "subjectAltNames": [],
@@ -187,7 +186,7 @@ def _values(term: Term) -> list[object]:
     if isinstance(values, PortSet):
         return list(values.ports)
     if isinstance(values, NetworkSet):
-        return [*str(values).split(", ")]
+        return [*filter(None, str(values).split(", "))]  # a DENY may have no exception left
     if term.attribute is Attribute.SERVICE_ACCOUNT:
         pairs = [text.partition("/") for text in values.exact]
         return [{"namespace": space, "serviceAccount": name} for space, _, name in pairs]

@@ -39,6 +39,7 @@ from agent.datapath import links, records
 from agent.datapath.exemption import exempt
 from agent.errors import EnrollError, KernelError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from agent.tunnel.sockets import prepare_listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -264,6 +265,7 @@ def _open_listeners(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host == "::1"))
+        prepare_listener(listener)
         listener.bind((host, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -295,6 +297,7 @@ def _take_listeners(
     for port, listener in inherited.listeners:
         if port in by_port:
             known, undo = by_port[port]
+            prepare_listener(listener)  # another version may not have done it
             known.append(listener)
             undo.callback(listener.close)
         else:

@@ -196,7 +196,7 @@ class PeerNotYetValid(UntrustedPeer):
 
 
 class PeerNames(UntrustedPeer):
-    """The peer's certificate does not name exactly one SPIFFE id and nothing else."""
+    """The peer's certificate does not have exactly one URI, a SPIFFE id."""
 
     reason = "peer_names_wrong"
 

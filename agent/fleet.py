@@ -75,6 +75,11 @@ class Fleet:
         for worker in self._workers:
             worker.send(message, fds)
 
+    async def wait_taken(self) -> None:
+        """Wait until every worker has what it was told in its socket."""
+        for worker in list(self._workers):
+            await worker.wait_taken()
+
     async def wait_in_force(self) -> None:
         """Wait until every worker acts by everything that it was told."""
         for worker in list(self._workers):

@@ -14,8 +14,10 @@ One datagram (SOCK_SEQPACKET) is one JSON object; descriptors travel beside it (
     {"request": "leave"}                   -> {"reply": "leaving"}, then the end: all pods are out
 
 Until the commit the agent that runs goes on as if nobody had asked, and changes no pod; a successor
-that dies or is slow changes nothing. After it, all that is the node's is the successor's. The lock
-of the pins and the listeners are not given up and taken again but shared, so no moment is without.
+that dies or is slow changes nothing. After it, all that is the node's is the successor's. An agent
+that was told to end before it answers no more: its end is the answer, and the successor has what it
+was given. The lock of the pins and the listeners are not given up and taken again but shared, so no
+moment is without.
 
 Only root can connect: the run directory is 0700, the socket 0600. Does not know what a pod is.
 """
@@ -82,6 +84,7 @@ class HandoverServer:
         self._kept: list[socket.socket] = []  # until nothing is open here any more
         self._heir: socket.socket | None = None
         self._successor = -1  # its process
+        self._is_withheld = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
@@ -98,6 +101,10 @@ class HandoverServer:
         self._accepting = tasks.create_task(self._serve(listener, tasks))
         # Not by the task itself, which may be cancelled before it has begun.
         self._accepting.add_done_callback(lambda _task: listener.close())
+
+    def withhold(self) -> None:
+        """Hand nothing over from now on: this agent ends without, and who has asked waits."""
+        self._is_withheld = True
 
     def stop(self) -> None:
         """Listen no more."""
@@ -151,7 +158,9 @@ class HandoverServer:
                     is_kept = True
                 case "handover" if request.get("version") == VERSION:
                     async with self._turn:
-                        if self._listener is not None:  # else another one was first
+                        if self._is_withheld:
+                            is_kept = True
+                        elif self._listener is not None:  # else another one was first
                             is_kept = await self._hand_over(connection)
                 case _:
                     reason = f"this agent hands over in version {VERSION} of the protocol"
@@ -175,6 +184,8 @@ class HandoverServer:
             request, _fds = await _receive(connection)
         if request.get("request") != "commit":
             raise HandoverFailed("the successor has ended, or says something strange")
+        if self._is_withheld:
+            return True
         self._successor = _open_process(peer_of(connection))
         self.stop()
         self._on_committed()

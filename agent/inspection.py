@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from agent.expectation import Packed
     from agent.roster import Roster
 
+AGAIN = "it is so again"
 FAMILIES: dict[int, str] = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 
 
@@ -138,13 +139,14 @@ class Inspection:
             try:
                 await finding.mend()
             except (SidestepError, OSError) as error:
-                results.append((finding, str(error)))
+                text = str(error)
+                is_said = finding.found is not None and text in finding.found
+                results.append((finding, AGAIN if is_said else text))
             else:
                 results.append((finding, None))
         left = {each.key for each in await self.find()}
         return [
-            (each, problem or ("it is so again" if each.key in left else None))
-            for each, problem in results
+            (each, problem or (AGAIN if each.key in left else None)) for each, problem in results
         ]
 
     # -- maps ---------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Know the kubelet by its cgroup, so that its probes reach the pods (ss_probers).
 
-A service that restarts gets a new cgroup under the old name, so the directory above it is watched.
-Nobody else on the node is let in by this: not by address, not by user, not by the host's network.
+A service that restarts gets a new cgroup under the old name, so the directory above it is watched,
+or what is there of those above that: a slice may be made when its first service starts. Nobody else
+on the node is let in by this: not by address, not by user, not by the host's network.
 
 Called by the composition root.
 """
@@ -9,6 +10,7 @@ Called by the composition root.
 from __future__ import annotations
 
 import logging
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 import watchfiles
@@ -51,19 +53,31 @@ class Probers:
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Follow the cgroup through restarts of the kubelet, until `stop`."""
-        self.refresh()
-        changes = watchfiles.awatch(
-            self._cgroup.parent,
-            watch_filter=lambda _change, path: path == str(self._cgroup),
-            recursive=False,
-            stop_event=stop,
-            step=10,
-            debounce=50,
-            rust_timeout=LOOK_MILLISECONDS,
-            yield_on_timeout=True,
-        )
-        async for _change in changes:
-            self.refresh()
+        names = {str(each) for each in (self._cgroup, *self._cgroup.parents)}
+        while not stop.is_set():
+            with suppress(FileNotFoundError):  # what is above went while it was looked at
+                above = self._find_above()
+                changes = watchfiles.awatch(
+                    above[0],
+                    watch_filter=lambda _change, path: path in names,
+                    recursive=False,
+                    stop_event=stop,
+                    step=10,
+                    debounce=50,
+                    rust_timeout=LOOK_MILLISECONDS,
+                    yield_on_timeout=True,
+                )
+                self.refresh()
+                async with aclosing(changes):
+                    async for _change in changes:
+                        self.refresh()
+                        if self._find_above() != above:
+                            break
+
+    def _find_above(self) -> tuple[Path, int]:
+        """Return the lowest directory above the cgroup that is there, and which one it is."""
+        directory = next(each for each in self._cgroup.parents if each.is_dir())
+        return directory, directory.stat().st_ino
 
     def refresh(self) -> None:
         """Look now; the next time makes up for what fails."""

@@ -1,8 +1,7 @@
-"""The agent's metrics, in Prometheus' text format, and its health, on a port of the node.
+"""The agent's metrics, in Prometheus' text format, on a port of the node.
 
-    GET /metrics           all there is
-    GET /healthz/live      200 while the control process answers
-    GET /healthz/ready     200 when every pod that was there at the start has been tried, else 503
+    GET /metrics               all there is
+    GET /stats/prometheus      the same, as for Istio
 
 Counters of the workers arrive as messages and are summed here, so they survive a worker; everything
 else is read when somebody asks. Names and meanings are in docs/metrics.md; a test compares.
@@ -155,13 +154,17 @@ class Metrics:
             self._found = list(await self._read())
             return generate_latest(self._registry)
 
-    async def start(self, host: str, port: int) -> None:
-        """Serve GET /metrics (ConfigError if the port is taken)."""
-        await self._server.start(port, "--metrics-port", host)
+    def bind(self, host: str, port: int, *, is_successor: bool = False) -> None:
+        """Take the port, as `web.Server` does (ConfigError)."""
+        self._server.bind(port, "--metrics-port", host, is_successor=is_successor)
+
+    async def start(self) -> None:
+        """Serve GET /metrics, if a port was bound."""
+        await self._server.start()
 
     @property
     def port(self) -> int | None:
-        """The port that is served; None before `start`."""
+        """The port that was bound; None before `bind`."""
         return self._server.port
 
     def stop(self) -> None:

@@ -41,8 +41,11 @@ def output_option(command: Command) -> Command:
     return option(command)
 
 
-def emit(rows: Iterable[Row], columns: Sequence[str], output: Output) -> None:
-    """Print `rows`: their `columns` as a table, or all of them as JSON or YAML."""
+def emit(rows: Iterable[Row], columns: Sequence[str], output: Output, nothing: str = "") -> None:
+    """Print `rows`: their `columns` as a table, or all of them as JSON or YAML.
+
+    A table that may be without rows has a sentence for that, `nothing`, which goes to stderr.
+    """
     listed = list(rows)
     if output == "json":
         click.echo(json.dumps(listed, indent=2))
@@ -52,6 +55,8 @@ def emit(rows: Iterable[Row], columns: Sequence[str], output: Output) -> None:
         # click drops the colors where the output is not a terminal.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNBOUNDED
         click.echo("\n".join(render_table(listed, columns, width)))
+        if nothing and not listed:
+            click.echo(nothing, err=True)
 
 
 def render_table(rows: Sequence[Row], columns: Sequence[str], width: int = UNBOUNDED) -> list[str]:
@@ -78,5 +83,8 @@ def cell(value: object) -> Text:
     if isinstance(value, bool):
         return Text("yes", "green") if value else Text("no", "red")
     if isinstance(value, list):
-        return Text(",".join(str(part) for part in value) or "-")
+        parts = [str(part) for part in value]
+        # Sentences have commas of their own.
+        separator = "; " if any(" " in part for part in parts) else ", "
+        return Text(separator.join(parts) or "-")
     return Text(str(value))

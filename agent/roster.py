@@ -445,7 +445,8 @@ class Roster:
         wait = RETRY_SECONDS if state == "pending" else wait
         retry_at = asyncio.get_running_loop().time() + wait
         self.statuses[pod.uid] = PodStatus(pod, state, error.reason, str(error), failures, retry_at)
-        self._source.publish(pod, "pending")
+        if before is None or before.state == "enrolled":  # else it is said already
+            self._source.publish(pod, "pending")
         self.failures[error.reason] += 1
         # A sandbox that is on its way is no problem of the pod, for a while.
         if state == "failed" or failures > PATIENT_TRIES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agent.errors import ConfigError
 from agent.loglines import Format, Levels
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.pod import Exclusions
@@ -29,7 +30,11 @@ class AuthoritySettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an operator decides; `exclusions` apply to every pod, beside the pod's own."""
+    """What an operator decides; `exclusions` apply to every pod, beside the pod's own.
+
+    Raises:
+        ConfigError: two of them cannot both be.
+    """
 
     node: str
     run_directory: Path
@@ -55,3 +60,7 @@ class Settings:
     office_file: Path | None = None  # exists while this agent is the node's
     plugin_record: Path | None = None  # without it the CNI plugin lets every pod pass
     is_restarted: bool = False  # whoever started it starts it anew when it ends, as a kubelet does
+
+    def __post_init__(self) -> None:
+        if self.metrics_port and self.metrics_port == self.admin_port:
+            raise ConfigError(f"--metrics-port and --admin-port are both {self.admin_port}")

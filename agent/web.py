@@ -8,6 +8,7 @@ is refused: it comes from a browser that a stranger's page has sent here (DNS re
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     Routes = Mapping[tuple[str, str], Handler]  # (method, path)
 
 HOST = "127.0.0.1"
+EVERYWHERE, EVERYWHERE4 = "::", "0.0.0.0"
 REQUEST_SECONDS = 5.0
 REQUEST_BYTES = 8192
 END_OF_HEAD = b"\r\n\r\n"
@@ -98,23 +100,37 @@ class Server:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
         self._is_public = False
+        self._socket: socket.socket | None = None
         self._server: asyncio.Server | None = None
 
-    async def start(self, port: int, option: str, host: str = HOST) -> None:
-        """Listen; 0 is any free port (ConfigError names `option` if the port is taken).
+    def bind(self, port: int, option: str, host: str = HOST, *, is_successor: bool = False) -> None:
+        """Take the port; 0 is any free one (ConfigError names `option` if it is taken).
 
-        On another address than the loopback requests may name any Host.
+        A successor may take it beside the server that it follows, which is connected to until it
+        has stopped. On another address than the loopback requests may name any Host.
         """
         self._is_public = host != HOST
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=REQUEST_BYTES)
+            self._socket = _bind(host, port, is_successor)
         except OSError as error:
             raise ConfigError(f"{option} {port}: {error.strerror}") from error
 
+    async def start(self) -> None:
+        """Serve the port, if one was bound."""
+        if self._socket is None:
+            return
+        # For the next one: it may come while this one runs, or find only what is left of its
+        # connections. Not before, since either lets others have the port as well.
+        for option in (socket.SO_REUSEPORT, socket.SO_REUSEADDR):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, 1)
+        self._server = await asyncio.start_server(
+            self._serve, sock=self._socket, limit=REQUEST_BYTES
+        )
+
     @property
     def port(self) -> int | None:
-        """The port that is served; None before `start`."""
-        return self._server.sockets[0].getsockname()[1] if self._server else None
+        """The port that was bound; None before `bind`."""
+        return self._socket.getsockname()[1] if self._socket else None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -132,3 +148,21 @@ class Server:
         """Serve no more."""
         if self._server is not None:
             self._server.close()
+
+
+def _bind(host: str, port: int, is_successor: bool) -> socket.socket:
+    if host == EVERYWHERE and not socket.has_dualstack_ipv6():
+        host = EVERYWHERE4
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # SO_REUSEPORT binds beside those who have it as well, and are root as well. A first one
+        # does without, or it would share the port of an agent that it knows nothing of.
+        option = socket.SO_REUSEPORT if is_successor else socket.SO_REUSEADDR
+        bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        if host == EVERYWHERE:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -46,7 +46,7 @@ from agent.tunnel.listening import Listening
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
-from agent.tunnel.reactor import READ, Reactor
+from agent.tunnel.reactor import READ, WRITE, Reactor
 from agent.tunnel.served import LOG, SCOPE, ServedPod, log
 from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS_AT_ONCE = 100  # in one answer, which has to fit into one datagram
 COUNT_SECONDS = 1.0  # between two messages with counts
+MOST_UNSENT = 100  # messages of ours, until we read no more questions
 RETIRE_TURN_SECONDS = 0.1  # between two looks at what is left
 DRAIN_SECONDS = 2.0  # until the last peer has heard that a pod left the mesh
 MANY_CHANGES = 1000  # of policies, at once
@@ -100,7 +101,9 @@ class Worker:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
+        self._channel_events = READ
         self._inbox = messages.Inbox(channel)
+        self._outbox = messages.Outbox(channel)
         self._reactor = Reactor()
         self._contexts = Contexts(
             self._reactor,
@@ -123,7 +126,10 @@ class Worker:
         self._sampler: Sampler | None = None
 
     def run(self) -> None:
-        """Serve until the control process goes away."""
+        """Serve until the control process goes away.
+
+        No byte waits for that process: what it has not room for is kept.
+        """
 
         def on_first() -> None:
             self._reactor.call_later(COUNT_SECONDS, self._tell_counts)
@@ -132,9 +138,10 @@ class Worker:
         BUFFERS.call_later = self._reactor.call_later
         BUFFERS.on_full = self._log_full
         BUFFERS.on_relieved = self._log_relieved
-        self._reactor.watch(self._channel.fileno(), READ, lambda _ready: self._on_message())
+        self._channel.setblocking(False)
+        self._reactor.watch(self._channel.fileno(), READ, self._on_channel)
         self._reactor.run()
-        self._tell_counts()  # those of the connections that have ended just now
+        self._tell_the_rest()
 
     def _log_full(self, pod: str) -> None:
         if self._ledger.may_log("warning", SCOPE):
@@ -142,6 +149,14 @@ class Worker:
 
     def _log_relieved(self, pod: str, count: int) -> None:
         log("connections reset to make room in the buffers", level="error", pod=pod, count=count)
+
+    def _on_channel(self, ready: int) -> None:
+        if ready & WRITE:
+            with suppress(OSError):  # as in `_answer`
+                self._outbox.flush()
+            self._watch_channel()
+        if ready & ~WRITE:
+            self._on_message()
 
     def _on_message(self) -> None:
         try:
@@ -208,7 +223,9 @@ class Worker:
             partial(exempt, Map(maps / "ss_exempt")), raise_limit() - bounds.spare_descriptors
         )
         self._trust = Trust(self._reactor, message.trust_domain, message.trust_domain_aliases)
-        self._pool = Pool(self._reactor, pod_sockets, self._trust, self._contexts, bounds)
+        self._pool = Pool(
+            self._reactor, pod_sockets, self._trust, self._contexts, self._ledger.may_log, bounds
+        )
         outbound = Outbound(
             self._reactor,
             pod_sockets,
@@ -238,14 +255,37 @@ class Worker:
         }
 
     def _ask_for(self, identity: str) -> None:
-        self._answer(messages.NeedCertificate(identity))
+        message = messages.NeedCertificate(identity)
+        if message not in self._outbox:  # it is asked for every ten seconds, and once is enough
+            self._answer(message)
 
     def _answer(self, message: messages.FromWorker) -> None:
         with suppress(OSError):  # the control process is gone: the channel's end says so as well
-            messages.send(self._channel, message)
+            self._outbox.put(message)
+        self._watch_channel()
+
+    def _watch_channel(self) -> None:
+        # Counts and wanted certificates are kept once. All else follows from a message: with many
+        # kept, no more are read, so they are bounded as well. Nobody waits for us to read them.
+        events = READ if len(self._outbox) < MOST_UNSENT else 0
+        if self._outbox:
+            events |= WRITE
+        if events != self._channel_events:
+            self._reactor.change(self._channel.fileno(), events)
+            self._channel_events = events
 
     def _tell_counts(self) -> None:
+        if self._outbox:  # they are summed up until there is room: a sum does not grow
+            self._reactor.call_later(COUNT_SECONDS, self._tell_counts)
+            return
         self._answer(messages.PutCounts(COUNTS.take()))
+
+    def _tell_the_rest(self) -> None:
+        """Send what is kept, and the counts of the connections that have ended just now."""
+        self._channel.setblocking(True)  # there is nobody left whose bytes would have to wait
+        with suppress(OSError):
+            self._outbox.put(messages.PutCounts(COUNTS.take()))
+            self._outbox.flush()
 
     def _list_connections(self, asked: messages.ListConnections) -> None:
         found, last = self._ledger.list(
@@ -321,7 +361,6 @@ class Worker:
         self, served: ServedPod, serve: Serve, accepted: socket.socket, peer: tuple[str, int]
     ) -> None:
         try:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._sockets is not None:
                 self._sockets.require_room(accepted)
             serve(served, accepted, peer)

@@ -46,8 +46,12 @@ class WorkerProcess:
         self._on_drained = on_drained
         self._on_counts = on_counts
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._channel.settimeout(SEND_SECONDS)
+        self._channel.setblocking(False)
         self._inbox = messages.Inbox(self._channel)
+        self._outbox = messages.Outbox(self._channel)
+        self._has_taken_all = asyncio.Event()
+        self._has_taken_all.set()
+        self._patience: asyncio.TimerHandle | None = None  # while it has not
         with theirs:
             try:
                 self.process = subprocess.Popen(
@@ -67,25 +71,59 @@ class WorkerProcess:
         return self.process.pid
 
     def send(self, message: messages.ToWorker, fds: list[int] | None = None) -> None:
-        """Tell the worker; a dead one is noticed at its socket, not here."""
-        if self._channel.fileno() < 0:
-            return
+        """Tell the worker, now or when it has room; a dead one is noticed at its socket, not here.
+
+        Who tells very much has to `wait_taken` before there is more.
+        """
+        if self._channel.fileno() >= 0:
+            self._deliver(lambda: self._outbox.put(message, fds or ()))
+
+    def _deliver(self, send: Callable[[], None]) -> None:
         try:
-            messages.send(self._channel, message, fds)
+            send()
         except (BrokenPipeError, ConnectionResetError):
             log.warning("worker is gone", extra={"pid": self.pid})
         except OSError as error:
-            # It missed this one, a new policy perhaps, and nobody would know; a new worker learns
-            # everything.
-            extra = {"pid": self.pid, "error": str(error)}
-            log.error("worker takes no messages and is ended", extra=extra)
-            self.process.kill()
+            self._end(str(error))
+        if self._outbox and self._patience is None:
+            loop = asyncio.get_running_loop()
+            loop.add_writer(self._channel, self._on_room)
+            self._patience = loop.call_later(
+                SEND_SECONDS, self._end, f"it has read nothing for {SEND_SECONDS:.0f} s"
+            )
+            self._has_taken_all.clear()
+
+    def _on_room(self) -> None:
+        self._stop_waiting()
+        self._deliver(self._outbox.flush)
+        if not self._outbox:
+            self._has_taken_all.set()
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            asyncio.get_running_loop().remove_writer(self._channel)
+            self._patience.cancel()
+            self._patience = None
+
+    def _end(self, error: str) -> None:
+        # It missed something, a new policy perhaps, and nobody would know; a new worker learns
+        # everything.
+        log.error("worker takes no messages and is ended", extra={"pid": self.pid, "error": error})
+        self.process.kill()
+
+    async def wait_taken(self) -> None:
+        """Wait until the worker has all that was sent in its socket (or is gone).
+
+        One that reads nothing is ended.
+        """
+        await self._has_taken_all.wait()
 
     async def wait_in_force(self) -> None:
         """Wait until everything that was sent is in force (or the worker is gone).
 
         One that does not answer is ended: nobody could be enrolled, and the agent not be stopped.
         """
+        await self.wait_taken()
         if not (await self._ask(messages.Ask, ANSWER_SECONDS))[0]:
             log.error("worker does not answer and is ended", extra={"pid": self.pid})
             self.process.kill()
@@ -143,7 +181,10 @@ class WorkerProcess:
 
     def _close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._channel)
+        self._stop_waiting()
         self._channel.close()
+        self._outbox.clear()
+        self._has_taken_all.set()
         answers, self._answers = self._answers, {}
         for answer in answers.values():
             if not answer.done():

@@ -69,10 +69,13 @@ def find_primary(files: Mapping[str, bytes]) -> str | None:
 
 
 def plan_install(files: Mapping[str, bytes], entry: Mapping[str, object]) -> list[Change]:
-    """List what to change so that the primary network, and no other, has our entry last."""
+    """List what to change so that the primary network, and no other, has our entry last.
+
+    Without one, what was derived from it has to go: the runtime would go on with it.
+    """
     primary = find_primary(files)
     if primary is None:
-        return []
+        return plan_uninstall(files)
     changes: list[Change] = []
     wanted = {}
     if primary.endswith(".conflist"):

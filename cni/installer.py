@@ -2,6 +2,7 @@
 
     install     plugin into the directory of plugins, record, entry in the primary network
     uninstall   record, entry, plugin: in this order, so that whatever is left behind is harmless
+    keep_out    uninstall, and have every watch leave the node alone, until somebody installs
     watch       install, and put the entry back when somebody has taken it away
 
 Each file is written beside its name, synced and renamed, so a reader or a power cut sees the old
@@ -11,7 +12,8 @@ are while one is updated, would take each other's plugin away for ever. The next
 before has ended.
 
 The record says that the plugin is installed: without it the plugin passes every pod on. So it also
-ends a `watch` that goes on while somebody uninstalls.
+ends a `watch` that goes on while somebody uninstalls. Where the kubelet would start the next one,
+`keep_out` leaves a file beside the record, which tells each to wait.
 
 The first entry on a node waits until the agent serves: a node on which the agent can not run is not
 closed. Later on, also after a reboot, the entry stands whether or not the agent is there: until it
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SHIM = Path(__file__).with_name("shim")
-RECORD = "installed"
+RECORD, KEPT_OUT = "installed", "kept-out"
+DRAFT = f".by-{PLUGIN_TYPE}.draft"
 # Some networks are written in place, or on file systems that tell nobody.
 RECHECK_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -87,6 +90,10 @@ class Places:
     def record(self) -> Path:
         return self.state / RECORD
 
+    @property
+    def kept_out(self) -> Path:
+        return self.state / KEPT_OUT
+
     def entry(self) -> dict[str, object]:
         """Return our entry in a network's list of plugins."""
         return {
@@ -103,13 +110,16 @@ def install(places: Places) -> str:
         _put_plugin(places)
         files = _read(places.networks)
         primary = find_primary(files)
+        changes = plan_install(files, places.entry())
         if primary is None:
+            _apply(places.networks, changes)
             raise InstallError(
                 f"{places.networks} has no network configuration yet, which the cluster's CNI "
                 "brings: run `sidestep cni watch`, which waits for it"
             )
         _put_record(places)
-        _apply(places.networks, plan_install(files, places.entry()))
+        places.kept_out.unlink(missing_ok=True)
+        _apply(places.networks, changes)
         return primary
 
 
@@ -118,6 +128,24 @@ def uninstall(places: Places) -> list[Path]:
 
     What is not there is no error (OSError: it cannot be taken away).
     """
+    changed = _take_away(places)
+    with suppress(FileNotFoundError):
+        places.kept_out.unlink()
+        changed.append(places.kept_out)
+    with suppress(OSError):  # others may keep something there
+        places.state.rmdir()
+    return changed
+
+
+def keep_out(places: Places) -> list[Path]:
+    """Uninstall, and have every `watch` of this node wait for an `install` (OSError)."""
+    with suppress(FileNotFoundError):  # each watch makes the directory, so there was none
+        places.kept_out.touch()
+        _sync(places.state)
+    return _take_away(places)
+
+
+def _take_away(places: Places) -> list[Path]:
     changed = []
     with suppress(FileNotFoundError):
         places.record.unlink()
@@ -127,11 +155,14 @@ def uninstall(places: Places) -> list[Path]:
         changes = plan_uninstall(_read(places.networks))
         _apply(places.networks, changes)
         changed += [places.networks / change.name for change in changes]
+        # Of installers that were killed; who is at work has the turn.
+        for directory in (places.networks, places.plugins, places.state):
+            for draft in directory.glob(f".*{DRAFT}"):
+                draft.unlink()
+                changed.append(draft)
     with suppress(FileNotFoundError):
         places.plugin.unlink()
         changed.append(places.plugin)
-    with suppress(OSError):  # others may keep something there
-        places.state.rmdir()
     return changed
 
 
@@ -183,6 +214,7 @@ class _Keeper:
         self._told = ""
         self._lock = -1
         self._has_waited = False
+        self._passed_over: frozenset[Path] = frozenset()
 
     def is_alone(self) -> bool:
         """Say whether no other process keeps this node, and keep others off then (OSError)."""
@@ -223,17 +255,23 @@ class _Keeper:
 
     def _look(self) -> bool:
         places = self._places
+        if places.kept_out.exists():
+            self.tell(f"{places.kept_out} keeps us out until somebody runs `sidestep cni install`")
+            self._had_entry = False
+            return True
         if self._has_begun and not places.record.exists():
             log.info("the plugin was uninstalled; it is kept no more")
             return False
         _put_plugin(places)
         files = _read(places.networks)
+        self._say_passed_over()
         primary = find_primary(files)
+        changes = plan_install(files, places.entry())
         if primary is None:
+            _apply(places.networks, changes)
             self.tell(f"{places.networks} has no network configuration yet; waiting for one")
             self._had_entry = False
             return True
-        changes = plan_install(files, places.entry())
         if not self._has_begun and not has_entry(files) and not places.record.exists():
             problem = _agent_problem(places)
             if problem:
@@ -287,6 +325,21 @@ class _Keeper:
             extra={"file": where, "strikes": self._contention.strikes, "after_seconds": wait},
         )
         return True
+
+    def _say_passed_over(self) -> None:
+        """Say once of each link that leads nowhere here: the runtime may follow it."""
+        links = frozenset(
+            path
+            for path in self._places.networks.iterdir()
+            if path.name.endswith(SUFFIXES) and path.is_symlink() and not path.exists()
+        )
+        for path in sorted(links - self._passed_over):
+            log.warning(
+                "a link that leads nowhere is passed over; if the runtime can follow it, that "
+                "network has no entry: mount what it leads to, by the host's name",
+                extra={"file": str(path), "target": str(path.readlink())},
+            )
+        self._passed_over = links
 
     def tell(self, problem: str) -> None:
         """Say once what stands in the way."""
@@ -344,17 +397,25 @@ def _put_record(places: Places) -> None:
 
 
 def _replace(path: Path, content: bytes, mode: int) -> None:
-    """Write a file so that it is there as a whole or not at all; owner and mode are kept."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    """Write a file so that it is there as a whole or not at all; owner and mode are kept.
+
+    One draft of a name at a time, since installers take turns. What one that was killed has left
+    is not opened: whoever owns the directory may have put a link there.
+    """
+    draft = path.with_name(f".{path.name}{DRAFT}")
+    draft.unlink(missing_ok=True)
     try:
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:  # noqa: PTH123  # a descriptor
+            owner = -1, -1  # ours
             with suppress(FileNotFoundError):
                 before = path.stat()
-                os.fchown(fd, before.st_uid, before.st_gid)
+                owner = before.st_uid, before.st_gid
                 if mode != PLUGIN_MODE:
                     mode = stat.S_IMODE(before.st_mode)
+            # In this order: the mode of a file of somebody else's takes CAP_FOWNER to change.
             os.fchmod(fd, mode)
+            os.fchown(fd, *owner)
             file.write(content)
             file.flush()
             os.fsync(fd)

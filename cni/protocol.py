@@ -88,7 +88,7 @@ def parse_request(data: bytes) -> Request:
         name=arguments.get("K8S_POD_NAME", ""),
         uid=arguments.get("K8S_POD_UID", ""),
         addresses=tuple(dict.fromkeys(_addresses(configuration.get("prevResult")))),
-        valid_containers=frozenset(_valid_containers(configuration)),
+        valid_containers=frozenset(_valid_containers(configuration) if command == "GC" else ()),
     )
 
 
@@ -138,7 +138,10 @@ def _addresses(result: object) -> Iterator[IPv4Address | IPv6Address]:
 
 
 def _valid_containers(configuration: dict[str, Any]) -> Iterator[str]:
-    attachments = configuration.get(VALID_ATTACHMENTS)
-    for attachment in attachments if isinstance(attachments, list) else ():
+    attachments = configuration.get(VALID_ATTACHMENTS, False)
+    # Go writes an empty list as null. Anything else does not say that no sandbox is left.
+    if not isinstance(attachments, list | None):
+        raise CniError(Code.INVALID_CONFIG, f"{VALID_ATTACHMENTS} is missing, or is no list")
+    for attachment in attachments or ():
         if isinstance(attachment, dict) and isinstance(attachment.get("containerID"), str):
             yield attachment["containerID"]

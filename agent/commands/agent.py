@@ -167,11 +167,11 @@ def default_workers() -> int:
 )  # fmt: skip
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), default=15020, show_default=True,
-    help="Port for GET /metrics and /healthz; 0 for none.",
+    help="Port for GET /metrics; 0 for none.",
 )  # fmt: skip
 @click.option(
     "--metrics-host", default="127.0.0.1", show_default=True,
-    help="Address of that port; :: for a Prometheus elsewhere.",
+    help="Address of that port; :: is every one, of IPv4 as well, for a Prometheus elsewhere.",
 )  # fmt: skip
 @click.option(
     "--admin-port", type=click.IntRange(0, 65535), default=15000, show_default=True,

@@ -6,13 +6,16 @@ agents, say the same when none answers, and end with the same exit code.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent import question
-from agent.errors import AgentUnreachable, ConfigError, FeatureMissing
+from agent.commands.exits import FINE, PROBLEM
+from agent.commands.filters import Names
+from agent.errors import AdminError, AgentUnreachable, ConfigError, FeatureMissing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,9 +35,9 @@ def find_sockets(run: Path, lab: str | None) -> list[Path]:
     try:
         if lab is None and node.exists():
             return [node]
-        found = sorted((run / "lab").glob(f"{lab or '*'}/*/agent.sock"))
+        found = list(_sockets_of_labs(run / "lab", lab))
     except PermissionError as error:
-        raise FeatureMissing(f"be root: {error.filename} cannot be read") from error
+        raise FeatureMissing(f"be root: what is below {run} cannot be read") from error
     if not found:
         named = f"lab {lab}" if lab else "lab"
         raise AgentUnreachable(f"no agent runs on this machine: there is no {node} and no {named}")
@@ -42,6 +45,16 @@ def find_sockets(run: Path, lab: str | None) -> list[Path]:
     if len(labs) > 1:
         raise ConfigError(f"there are several labs, choose one with --lab: {', '.join(labs)}")
     return found
+
+
+def _sockets_of_labs(directory: Path, lab: str | None) -> Iterator[Path]:
+    """Yield the sockets below `directory` (PermissionError, which Path.glob would not tell)."""
+    if not directory.is_dir():
+        return
+    for own in sorted(directory.iterdir()) if lab is None else [directory / lab]:
+        for node in sorted(own.iterdir()) if own.is_dir() else ():
+            if (node / "agent.sock").exists():
+                yield node / "agent.sock"
 
 
 def agent_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +80,45 @@ def chosen_sockets(socket_path: Path | None, lab: str | None, run_dir: Path = RU
     return [socket_path] if socket_path is not None else find_sockets(run_dir, lab)
 
 
-def ask_each(sockets: list[Path], command: str, **arguments: Any) -> Iterator[Any]:
-    """Ask each agent and yield its answer (AdminError)."""
+def ask_each(sockets: list[Path], command: str, **arguments: Any) -> tuple[list[Any], int]:
+    """Ask each agent; return the answers, and the exit code that the command has to end with.
+
+    One that does not answer is a warning and PROBLEM: what the others know is told all the same.
+
+    Raises:
+        AdminError: none answers.
+    """
+    answers: list[Any] = []
+    errors: list[AdminError] = []
     for path in sockets:
-        yield question.ask(path, command, **arguments)
+        try:
+            answers.append(question.ask(path, command, **arguments))
+        except AdminError as error:
+            errors.append(error)
+    if not answers:
+        raise errors[0]
+    for each in errors:
+        click.echo(f"warning: {each}", err=True)
+    return answers, PROBLEM if errors else FINE
+
+
+def all_is_well(code: int) -> str:
+    """Say that there is no difference, with the exit code of `ask_each`."""
+    return "all is as it ought to be" + (" where an agent answers" if code == PROBLEM else "")
+
+
+def ask_any(sockets: list[Path], command: str, **arguments: Any) -> Any:
+    """Ask for what every agent knows: the first that is there (AdminError)."""
+    for path in sockets[:-1]:
+        with suppress(AgentUnreachable):
+            return question.ask(path, command, **arguments)
+    return question.ask(sockets[-1], command, **arguments)
+
+
+def ask_names(sockets: list[Path]) -> Names:
+    """Return all names that the agents know which answer."""
+    found = Names()
+    for path in sockets:
+        with suppress(AdminError):
+            found.add(**question.ask(path, "names"))
+    return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, ask_any, ask_each, ask_names, chosen_sockets
 from agent.commands.examples import examples
 from agent.commands.exits import PROBLEM
 from agent.commands.filters import Filter, filter_options
@@ -15,7 +17,7 @@ from agent.output import Output, Row, emit, output_option
 if TYPE_CHECKING:
     from pathlib import Path
 
-COLUMNS = ("identity", "state", "not_after", "next_request", "last_failure")
+COLUMNS = ("node", "identity", "state", "not_after", "next_request", "last_failure")
 
 
 @click.command(
@@ -30,15 +32,25 @@ def certs(
     """Show each identity's certificate: state, validity, next renewal, last failure.
 
     JSON and YAML have serial numbers, chains and trusted roots as well. Exit code 1 if an identity
-    has no certificate that is valid. An identity belongs to a namespace, not to one pod.
+    has no certificate that is valid. With --pod that of the pod's identity, which other pods may
+    have as well.
     """
     rows: list[Row] = []
-    for state in ask_each(chosen_sockets(socket_path, lab, run_dir), "state"):
-        identity = state["identity"]
-        roots = {"roots": identity["roots"]}
-        rows += [{"node": state["node"]} | row | roots for row in identity["certificates"]]
+    sockets = chosen_sockets(socket_path, lab, run_dir)
+    states, code = ask_each(sockets, "state")
+    pods: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for each in ask_any(sockets, "workloads"):
+        pods[each["node"], each["identity"]].append(each["workload"])
+    for state in states:
+        node, identity = state["node"], state["identity"]
+        rows += [
+            {"node": node} | row | {"pods": pods[node, row["identity"]], "roots": identity["roots"]}
+            for row in identity["certificates"]
+        ]
     rows = wanted.apply(rows)
-    several = len({row["node"] for row in rows}) > 1
-    emit(rows, ("node", *COLUMNS) if several else COLUMNS, output)
+    wanted.check(rows, lambda: ask_names(sockets))
+    rows.sort(key=itemgetter("node", "identity"))
+    emit(rows, COLUMNS, output, "no certificates")
     if any(str(row["state"]).startswith("Unavailable") for row in rows):
-        click.get_current_context().exit(PROBLEM)
+        code = PROBLEM
+    click.get_current_context().exit(code)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, all_is_well, ask_each, chosen_sockets
 from agent.commands.examples import examples
 from agent.commands.exits import CANNOT_RUN, FINE, PROBLEM
 from agent.datapath import features
@@ -44,14 +44,15 @@ def check(
 
 
 def _repair(sockets: list[Path], output: Output) -> int:
+    answers, code = ask_each(sockets, "diff", repair=True)
     rows: list[Row] = []
-    for answer in ask_each(sockets, "diff", repair=True):
+    for answer in answers:
         rows += [row | {"mended": row["problem"] is None} for row in answer]
     if rows or output != "table":
         emit(rows, REPAIR_COLUMNS, output)
     else:
-        click.echo("all is as it ought to be: nothing was done")
-    return FINE if all(row["mended"] for row in rows) else PROBLEM
+        click.echo(f"{all_is_well(code)}: nothing was done")
+    return code if all(row["mended"] for row in rows) else PROBLEM
 
 
 def _check(output: Output) -> int:

@@ -85,17 +85,17 @@ def install(
 @cni.command(epilog=examples("sidestep cni uninstall --plugins /opt/cni/bin"))
 @places_options
 def uninstall(networks: Path, plugins: Path, state: Path) -> None:
-    """Take entry, plugin and record away; each file is as its owner wrote it."""
-    take_away(installer.Places(networks, plugins, state, Path()))
-    click.echo("the plugin is uninstalled")
+    """Take entry, plugin and record away; each file is as its owner wrote it.
 
-
-def take_away(places: installer.Places) -> list[Path]:
-    """Uninstall the plugin, and return the files that had something of ours (InstallFailed)."""
+    A `sidestep cni watch` of this node, also one that starts later, waits for the next `sidestep
+    cni install`; `sidestep uninstall` takes away what tells it so.
+    """
+    places = installer.Places(networks, plugins, state, Path())
     try:
-        return installer.uninstall(places)
+        installer.keep_out(places)
     except OSError as error:
         raise failed(error, places) from error
+    click.echo("the plugin is uninstalled, and kept out until sidestep cni install")
 
 
 def failed(error: OSError, places: installer.Places) -> InstallFailed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, ask_each, ask_names, chosen_sockets
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
 from agent.output import Output, Row, emit, output_option
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COLUMNS = (
+    "node",
     "direction",
     "from",
     "to",
@@ -54,22 +55,17 @@ def connections(
     was asked for, service and policy. Sent are the client's bytes. Worker is a process id; nobody
     carries a direct connection.
     """
-    rows: list[Row] = []
-    for answer in ask_each(
-        chosen_sockets(socket_path, lab, run_dir),
-        "connections",
-        namespace=wanted.namespace,
-        pod=wanted.pod,
-    ):
-        rows += answer
-    rows = [
-        row for row in rows if wanted.node in (None, row["node"]) and path in (None, row["path"])
-    ]
+    sockets = chosen_sockets(socket_path, lab, run_dir)
+    about = {"namespace": wanted.namespace, "pod": wanted.pod}
+    answers, code = ask_each(sockets, "connections", **about)
+    rows: list[Row] = Filter(node=wanted.node).apply(row for answer in answers for row in answer)
+    wanted.check(rows, lambda: ask_names(sockets))
+    rows = [row for row in rows if path in (None, row["path"])]
     rows.sort(key=itemgetter("node", "pod", "direction", "source"))
     if output == "table":
         rows = [row | _shown(row) for row in rows]
-    several = len({row["node"] for row in rows}) > 1
-    emit(rows, ("node", *COLUMNS) if several else COLUMNS, output)
+    emit(rows, COLUMNS, output, "no connections")
+    click.get_current_context().exit(code)
 
 
 def _shown(row: Row) -> Row:

@@ -7,11 +7,14 @@ out where a filter asks for some. Its nodes are those of the column `node` or `n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from agent.errors import NameUnknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 
 POD_COLUMNS = ("pod", "workload", "source", "destination", "source_pod", "destination_pod", "pods")
 NAMED_COLUMNS = ("service", "policy")  # [KIND ]NAMESPACE/NAME
+SHOWN = 8  # names in place of one that is not known
+NEVER_KNOWN = {
+    "pod": " (one on its node's network, or that has ended, never is)",
+    "namespace": " (one without pods, services and policies never is)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,47 @@ class Filter:
     def apply(self, rows: Iterable[Row]) -> list[Row]:
         """Return the rows that are to be shown."""
         return [row for row in rows if self.passes(row)]
+
+    def check(self, left: list[Row], ask_names: Callable[[], Names]) -> None:
+        """Tell a name that is mistyped from one that has nothing to show, where no row is left.
+
+        Raises:
+            NameUnknown: what is asked for is not among the names.
+        """
+        if left or self == Filter():
+            return
+        names = ask_names()
+        if self.node not in (None, *names.nodes):
+            raise NameUnknown(_unknown("node", self.node, names.nodes))
+        if self.namespace not in (None, *names.namespaces):
+            raise NameUnknown(_unknown("namespace", self.namespace, names.namespaces))
+        if self.pod is not None and not Filter(self.pod, self.namespace).apply(names.pods.values()):
+            wanted = self.pod if self.namespace is None else f"{self.namespace}/{self.pod}"
+            raise NameUnknown(_unknown("pod", wanted, names.pods))
+
+
+@dataclass(slots=True)
+class Names:
+    """What is known to be there, whether or not a listing has something of it.
+
+    Pods are rows with `pod`, `node` and, from agents, `refusal`: why one does not want the mesh.
+    """
+
+    pods: dict[str, Row] = field(default_factory=dict)
+    namespaces: set[str] = field(default_factory=set)
+    nodes: set[str] = field(default_factory=set)
+
+    def add(self, pods: Iterable[Row], namespaces: Iterable[str], nodes: Iterable[str]) -> None:
+        """Take what one more place knows."""
+        self.pods |= {str(row["pod"]): row for row in pods}
+        self.namespaces |= {*namespaces}
+        self.nodes |= {*nodes}
+
+
+def _unknown(kind: str, wanted: str | None, known: Iterable[str]) -> str:
+    text = f"no {kind} {wanted} is known{NEVER_KNOWN.get(kind, '')}"
+    closest = difflib.get_close_matches(str(wanted), sorted(known), n=SHOWN, cutoff=0)
+    return f"{text}; closest: {', '.join(closest)}" if closest else text
 
 
 def _nodes(row: Row) -> list[object]:

@@ -13,7 +13,7 @@ import yaml
 
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
-from agent.commands.pinned import find_places, pins_options, placed, read_all
+from agent.commands.pinned import find_names, find_places, pins_options, placed, read_all
 from agent.datapath import listing
 from agent.datapath.source import MAPS, RING_BUFFERS
 from agent.output import Output, Row, cell, emit, output_option
@@ -50,7 +50,8 @@ def list_maps(root: Path | None, lab: str | None, wanted: Filter, output: Output
     rows = Filter(node=wanted.node).apply(
         read_all(places, lambda directory: _list_about(directory, wanted))
     )
-    emit(rows, placed(LIST_COLUMNS, places), output)
+    wanted.check(rows, lambda: find_names(places))
+    emit(rows, placed(LIST_COLUMNS, places), output, "no maps")
 
 
 def _list_about(directory: Path, wanted: Filter) -> list[Row]:
@@ -102,9 +103,10 @@ def dump(
         return wanted.apply(read_all(places, lambda directory: listing.dump_map(directory, name)))
 
     rows = read()
+    wanted.check(rows, lambda: find_names(places))
     shown = placed(columns, places)
     if not watch or output == "table":
-        emit(rows, shown, output)
+        emit(rows, shown, output, "no entries")
     if watch:
         with suppress(KeyboardInterrupt):  # the way in which it ends
             for sign, row in _changes(rows if output == "table" else [], read):

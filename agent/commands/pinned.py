@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.commands.asking import RUN, ask_names, find_sockets
+from agent.commands.filters import Names
 from agent.datapath import features, listing
-from agent.errors import FeatureMissing
+from agent.errors import AdminError, ConfigError, FeatureMissing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -72,6 +75,20 @@ def placed(columns: tuple[str, ...], places: list[Place]) -> tuple[str, ...]:
     labs, nodes = {place.lab for place in places}, {place.node for place in places}
     more = (*(("lab",) if len(labs) > 1 else ()), *(("node",) if len(nodes) > 1 else ()))
     return (*more, *columns)
+
+
+def find_names(places: list[Place]) -> Names:
+    """Return all names that the pins have, and those that agents know which answer."""
+    found = Names()
+    for place in places:
+        pods = set(listing.pod_names(place.directory).values())
+        rows: list[Row] = [{"pod": pod, "node": place.node} for pod in pods]
+        found.add(rows, {pod.partition("/")[0] for pod in pods}, {place.node})
+    for lab in {place.lab for place in places}:
+        with suppress(AdminError, ConfigError, FeatureMissing):
+            names = ask_names(find_sockets(RUN, lab))
+            found.add(names.pods.values(), names.namespaces, names.nodes)
+    return found
 
 
 def read_all(places: list[Place], read: Callable[[Path], Iterable[Row]]) -> list[Row]:

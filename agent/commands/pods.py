@@ -8,7 +8,7 @@ import click
 
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
-from agent.commands.pinned import find_places, pins_options, placed, read_all
+from agent.commands.pinned import find_names, find_places, pins_options, placed, read_all
 from agent.datapath import listing
 from agent.output import Output, Row, emit, output_option
 
@@ -46,7 +46,10 @@ def pods(root: Path | None, lab: str | None, wanted: Filter, output: Output) -> 
     """
     places = find_places(root, lab)
     rows = [_with_addresses(row) for row in read_all(places, listing.list_pods)]
-    emit(wanted.apply(rows), placed(COLUMNS, places), output)
+    rows = wanted.apply(rows)
+    wanted.check(rows, lambda: find_names(places))
+    rows.sort(key=lambda row: [str(row[name]) for name in ("lab", "node", "pod")])
+    emit(rows, placed(COLUMNS, places), output, "no enrolled pods")
 
 
 def _with_addresses(row: Row) -> Row:

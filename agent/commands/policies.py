@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, ask_each, ask_names, chosen_sockets
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
 from agent.output import Output, Row, emit, output_option
@@ -29,8 +29,10 @@ def policies(
     With --pod those that are about the pod, with --namespace those of the namespace and those about
     a pod of it, with --node those about a pod of the node.
     """
+    sockets = chosen_sockets(socket_path, lab, run_dir)
+    answers, code = ask_each(sockets, "policies")
     merged: dict[tuple[str, str], Row] = {}
-    for rows in ask_each(chosen_sockets(socket_path, lab, run_dir), "policies"):
+    for rows in answers:
         for row in rows:
             if wanted.node is not None and (row["node"] != wanted.node or not row["pods"]):
                 continue
@@ -41,4 +43,7 @@ def policies(
         {name: value for name, value in merged[key].items() if name != "node"}
         for key in sorted(merged)
     ]
-    emit(Filter(wanted.pod, wanted.namespace).apply(listed), COLUMNS, output)
+    listed = Filter(wanted.pod, wanted.namespace).apply(listed)
+    wanted.check(listed, lambda: ask_names(sockets))
+    emit(listed, COLUMNS, output, "no policies")
+    click.get_current_context().exit(code)

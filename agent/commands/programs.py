@@ -8,7 +8,7 @@ import click
 
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
-from agent.commands.pinned import find_places, pins_options, placed, read_all
+from agent.commands.pinned import find_names, find_places, pins_options, placed, read_all
 from agent.datapath import listing
 from agent.output import Output, emit, output_option
 
@@ -29,4 +29,5 @@ def programs(root: Path | None, lab: str | None, wanted: Filter, output: Output)
     """
     places = find_places(root, lab)
     rows = wanted.apply(read_all(places, listing.list_programs))
-    emit(rows, placed(COLUMNS, places), output)
+    wanted.check(rows, lambda: find_names(places))
+    emit(rows, placed(COLUMNS, places), output, "no programs")

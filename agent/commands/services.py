@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, ask_any, ask_names, chosen_sockets
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
 from agent.output import Output, emit, output_option
@@ -29,6 +30,8 @@ def services(
     With --pod those that lead to the pod, with --namespace those of the namespace and those that
     lead to a pod of it, with --node those that lead to a pod of the node.
     """
-    sockets = chosen_sockets(socket_path, lab, run_dir)[:1]  # every agent knows all of them
-    (rows,) = ask_each(sockets, "services")
-    emit(wanted.apply(rows), COLUMNS, output)
+    sockets = chosen_sockets(socket_path, lab, run_dir)
+    rows = wanted.apply(ask_any(sockets, "services"))
+    wanted.check(rows, lambda: ask_names(sockets))
+    rows.sort(key=itemgetter("service"))
+    emit(rows, COLUMNS, output, "no services")

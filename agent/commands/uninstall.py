@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from agent import uninstall as steps
-from agent.commands.cni import places_options, take_away
+from agent.commands.cni import failed, places_options
 from agent.commands.examples import examples
 from agent.datapath import features, pins
 from agent.discovery.entries import REDIRECTION
@@ -48,7 +48,12 @@ def uninstall(
         click.echo(f"agent {pid} has taken its pods out and ended")
     steps.refuse_if_held(pin_root)
     count = 0
-    for path in take_away(installer.Places(networks, plugins, state, Path())):
+    places = installer.Places(networks, plugins, state, Path())
+    try:
+        files = installer.uninstall(places)
+    except OSError as error:
+        raise failed(error, places) from error
+    for path in files:
         click.echo(f"removed {path}, or what was ours in it")
         count += 1
     for line in steps.uninstall(pin_root, pod_cgroups, run_dir):

@@ -18,14 +18,19 @@ from agent.model.place import parse_place
     help="After which it is an error.",
 )  # fmt: skip
 def wait(daemonset: str, is_to_go: bool, timeout: int) -> None:
-    """Wait until the pods of a DaemonSet are ready on all of its nodes; an error if late."""
+    """Wait until the pods of a DaemonSet are ready on all of its nodes; an error if late.
+
+    Nodes that are not ready themselves are not waited for, but named.
+    """
     namespace, name = parse_place(daemonset, "--daemonset")
     # Here, since only this needs the client's memory.
     from agent.discovery import rollout
 
     if is_to_go:
-        rollout.delete(namespace, name, timeout)
+        away = rollout.delete(namespace, name, timeout)
         click.echo(f"{daemonset} has gone, and its pods have ended")
-        return
-    count = rollout.wait_until_ready(namespace, name, timeout)
-    click.echo(f"{daemonset} is ready on {count} nodes")
+    else:
+        count, away = rollout.wait_until_ready(namespace, name, timeout)
+        click.echo(f"{daemonset} is ready on {count} nodes")
+    if away:
+        click.echo(f"but these nodes are not ready, and were not waited for: {', '.join(away)}")

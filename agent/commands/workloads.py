@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import click
 
-from agent.commands.asking import agent_options, ask_each, chosen_sockets
+from agent.commands.asking import agent_options, ask_any, ask_names, chosen_sockets
 from agent.commands.examples import examples
 from agent.commands.filters import Filter, filter_options
 from agent.output import Output, emit, output_option
@@ -27,6 +28,8 @@ def workloads(
     socket_path: Path | None, lab: str | None, run_dir: Path, wanted: Filter, output: Output
 ) -> None:
     """List the pods that connections may go to, and whether a tunnel leads there (hbone)."""
-    sockets = chosen_sockets(socket_path, lab, run_dir)[:1]  # every agent knows all of them
-    (rows,) = ask_each(sockets, "workloads")
-    emit(wanted.apply(rows), COLUMNS, output)
+    sockets = chosen_sockets(socket_path, lab, run_dir)
+    rows = wanted.apply(ask_any(sockets, "workloads"))
+    wanted.check(rows, lambda: ask_names(sockets))
+    rows.sort(key=itemgetter("workload"))
+    emit(rows, COLUMNS, output, "no workloads")

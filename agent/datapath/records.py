@@ -110,11 +110,13 @@ def service_ports(services: Iterable[Service]) -> ServicePorts:
     """Return what the kernel may connect each port of each service to.
 
     Of the endpoints those of the address's own family, as far as there are some: a socket cannot
-    change its family. A port without an endpoint is left out, and so goes to the agent.
+    change its family. A port without an endpoint is left out, and so goes to the agent; and so do
+    the addresses that lead to endpoints of one's own node, which the agent knows.
     """
     ports: ServicePorts = {}
     for service in services:
-        for address in service.addresses:
+        own = () if service.is_local else service.addresses
+        for address in (*own, *service.balanced):
             for port in service.ports:
                 endpoints = service.endpoints_for(port.port)
                 same = tuple(found for found in endpoints if found[0].version == address.version)

@@ -136,7 +136,7 @@ class DirectorySource:
             parsed = self._parse(path, before.get(path))
             problems += parsed.problems
             # A file that was never good still says what its usable objects say.
-            is_good = not parsed.problems
+            is_good = all(problem.is_partial for problem in parsed.problems)
             good[path] = parsed.objects if is_good else self._good.get(path, parsed.objects)
         self._good = good
         status = self._read_status(problems, before)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_interface
 from typing import TYPE_CHECKING
 
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field
+from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field, read_created
 from agent.model.service import Endpoint, Service, ServicePort
 from agent.model.workload import Workload
 
@@ -143,7 +143,7 @@ def read_service_entry(body: Field, _root_namespace: str) -> ReadService | None:
         selection if selector else None,
         selects_pods=True,
         workloads=workloads,
-        created=metadata.get("creationTimestamp").text(""),
+        created=read_created(metadata),
     )
 
 
@@ -165,17 +165,28 @@ def read_service_selection(spec: Field) -> Selection | None:
     return Selection(selector, tuple(targets))
 
 
-def merge(found: Iterable[tuple[Address, dict[str, int]]]) -> tuple[Endpoint, ...]:
+def build_endpoint(
+    address: Address, ports: Mapping[str, int], node: str = "", *, is_leaving: bool = False
+) -> Endpoint:
+    """Make an endpoint with its ports in order."""
+    return Endpoint(address, tuple(sorted(ports.items())), node, is_leaving)
+
+
+def merge(found: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     """Join endpoints; an address that is there several times is one endpoint."""
-    merged: dict[Address, dict[str, int]] = {}
-    for address, ports in found:
-        merged.setdefault(address, {}).update(ports)
+    merged: dict[Address, Endpoint] = {}
+    for endpoint in found:
+        other = merged.get(endpoint.address)
+        merged[endpoint.address] = endpoint if other is None else _join(other, endpoint)
     return tuple(
-        Endpoint(address, tuple(sorted(ports.items())))
-        for address, ports in sorted(
-            merged.items(), key=lambda item: (item[0].version, item[0].packed)
-        )
+        sorted(merged.values(), key=lambda each: (each.address.version, each.address.packed))
     )
+
+
+def _join(one: Endpoint, other: Endpoint) -> Endpoint:
+    ports = dict(one.ports) | dict(other.ports)
+    is_leaving = one.is_leaving and other.is_leaving
+    return build_endpoint(one.address, ports, one.node or other.node, is_leaving=is_leaving)
 
 
 def unclaimed(workload: Workload, taken: set[Address]) -> Workload | None:
@@ -242,7 +253,7 @@ def _read_endpoints(
     metadata, endpoints = body.get("metadata"), body.get("spec").get("endpoints")
     labels = read_labels(metadata.get("labels"))
     resolution = body.get("spec").get("resolution").text("")
-    found: list[tuple[Address, dict[str, int]]] = []
+    found: list[Endpoint] = []
     workloads = []
     for item in endpoints.items():
         address = _read_address(item)
@@ -250,7 +261,7 @@ def _read_endpoints(
             if resolution == "STATIC":
                 raise item.get("address").wrong(NAME_IN_PLACE_OF_AN_ADDRESS)
             continue
-        found.append((address, selection.ports(_read_ports(item))))
+        found.append(build_endpoint(address, selection.ports(_read_ports(item))))
         account, own = _read_account(item), read_labels(item.get("labels"))
         if _is_hbone(labels, metadata):
             uid = f"ServiceEntry/{namespace}/{name}/{address}"

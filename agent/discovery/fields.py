@@ -2,20 +2,25 @@
 
 Objects come from people's files as well as from an API server, so nothing about their shape is
 taken for granted. Called by the readers of `translate` and `policies`; a WrongField ends there.
+
+What is wrong with a field that an object can do without is excused: the object is used without it,
+and whoever asked for it finds in `excused` what is to be said of it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from ipaddress import ip_address, ip_network
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from agent.model.pod import Address, Network
 
+Found = TypeVar("Found")
 # RFC 1123, as Kubernetes checks names; a uid is free text there, and part of a path here.
 LABEL_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 SUBDOMAIN_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9.]*[a-z0-9])?", re.ASCII)
@@ -33,19 +38,23 @@ class WrongField(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A value of unknown shape with its path; None is an absent field."""
+    """A value of unknown shape with its path; None is an absent field.
+
+    `excused` is what was wrong of the whole object and is left out.
+    """
 
     value: object
     path: str
+    excused: list[WrongField] = field(default_factory=list, compare=False, repr=False)
 
     def get(self, key: str) -> Field:
         """Go to a member; of an absent field every member is absent."""
         path = f"{self.path}[{key}]" if "/" in key else f"{self.path}.{key}".lstrip(".")
         if self.value is None:
-            return Field(None, path)
+            return Field(None, path, self.excused)
         if not isinstance(self.value, dict):
             raise self.wrong("must be a mapping")
-        return Field(self.value.get(key), path)
+        return Field(self.value.get(key), path, self.excused)
 
     def items(self) -> Iterator[Field]:
         """Go through the items of a list; an absent one has none."""
@@ -54,7 +63,7 @@ class Field:
         if not isinstance(self.value, list):
             raise self.wrong("must be a list")
         for index, value in enumerate(self.value):
-            yield Field(value, f"{self.path}[{index}]")
+            yield Field(value, f"{self.path}[{index}]", self.excused)
 
     def members(self) -> Iterator[tuple[object, Field]]:
         """Go through the members of a mapping; an absent one has none."""
@@ -63,7 +72,15 @@ class Field:
         if not isinstance(self.value, dict):
             raise self.wrong("must be a mapping")
         for key, value in self.value.items():
-            yield key, Field(value, f"{self.path}[{key}]")
+            yield key, Field(value, f"{self.path}[{key}]", self.excused)
+
+    def excuse(self, read: Callable[[Field], Found], default: Found) -> Found:
+        """Read what the object can do without: where it is wrong, `default` takes its place."""
+        try:
+            return read(self)
+        except WrongField as wrong:
+            self.excused.append(wrong)
+            return default
 
     def only(self, *names: str) -> None:
         """Refuse members with other names."""
@@ -140,3 +157,12 @@ class Field:
     def wrong(self, detail: str) -> WrongField:
         """Make the error that names this field."""
         return WrongField(self.path or "object", detail)
+
+
+def read_created(metadata: Field) -> str:
+    """Read when an object was made, in UTC as the API server writes it; empty if nobody says."""
+    created = metadata.get("creationTimestamp")
+    if isinstance(created.value, datetime):  # YAML reads one without quotes so
+        moment = created.value if created.value.tzinfo else created.value.replace(tzinfo=UTC)
+        return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return created.text("")

@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from agent.discovery.entries import merge, unclaimed
+from agent.discovery.entries import build_endpoint, merge, unclaimed
+from agent.model.age import age
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from agent.discovery.entries import EntryWorkload, ReadService
-    from agent.model.pod import Address
-    from agent.model.service import Service
+    from agent.model.service import Endpoint, Service
     from agent.model.workload import Workload
 
     ServiceKey = tuple[str, str]
@@ -33,7 +33,7 @@ class Slice:
     """A part of the endpoints of a Service."""
 
     service: ServiceKey
-    endpoints: dict[Address, dict[str, int]]
+    endpoints: tuple[Endpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Joiner:
         """Return the workloads that are no pods, and all services; `pods` hold their addresses."""
         services = {named: self._join(named, read) for named, read in self._services.items()}
         entries = sorted(
-            (self._services[named].created, named)
+            (age(self._services[named].created), named)
             for named, service in services.items()
             if service.kind == "ServiceEntry"
         )
@@ -122,10 +122,10 @@ class Joiner:
             address
             for service in services.values()
             if service.kind == "Service"
-            for address in service.addresses
+            for address in (*service.addresses, *service.balanced)
         )
         outside = [workload for each in claims if (workload := unclaimed(each, taken)) is not None]
-        for _created, named in entries:
+        for _age, named in entries:
             service = services[named]
             addresses = tuple(each for each in service.addresses if each not in taken)
             taken.update(addresses)
@@ -164,13 +164,12 @@ class Joiner:
             joined = self._joined[named] = replace(read.service, endpoints=endpoints)
         return joined
 
-    def _endpoints_of(self, read: ReadService) -> Iterator[tuple[Address, dict[str, int]]]:
+    def _endpoints_of(self, read: ReadService) -> Iterator[Endpoint]:
         service = read.service
-        for endpoint in service.endpoints:
-            yield endpoint.address, dict(endpoint.ports)
+        yield from service.endpoints
         if service.kind == "Service":
             for part in self._slices_of.get((service.namespace, service.name), {}).values():
-                yield from part.endpoints.items()
+                yield from part.endpoints
         if read.selection is None:
             return
         space = self._spaces[service.namespace]
@@ -182,7 +181,7 @@ class Joiner:
         for workload, ports in found:
             if read.selection.labels <= workload.labels:
                 for address in workload.addresses:
-                    yield address, read.selection.ports(ports)
+                    yield build_endpoint(address, read.selection.ports(ports))
 
 
 def _named_service(key: ServiceKey) -> str:

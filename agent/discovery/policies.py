@@ -3,6 +3,8 @@
 Meaning and corner cases are Istio's; where its code and its pages differ, and where we are
 stricter, docs/decisions/0008-policies-fail-safe.md says what was chosen. A field that is not
 known is an error: a policy with a slip of the pen would otherwise do something else than it says.
+A rule that cannot be read is left out, and the policy is in force without it: an ALLOW that is not
+there at all would let everybody in.
 
 An attribute of HTTP cannot be seen on L4. A rule of an ALLOW that has one never matches; in a DENY
 it is left out, and so is a whole clause of which nothing else would remain. Either way less gets
@@ -11,11 +13,11 @@ through than the policy says, and a warning says so.
 
 from __future__ import annotations
 
-from datetime import datetime
+from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING
 
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field
+from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, Field, read_created
 from agent.model.condition import Attribute, Term, network_set, port_set, text_set
 from agent.model.policy import (
     Action,
@@ -49,6 +51,7 @@ REFUSED_ACTIONS = {
 L7_SOURCE = ("requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks")
 L7_OPERATION = ("hosts", "notHosts", "methods", "notMethods", "paths", "notPaths")
 L7_CONDITIONS = ("request.", "remote.ip", "connection.sni", "experimental.")
+NO_RULES: tuple[Rule, ...] = ()
 UNSEEN = "is an attribute of HTTP, which is not seen here"
 
 
@@ -127,21 +130,22 @@ def read_authorization_policy(body: Field, root_namespace: str) -> Policy:
     if targets and spec.get("selector").value is not None:
         raise spec.get("selector").wrong("cannot be used beside targetRefs")
     reader = _RuleReader(Action(word), key.namespace)
-    rules = [reader.read(index, rule) for index, rule in enumerate(spec.get("rules").items())]
-    kept = tuple(rule for rule in rules if rule is not None)
-    warnings = reader.warnings
+    rules = spec.get("rules").excuse(reader.read_all, NO_RULES)
+    warnings = [f"{each.path}: {each.detail}, and is left out" for each in body.excused]
+    warnings += reader.warnings
+    verb = "allows" if word == Action.ALLOW else "denies"
     if targets:
         shown = ", ".join(targets)
         warnings = [f"spec.targetRefs: a waypoint of {shown} enforces it, the pods here do not"]
-    elif rules and not kept:
-        warnings.append("spec.rules: none is left, so this policy allows nothing")
+    elif spec.get("rules").value and not rules:
+        warnings.append(f"spec.rules: none is left, so this policy {verb} nothing")
     elif not rules and word == Action.DENY:
         warnings.append("spec.rules: there is none, so this policy denies nothing")
     return Policy(
         key,
         Action(word),
         _read_scope(body, key, root_namespace),
-        kept,
+        rules,
         is_dry_run=_read_dry_run(body.get("metadata").get("annotations").get(DRY_RUN)),
         targets=targets,
         warnings=tuple(warnings),
@@ -165,11 +169,17 @@ def read_peer_authentication(body: Field, root_namespace: str) -> PeerAuthentica
         if port_mode is not None:
             ports.append((port, port_mode))
     if ports and not scope.selector:
-        raise by_port.wrong("needs a selector: ports differ by workload")
+        warnings.append(f"{by_port.path}: is left out: it needs a selector, as ports differ by pod")
+        ports.clear()
     if scope.selector and not scope.namespace:
         warnings.append("spec.selector: in the root namespace a policy that selects has no effect")
     return PeerAuthentication(
-        key, scope, mode, tuple(sorted(ports)), _read_created(body), tuple(warnings)
+        key,
+        scope,
+        mode,
+        tuple(sorted(ports)),
+        read_created(body.get("metadata")),
+        tuple(warnings),
     )
 
 
@@ -219,13 +229,6 @@ def _read_mode(mtls: Field, warnings: list[str]) -> Mode | None:
     return Mode(word)
 
 
-def _read_created(body: Field) -> str:
-    created = body.get("metadata").get("creationTimestamp")
-    if isinstance(created.value, datetime):  # YAML reads one without quotes so
-        return created.value.isoformat()
-    return created.text("")
-
-
 class _RuleReader:
     """Reads the rules of one policy and collects its warnings."""
 
@@ -234,7 +237,15 @@ class _RuleReader:
         self._namespace = namespace
         self.warnings: list[str] = []
 
-    def read(self, position: int, rule: Field) -> Rule | None:
+    def read_all(self, rules: Field) -> tuple[Rule, ...]:
+        """Read the rules that can be read and can match."""
+        found = [
+            rule.excuse(partial(self._read, position), None)
+            for position, rule in enumerate(rules.items())
+        ]
+        return tuple(rule for rule in found if rule is not None)
+
+    def _read(self, position: int, rule: Field) -> Rule | None:
         """Read one rule; None if it can never match."""
         if rule.value is None:
             raise rule.wrong("must be a mapping; {} stands for everything")
@@ -287,14 +298,23 @@ class _RuleReader:
         return Clause(clause.field_name, tuple(matches)) if all(matches) else None
 
     def _read_term(self, field: Field, attribute: Attribute, read: Read, name: str) -> Term:
-        items = [*field.items()]
+        items, is_negated = [*field.items()], name.startswith("not")
+        if self._action is Action.DENY:
+            # The others are denied as written, and who is no exception any more is denied as well.
+            items = [item for item in items if item.excuse(partial(self._can_read, read), False)]
+            if not items and not is_negated:
+                raise field.wrong("has no value that can be used")
         if attribute is Attribute.PRINCIPAL:
             self.warnings += [
                 f"{item.path}: never matches: a principal is written without spiffe://"
                 for item in items
                 if item.text().startswith("spiffe://")
             ]
-        return Term(attribute, read(items, self._namespace), name.startswith("not"))
+        return Term(attribute, read(items, self._namespace), is_negated)
+
+    def _can_read(self, read: Read, item: Field) -> bool:
+        read([item], self._namespace)
+        return True
 
     def _read_condition(self, item: Field, unseen: list[Field]) -> Clause | None:
         item.only("key", "values", "notValues")

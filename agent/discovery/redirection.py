@@ -2,6 +2,7 @@
 
 A merge patch of pods/status, so the agent needs no right to change a pod. Its uid goes along: a pod
 that took over the name is not touched. What cannot be written is tried again, each pod for itself.
+What is ordered once more was taken away by somebody else, and is written once more.
 
 Called by `kubernetes`; the writing is done in a thread, and nobody waits for it.
 """
@@ -26,6 +27,9 @@ NOT_FOUND, CONFLICT = 404, 409
 CONFLICTS_OF_A_UID = 2
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 30.0
+# Until then a state that lacks what was written may only be late. Also keeps the peace with whoever
+# takes it away again and again.
+LATENESS_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class _Order:
     redirection: str | None
     due: float = 0.0
     failures: int = 0
+    is_repeated: bool = False  # of what is written already, as far as we know
 
 
 class RedirectionWriter(threading.Thread):
@@ -44,7 +49,7 @@ class RedirectionWriter(threading.Thread):
         super().__init__(name="redirection", daemon=True)
         self._api = api
         self._orders: dict[str, _Order] = {}
-        self._written: dict[str, str] = {}
+        self._written: dict[str, tuple[str, float]] = {}  # and when
         self._changed = threading.Condition()
         self._is_closed = False
 
@@ -52,19 +57,22 @@ class RedirectionWriter(threading.Thread):
         """Order the annotation to be written; None takes it away."""
         with self._changed:
             order = self._orders.get(uid)
-            if order is None:
-                if redirection is not None and redirection == self._written.get(uid):
-                    return
-            elif order.redirection == redirection:
+            if order is not None and order.redirection == redirection:
                 return
-            # Also if it is what was written last: the order before may be under way.
-            self._orders[uid] = _Order(namespace, name, redirection)
+            new = self._orders[uid] = _Order(namespace, name, redirection)
+            written = self._written.get(uid)
+            # Not if there is another order: that one may be under way.
+            if order is None and written is not None and written[0] == redirection:
+                new.is_repeated = True
+                new.due = written[1] + LATENESS_SECONDS
             self._changed.notify_all()
 
     def close(self, patience_seconds: float) -> None:
         """End when all is written, or the time is up."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._orders, patience_seconds)
+            self._changed.wait_for(
+                lambda: all(order.is_repeated for order in self._orders.values()), patience_seconds
+            )
             self._is_closed = True
             self._changed.notify_all()
 
@@ -101,7 +109,7 @@ class RedirectionWriter(threading.Thread):
             if redirection is None:
                 self._written.pop(uid, None)
             else:
-                self._written[uid] = redirection
+                self._written[uid] = redirection, time.monotonic()
             if self._orders.get(uid) is order:
                 del self._orders[uid]
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Say in the log which objects cannot be used, each once."""
+"""Say in the log which objects cannot be used, in whole or in part, each once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def log_problems(before: Iterable[ObjectProblem], now: Iterable[ObjectProblem]) 
     for problem in now:
         if str(problem) not in known:
             log.warning(
-                "object cannot be used; the last good state stays in force",
+                "part of an object cannot be used; the rest of it is in force"
+                if problem.is_partial
+                else "object cannot be used; the last good state stays in force",
                 extra={
                     "file": problem.file,
                     "object": problem.named,

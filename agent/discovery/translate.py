@@ -11,8 +11,9 @@
 
 Other kinds are not read. An object that cannot be used is left out and becomes a problem
 that names file, object, field and reason; it never disturbs another object. Whoever calls
-decides what stays in force instead. Names are checked, because they become parts of
-identities and of paths.
+decides what stays in force instead. One that can do without what is wrong with it is used,
+and is a problem in part. Names are checked, because they become parts of identities and of
+paths.
 """
 
 from __future__ import annotations
@@ -25,12 +26,20 @@ from agent.discovery.entries import REDIRECTION as REDIRECTION
 from agent.discovery.entries import (
     EntryWorkload,
     ReadService,
+    build_endpoint,
     read_labels,
     read_service_entry,
     read_service_selection,
     read_workload_entry,
 )
-from agent.discovery.fields import LABEL_NAME, SUBDOMAIN_NAME, UID, Field, WrongField
+from agent.discovery.fields import (
+    LABEL_NAME,
+    SUBDOMAIN_NAME,
+    UID,
+    Field,
+    WrongField,
+    read_created,
+)
 from agent.discovery.joining import Joiner, Slice
 from agent.discovery.ownership import read_owner
 from agent.discovery.policies import (
@@ -39,7 +48,7 @@ from agent.discovery.policies import (
     read_peer_authentication,
 )
 from agent.errors import ManifestError
-from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
+from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules, Refusal
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.policy import NO_LABELS, PeerAuthentication, Policy
 from agent.model.service import Service, ServicePort
@@ -64,6 +73,7 @@ STATIC_UID = re.compile("[0-9a-f]{32}", re.ASCII)
 EXCLUDE_OUTBOUND_PORTS = "traffic.sidecar.istio.io/excludeOutboundPorts"
 EXCLUDE_OUTBOUND_NETWORKS = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
 EXCLUDE_INBOUND_PORTS = "traffic.sidecar.istio.io/excludeInboundPorts"
+NO_PORTS: frozenset[int] = frozenset()
 # On a pod, or on the root namespace for the whole cluster.
 NETWORK = "topology.istio.io/network"
 CLUSTER_KINDS = ("Namespace", "Node")  # which are in no namespace themselves
@@ -93,14 +103,17 @@ class Translation:
 
 
 class ObjectProblem(ManifestError):
-    """One object that cannot be used, with the parts of its message."""
+    """One object that cannot be used, or in part not, with the parts of its message."""
 
-    def __init__(self, file: str, named: str, path: str, detail: str) -> None:
+    def __init__(
+        self, file: str, named: str, path: str, detail: str, *, is_partial: bool = False
+    ) -> None:
         super().__init__(f"{file}: {named}: {path}: {detail}")
         self.file = file
         self.named = named
         self.path = path
         self.detail = detail
+        self.is_partial = is_partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +160,16 @@ class Translator:
         self._services = Joiner()
         self._policies: dict[str, AnyPolicy] = {}
         # What need not be worked out again, by the objects that it came from.
-        self._local_pods: dict[str, tuple[_Namespace, LocalPod | None]] = {}
+        self._local_pods: dict[str, tuple[_Namespace, LocalPod | Refusal]] = {}
         self.changes = 0  # of what is known: a Node that says again what it said makes none
 
     def put(self, source: SourcedObject, *, is_new: bool = False) -> ObjectProblem | None:
         """Take an object in place of what is known of it, unless it should be new.
 
         Return the problem of one that cannot be used: what it said before then stays in force,
-        but not what another object of this name said that is gone by now.
+        but not what another object of this name said that is gone by now. Of one that can be
+        used in part, what can be used is in force, whatever it said before: nothing depends on
+        what this agent has seen.
         """
         body = Field(source.body, "")
         named = describe(source.body)
@@ -179,7 +194,10 @@ class Translator:
             self.changes += 1
             self._keep(named, found)
         self._origins[named] = (source.file, _uid_of(source.body))
-        return None
+        if not body.excused:
+            return None
+        first = body.excused[0]
+        return ObjectProblem(source.file, named, first.path, first.detail, is_partial=True)
 
     def remove(self, named: str) -> None:
         """Forget an object, if it is known; `named` is what `describe` says of it."""
@@ -233,12 +251,15 @@ class Translator:
         pods = sorted(self._pods.items(), key=_by_uid)
         local_pods: dict[str, list[LocalPod]] = {}
         starting = []
+        refusals: dict[str, Refusal] = {}
         for named, pod in pods:
-            local = self._local_pod(named, pod)
+            judged = self._local_pod(named, pod)
+            if isinstance(judged, Refusal):
+                refusals[pod.uid] = judged
             if not pod.workload.addresses:
-                starting.append(StartingPod(pod.workload, local))
-            elif local is not None:
-                local_pods.setdefault(pod.workload.node, []).append(local)
+                starting.append(StartingPod(pod.workload, _wanted(judged)))
+            elif not isinstance(judged, Refusal):
+                local_pods.setdefault(pod.workload.node, []).append(judged)
         own = self._own_network()
         workloads = tuple(
             replace(pod.workload, network="") if pod.workload.network == own else pod.workload
@@ -252,6 +273,7 @@ class Translator:
             local_pods={node: tuple(group) for node, group in sorted(local_pods.items())},
             policies=tuple(sorted(self._policies.values(), key=lambda policy: policy.key)),
             starting=tuple(starting),
+            refusals=refusals,
         )
 
     def _own_network(self) -> str | None:
@@ -272,12 +294,12 @@ class Translator:
         if pod is None or namespace is None:
             return None
         placed = pod.at(self._locality(pod))
-        return StartingPod(placed.workload, self._judge(pod, namespace))
+        return StartingPod(placed.workload, _wanted(self._judge(pod, namespace)))
 
     def _locality(self, pod: _Pod) -> Locality:
         return self._localities.get(f"Node {pod.workload.node}", NOWHERE)
 
-    def _local_pod(self, named: str, pod: _Pod) -> LocalPod | None:
+    def _local_pod(self, named: str, pod: _Pod) -> LocalPod | Refusal:
         namespace = self._namespaces.get(f"Namespace {pod.local.namespace}", NO_NAMESPACE)
         known = self._local_pods.get(named)
         if known is not None and known[0] is namespace:
@@ -286,15 +308,20 @@ class Translator:
         self._local_pods[named] = (namespace, local)
         return local
 
-    def _judge(self, pod: _Pod, namespace: _Namespace) -> LocalPod | None:
-        if pod.has_sidecar or not self._rules.wants(
-            pod.local.namespace, pod.workload.labels, namespace.labels
-        ):
-            return None
+    def _judge(self, pod: _Pod, namespace: _Namespace) -> LocalPod | Refusal:
+        if pod.has_sidecar:
+            return Refusal.SIDECAR
+        refusal = self._rules.refusal(pod.local.namespace, pod.workload.labels, namespace.labels)
+        if refusal is not None:
+            return refusal
         word = pod.may_go_direct
         if word is None:
             word = namespace.may_go_direct
         return replace(pod.local, may_go_direct=word is not False)
+
+
+def _wanted(judged: LocalPod | Refusal) -> LocalPod | None:
+    return None if isinstance(judged, Refusal) else judged
 
 
 def translate(
@@ -336,8 +363,9 @@ def _by_uid(item: tuple[str, _Pod]) -> str:
 def _read_namespace(body: Field, _root_namespace: str) -> _Namespace:
     metadata = body.get("metadata")
     metadata.get("name").name(LABEL_NAME)
+    direct_path = metadata.get("annotations").get(DIRECT_PATH)
     return _Namespace(
-        read_labels(metadata.get("labels")), _read_direct_path(metadata.get("annotations"))
+        read_labels(metadata.get("labels")), direct_path.excuse(_read_direct_path, None)
     )
 
 
@@ -348,8 +376,7 @@ def _read_node(body: Field, _root_namespace: str) -> Locality:
     return Locality(labels.get(REGION_LABEL).text(""), labels.get(ZONE_LABEL).text(""))
 
 
-def _read_direct_path(annotations: Field) -> bool | None:
-    entry = annotations.get(DIRECT_PATH)
+def _read_direct_path(entry: Field) -> bool | None:
     if entry.text("") not in DIRECT_PATH_WORDS:
         raise entry.wrong(f"must be enabled or disabled, not {entry.value!r}")
     return DIRECT_PATH_WORDS[entry.text("")]
@@ -372,6 +399,7 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         return None
     addresses = _read_pod_addresses(status)
     labels = read_labels(metadata.get("labels"))
+    is_leaving = metadata.get("deletionTimestamp").value is not None
     workload = Workload(
         uid=uid,
         namespace=namespace,
@@ -383,6 +411,8 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         labels=labels,
         network=dict(labels).get(NETWORK, ""),
         owner=read_owner(metadata),
+        created=metadata.excuse(read_created, ""),
+        is_leaving=is_leaving,
     )
     local = LocalPod(
         uid=uid,
@@ -391,17 +421,16 @@ def _read_pod(body: Field, _root_namespace: str) -> _Pod | None:
         service_account=account,
         addresses=addresses,
         exclusions=Exclusions(
-            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).ports(),
-            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).networks(),
-            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).ports(),
+            outbound_ports=annotations.get(EXCLUDE_OUTBOUND_PORTS).excuse(Field.ports, NO_PORTS),
+            outbound_networks=annotations.get(EXCLUDE_OUTBOUND_NETWORKS).excuse(Field.networks, ()),
+            inbound_ports=annotations.get(EXCLUDE_INBOUND_PORTS).excuse(Field.ports, NO_PORTS),
         ),
         bypasses_inbound=_read_word(annotations.get(BYPASS_INBOUND)) is True,
         dns_capture=_read_word(annotations.get(DNS_CAPTURE)),
         node_uid=_read_node_uid(annotations.get(MIRROR)),
     )
-    may_go_direct = _read_direct_path(annotations)
+    may_go_direct = annotations.get(DIRECT_PATH).excuse(_read_direct_path, None)
     has_sidecar = annotations.get(SIDECAR_STATUS).value is not None
-    is_leaving = metadata.get("deletionTimestamp").value is not None
     is_ready = not is_leaving and _read_is_ready(status)
     if not node:
         return None
@@ -437,7 +466,7 @@ def _read_pod_addresses(status: Field) -> tuple[Address, ...]:
 
 
 def _read_service(body: Field, _root_namespace: str) -> ReadService:
-    metadata, spec = body.get("metadata"), body.get("spec")
+    metadata, spec, status = body.get("metadata"), body.get("spec"), body.get("status")
     namespace = metadata.get("namespace").name(LABEL_NAME, "default")
     name = metadata.get("name").name(SUBDOMAIN_NAME)
     clusters = [*spec.get("clusterIPs").items()] or [spec.get("clusterIP")]
@@ -447,7 +476,14 @@ def _read_service(body: Field, _root_namespace: str) -> ReadService:
         if item.get("protocol").text("TCP") == "TCP"
     )
     addresses = tuple(item.address() for item in clusters if item.text("") not in {"", "None"})
-    service = Service(namespace, name, addresses, ports, ())
+    # What goes to one in mode Proxy goes there (KEP-1860); one may also have a name alone.
+    balanced = tuple(
+        item.get("ip").address()
+        for item in status.get("loadBalancer").get("ingress").items()
+        if item.get("ip").text("") and item.get("ipMode").text("VIP") != "Proxy"
+    )
+    is_local = spec.get("internalTrafficPolicy").text("Cluster") == "Local"
+    service = Service(namespace, name, addresses, ports, (), balanced=balanced, is_local=is_local)
     return ReadService(service, read_service_selection(spec))
 
 
@@ -464,13 +500,23 @@ def _read_endpoint_slice(body: Field, _root_namespace: str) -> Slice | None:
         for item in body.get("ports").items()
         if item.get("protocol").text("TCP") == "TCP" and item.get("port").value is not None
     }
-    endpoints = {
-        address.address(): ports
+    endpoints = tuple(
+        build_endpoint(
+            address.address(), ports, item.get("nodeName").text(""), is_leaving=not is_ready
+        )
         for item in body.get("endpoints").items()
-        if item.get("conditions").get("ready").flag(default=True)
+        for conditions in (item.get("conditions"),)
+        for is_ready in (conditions.get("ready").flag(default=True),)
+        if is_ready or _is_leaving(conditions)
         for address in item.get("addresses").items()
-    }
+    )
     return Slice((namespace, service), endpoints)
+
+
+def _is_leaving(conditions: Field) -> bool:
+    """Tell whether what is not ready is so because it is to end, and still serves."""
+    serving, terminating = conditions.get("serving"), conditions.get("terminating")
+    return serving.flag(default=False) and terminating.flag(default=False)
 
 
 _Read = (

@@ -2,7 +2,7 @@
 
     chain, validity   by OpenSSL during the handshake; `explain` gives its refusals our names
     everything else   here, from the certificate's own bytes: it is no CA's, its key may sign, it is
-                      meant for the peer's part, it names exactly one SPIFFE id and nothing else
+                      meant for the peer's part, its only URI is a SPIFFE id
     a server asks     is the trust domain ours, or an alias of it?
     a client asks     is it the identity of the workload that I dial?
 
@@ -99,16 +99,18 @@ def verify_peer(certificate: bytes | None, part: Part, revoked: Set[bytes], now:
     found = fingerprint(facts.issuer, facts.serial)
     if found in revoked:
         raise PeerRevoked(f"the peer's certificate {facts.serial:x} is revoked")
-    return Peer(_only_name(facts), facts.serial, facts.not_after, found)
+    return Peer(_only_uri(facts), facts.serial, facts.not_after, found)
 
 
-def _only_name(facts: CertificateFacts) -> SpiffeId:
-    # SPIFFE X.509-SVID §2: exactly one URI; other kinds of names are for other protocols.
-    if len(facts.names) != 1 or facts.names[0][0] != "URI":
+def _only_uri(facts: CertificateFacts) -> SpiffeId:
+    # SPIFFE X.509-SVID §2: exactly one URI. Names of other kinds, which SPIRE gives out where it is
+    # asked to, are for other protocols.
+    found = [name for kind, name in facts.names if kind == "URI"]
+    if len(found) != 1:
         shown = ", ".join(f"{kind}:{name}" for kind, name in facts.names) or "nothing"
         raise PeerNames(f"the peer's certificate names {shown}, not one SPIFFE id")
     try:
-        return parse_spiffe_id(facts.names[0][1])
+        return parse_spiffe_id(found[0])
     except ValueError as error:
         raise PeerNames(str(error)) from error
 

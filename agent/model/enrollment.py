@@ -71,6 +71,17 @@ NOT_NONE = Requirement(MODE_LABEL, Operator.NOT_IN, frozenset({"none"}))
 DEFAULT_PAIRS = (SelectorPair(of_pod=(AMBIENT,)), SelectorPair((NOT_NONE,), (AMBIENT,)))
 
 
+class Refusal(StrEnum):
+    """Why a pod takes no part, as people are told."""
+
+    NAMESPACE = "its namespace is excluded from the mesh"
+    OWN = "it is one of the mesh's own pods"
+    SIDECAR = "it has a sidecar of another mesh"
+    NOT_LABELED = f"neither its label {MODE_LABEL} nor that of its namespace says ambient"
+    OPTED_OUT = f"its label {MODE_LABEL} says none"
+    NOT_SELECTED = "no selector of this installation holds for its labels and its namespace's"
+
+
 @dataclass(frozen=True, slots=True)
 class EnrollmentRules:
     """What an operator decides about who takes part."""
@@ -79,13 +90,19 @@ class EnrollmentRules:
     excluded_namespaces: frozenset[str] = frozenset({"kube-system"})
     own_namespace: str = OWN_NAMESPACE
 
-    def wants(self, namespace: str, pod_labels: Labels, namespace_labels: Labels) -> bool:
-        """Tell whether a pod of `namespace` takes part."""
+    def refusal(
+        self, namespace: str, pod_labels: Labels, namespace_labels: Labels
+    ) -> Refusal | None:
+        """Tell why a pod of `namespace` takes no part; None if it does."""
         if namespace in self.excluded_namespaces:
-            return False
+            return Refusal.NAMESPACE
         if namespace == self.own_namespace and OWN_LABEL in pod_labels:
-            return False
-        return any(pair.holds(pod_labels, namespace_labels) for pair in self.pairs)
+            return Refusal.OWN
+        if any(pair.holds(pod_labels, namespace_labels) for pair in self.pairs):
+            return None
+        if self.pairs != DEFAULT_PAIRS:
+            return Refusal.NOT_SELECTED
+        return Refusal.NOT_LABELED if NOT_NONE.holds(pod_labels) else Refusal.OPTED_OUT
 
 
 DEFAULT_RULES = EnrollmentRules()

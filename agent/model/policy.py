@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
+from agent.model.age import age
+
 if TYPE_CHECKING:
     from agent.model.condition import Facts, Term
 
@@ -158,8 +160,8 @@ class PeerAuthentication:
 
     @property
     def age(self) -> tuple[bool, str, str]:
-        """Sort by this for the oldest first; one that does not tell its age is the youngest."""
-        return (not self.created, self.created, self.key.name)
+        """Sort by this for the oldest first."""
+        return (*age(self.created), self.key.name)
 
     def mode_at(self, port: int) -> Mode | None:
         """Return what it says of a port."""

@@ -14,6 +14,8 @@ from agent.model.identity import SpiffeId
 from agent.model.policy import NO_LABELS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from agent.model.pod import Address
     from agent.model.policy import Labels
 
@@ -48,7 +50,29 @@ class Workload:
     owner: str = ""  # the Deployment, Job or the like that made the pod; empty if nothing did
     locality: Locality = NOWHERE  # of its node
     network: str = ""
+    created: str = ""  # in UTC as Kubernetes writes it; empty if nobody says
+    is_leaving: bool = False  # its deletion was asked for
+
+    @property
+    def claim(self) -> tuple[bool, bool, str, str]:
+        """Compare by this those that have one address: the greatest counts.
+
+        Who leaves may have given it away already. Of the others who is captured: a claim that is
+        out of date must not make plaintext of a tunnel. Then the newest.
+        """
+        return not self.is_leaving, self.is_hbone, self.created, self.uid
 
     def identity(self, trust_domain: str) -> SpiffeId:
         """Name the identity that the workload must prove."""
         return SpiffeId(trust_domain, self.namespace, self.service_account)
+
+
+def owners(workloads: Iterable[Workload]) -> dict[Address, Workload]:
+    """Return who has each address."""
+    found: dict[Address, Workload] = {}
+    for workload in workloads:
+        for address in workload.addresses:
+            other = found.get(address)
+            if other is None or other.claim < workload.claim:
+                found[address] = workload
+    return found

@@ -1,31 +1,34 @@
 """Why a connection goes where it goes: path, verdict, who decides, and what would change it. Pure.
 
-    source     destination   path           judged
-    enrolled   enrolled      tunnel         at the destination, with the source's identity
-    enrolled   enrolled      direct         the same, two pods of one node, from the second on
-    other      enrolled      plaintext      at the destination, without an identity
-    any        other         passthrough    not at all
+    source     destination   path           listed as   judged
+    enrolled   enrolled      tunnel         hbone       at the destination, with source's identity
+    enrolled   enrolled      direct         direct      the same: on one node, from the second on
+    other      enrolled      plaintext      plaintext   at the destination, without an identity
+    any        other         passthrough    tcp         not at all
 
 `denied` stands for the path if the connection does not come to be. Exclusions and a pod's
-connection to itself bypass the mesh. Called for `sidestep explain`; reads the same rulebook as
-enforcement.
+connection to itself bypass the mesh. Connections, logs and metrics list what passed an agent, so a
+passthrough only if an enrolled pod connects. Called for `sidestep explain`; reads the same rulebook
+as enforcement.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import ip_address
+from functools import partial
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Literal
 
 from agent.errors import NameUnknown
 from agent.model.capture import LISTENER_PORTS
 from agent.model.condition import Connection
 from agent.model.endpoint import endpoint
+from agent.model.enrollment import MODE_LABEL, Refusal
 from agent.model.policy import Action, PeerAuthentication, Policy
 from agent.model.verdict import Basis, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Mapping, Set
 
     from agent.model.identity import SpiffeId
     from agent.model.pod import Address, Exclusions, LocalPod
@@ -35,12 +38,14 @@ if TYPE_CHECKING:
     from agent.state.store import Snapshot
 
 Path = Literal["tunnel", "direct", "plaintext", "passthrough", "denied"]
-MODE_HINT = "label it istio.io/dataplane-mode: ambient"
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One connection explained; `verdict` None means that nobody judges it."""
+    """One connection explained; `verdict` None means that no policy is asked.
+
+    The identities are those that the ends have; `is_proved` says whether each learns the other's.
+    """
 
     source: str
     destination: str
@@ -49,25 +54,28 @@ class Explanation:
     verdict: Verdict | None = None
     source_identity: SpiffeId | None = None
     destination_identity: SpiffeId | None = None
+    is_proved: bool = False
     to_change: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def row(self) -> dict[str, object]:
         """Return it as plain values, for an answer or a listing."""
-        verdict = self.verdict
-        word = None if verdict is None else "allow" if verdict.is_allowed else "deny"
+        verdict, is_denied = self.verdict, self.path == "denied"
+        word = "deny" if is_denied else "allow" if verdict else None
+        explained = str(verdict) if verdict else f"denied: {self.reason}" if is_denied else None
         return {
             "source": self.source,
             "destination": self.destination,
             "path": self.path,
             "verdict": word,
             "decided_by": verdict.decided_by if verdict else None,
-            "explained": str(verdict) if verdict else None,
+            "explained": explained,
             "reason": self.reason,
             "source_identity": str(self.source_identity) if self.source_identity else None,
             "destination_identity": (
                 str(self.destination_identity) if self.destination_identity else None
             ),
+            "identities_proved": self.is_proved,
             "dry_run": str(verdict.would_be) if verdict and verdict.would_be else None,
             "to_change": list(self.to_change),
             "warnings": list(self.warnings),
@@ -120,14 +128,20 @@ class Explainer:
         trust_domain: str,
         common: Exclusions,
         has_direct_path: bool,
+        unenrolled: Mapping[str, str],
         unguarded: Set[str] = frozenset(),
     ) -> None:
-        """Explain by a state; `unguarded` are the uids of pods that take no direct path for it."""
+        """Explain for one agent, which knows more of the pods of its node, by uid.
+
+        `unenrolled` says of those that are not enrolled how they fare; `unguarded` are those that
+        take no direct path for it.
+        """
         self._snapshot = snapshot
         self._rulebook = rulebook
         self._trust_domain = trust_domain
         self._common = common
         self._has_direct_path = has_direct_path
+        self._unenrolled = unenrolled
         self._unguarded = unguarded
         self._pods = {pod.uid: pod for pods in snapshot.local_pods.values() for pod in pods}
 
@@ -135,12 +149,18 @@ class Explainer:
         """Explain a connection; one row for each endpoint if the destination is a service.
 
         Raises:
-            NameUnknown: a name is of no pod and no service, or of several.
+            NameUnknown: a name is of no pod and no service, or of several; or none is of a pod.
         """
-        origins = self._find_ends(source)
+        origins = self._find_ends(_unmapped(source))
+        destination = _unmapped(destination)
         service = self._find_service(destination)
         if service is None:
             ends = self._find_ends(destination)
+            if origins[0].workload is None and ends[0].workload is None:
+                raise NameUnknown(
+                    f"neither {source} nor {destination} is the address of a pod that this agent "
+                    "knows: the mesh has no part in what they say to each other"
+                )
             asked = _Asked((ends[0].address,), port)
             return [self._explain(_facing(origins, ends[0]), ends[0], port, asked)]
         targets = service.endpoints_for(port)
@@ -181,7 +201,8 @@ class Explainer:
             raise NameUnknown(
                 f"{name} is the name of several pods: {shown}"
                 if found
-                else f"{name} is no pod, no service and no address that this agent knows"
+                else f"{name} is no pod, no service and no address that this agent knows; pods on "
+                "the host's network, and those that have ended, are of no mesh"
             )
         (workload,) = found
         pod = self._pods.get(workload.uid)
@@ -211,40 +232,44 @@ class Explainer:
 
     def _explain(self, source: _End, destination: _End, port: int, asked: _Asked) -> Explanation:
         target = destination.workload
-        named = f"{destination} {endpoint(str(destination.address), port)}"
+        unjudged = partial(
+            Explanation,
+            str(source),
+            _named(destination, port),
+            source_identity=self._identity(source),
+            destination_identity=self._identity(destination),
+        )
+        if destination.address.is_loopback or destination.address.is_unspecified:
+            return unjudged("passthrough", f"{destination} stays inside the pod")
         is_itself = target is not None and target == source.workload
         if is_itself and destination.address in asked.addresses:  # not by a service
-            reason = "a pod's connection to itself stays inside the pod"
-            return Explanation(str(source), named, "passthrough", reason)
+            return unjudged("passthrough", "a pod's connection to itself stays inside the pod")
         network = source.workload.network if source.workload else ""
         if target is not None and source.is_enrolled and target.network != network:
             reason = f"{destination} is in another network, and there is no gateway to it"
-            return Explanation(str(source), named, "denied", reason)
+            return unjudged("denied", reason)
         if target is None or not destination.is_enrolled:
-            reason = f"{destination} is not in the mesh, so nobody judges who connects"
-            hint = (f"enroll {destination}: {MODE_HINT}",) if target is not None else ()
-            return Explanation(str(source), named, "passthrough", reason, to_change=hint)
+            reason = f"{self._outside(destination)}, so nobody judges who connects"
+            return unjudged("passthrough", reason, to_change=self._how_to_enroll(destination))
         if port in LISTENER_PORTS:
-            reason = f"port {port} is the agent's own"
-            return Explanation(str(source), named, "denied", reason)
+            return unjudged("denied", f"port {port} is the agent's own")
         is_captured = source.is_enrolled and not self._is_excluded(source, asked)
         if not is_captured and self._is_open(destination, port):
             reason = f"port {port} of {destination} is excluded from capture: plaintext is not seen"
-            return Explanation(str(source), named, "passthrough", reason)
-        identity = None
-        if is_captured and source.workload is not None:
-            identity = source.workload.identity(self._trust_domain)
+            return unjudged("passthrough", reason)
+        identity = self._identity(source) if is_captured else None
         connection = Connection(source.address, identity, destination.address, port)
         verdict = self._rulebook.judge(target.namespace, target.labels, connection)
         path, reason = self._path(source, destination, is_captured)
         return Explanation(
             str(source),
-            named,
+            _named(destination, port),
             path if verdict.is_allowed else "denied",
-            reason,
+            reason if verdict.is_allowed else f"{path} if it were allowed: {reason}",
             verdict,
-            identity,
-            target.identity(self._trust_domain) if is_captured else None,
+            self._identity(source),
+            self._identity(destination),
+            is_captured,
             tuple(self._changes(verdict, connection, source, target)),
             tuple(self._warnings(target)),
         )
@@ -253,7 +278,7 @@ class Explainer:
         if not is_captured:
             if source.is_enrolled:
                 return "plaintext", f"{source} excludes this destination from capture"
-            return "plaintext", f"{source} is not in the mesh, so it has no identity"
+            return "plaintext", f"{self._outside(source)}, so it has no identity"
         assert source.workload is not None
         assert destination.workload is not None
         is_near = (
@@ -267,6 +292,11 @@ class Explainer:
                     return "tunnel", f"{end} has no veth to the node, so it takes no direct path"
             return "direct", "two pods of one node: the first connection is judged in the tunnel"
         return "tunnel", "both pods are in the mesh"
+
+    def _identity(self, end: _End) -> SpiffeId | None:
+        if end.workload is None or not end.is_enrolled:
+            return None
+        return end.workload.identity(self._trust_domain)
 
     def _is_excluded(self, source: _End, asked: _Asked) -> bool:
         """Whether connect() lets it go: it compares what was asked for (bpf/include/capture.h)."""
@@ -288,15 +318,40 @@ class Explainer:
 
     # -- advice -------------------------------------------------------------------------------
 
+    def _outside(self, end: _End) -> str:
+        """Say that an end is not in the mesh, and why."""
+        said = f"{end} is not in the mesh"
+        if end.workload is None:
+            return said
+        uid, node = end.workload.uid, end.workload.node
+        if uid in self._snapshot.refusals:
+            return f"{said} ({self._snapshot.refusals[uid]})"
+        if uid in self._unenrolled:
+            return f"{said} ({self._unenrolled[uid]})"
+        return f"{said} (the agent of node {node} has not enrolled it)" if node else said
+
+    def _how_to_enroll(self, end: _End) -> tuple[str, ...]:
+        """Say what would bring an end into the mesh, if it is a pod for which a label would."""
+        if end.workload is None or not end.workload.node:
+            return ()
+        if end.workload.uid in self._unenrolled:  # what is in the way is said
+            return ()
+        refusal = self._snapshot.refusals.get(end.workload.uid)
+        if refusal is None:
+            return (f"see why on node {end.workload.node}: sidestep diff --pod {end}",)
+        is_by_label = refusal in (Refusal.NOT_LABELED, Refusal.OPTED_OUT)
+        return (f"enroll {end}: label it {MODE_LABEL}: ambient",) if is_by_label else ()
+
     def _changes(
         self, verdict: Verdict, connection: Connection, source: _End, target: Workload
     ) -> list[str]:
         """Say what would turn the verdict round."""
         pod = f"{target.namespace}/{target.name}"
         if verdict.basis is Basis.STRICT:
+            capture = (f"let {source} exclude it from capture no more",)
             return [
-                f"enroll {source}: {MODE_HINT}",
-                f"or let {verdict.policy} say PERMISSIVE for port {connection.port}",
+                *(capture if source.is_enrolled else self._how_to_enroll(source)),
+                f"let {verdict.policy} say PERMISSIVE for port {connection.port}",
             ]
         if verdict.basis is Basis.NO_POLICY:
             return [f"any ALLOW policy for {pod} would deny what it does not name"]
@@ -336,6 +391,21 @@ def describe_policy(policy: Policy | PeerAuthentication) -> tuple[str, str]:
         return does, "not enforced here"
     is_dry_run = isinstance(policy, Policy) and policy.is_dry_run
     return does, "dry run" if is_dry_run else "in force"
+
+
+def _named(end: _End, port: int) -> str:
+    at = endpoint(str(end.address), port)
+    return f"{end} {at}" if end.workload else at
+
+
+def _unmapped(name: str) -> str:
+    """Return the IPv4 address of a v4-mapped one, which is what connect() takes it for."""
+    try:
+        address = ip_address(name)
+    except ValueError:
+        return name
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address)
 
 
 def _facing(origins: list[_End], destination: _End) -> _End:

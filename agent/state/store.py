@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from agent.model.enrollment import Refusal
     from agent.model.pod import LocalPod
     from agent.model.policy import AnyPolicy
     from agent.model.service import Service
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Snapshot:
     """All that one source knows; `local_pods` are those that want the mesh, by node.
 
-    Pods that have a node and no address yet are `starting`, and in none of the others.
+    Pods that have a node and no address yet are `starting`, and in none of the lists of others.
+    `refusals` says of pods, by uid, why they do not want the mesh.
     """
 
     workloads: tuple[Workload, ...] = ()
@@ -32,3 +34,4 @@ class Snapshot:
     local_pods: Mapping[str, tuple[LocalPod, ...]] = field(default_factory=dict)
     policies: tuple[AnyPolicy, ...] = ()
     starting: tuple[StartingPod, ...] = ()
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)

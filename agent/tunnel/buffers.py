@@ -22,6 +22,7 @@ five seconds. There is one account for each worker process, as there is one memo
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # Bytes buffered for a slow side before the fast one pauses. What is buffered was copied, so a
 # bulk flow pauses after one read that did not go through.
 HIGH_WATER = 64 * 1024
+# A bytes object of one byte takes 40: what is smaller than this is joined.
+JOINED_BYTES = 16 * 1024
 FULL_SECONDS = 5.0
 PARTS = 4  # of what the worker may keep a pod gets one
 FULL = "the pod's slow readers hold as many bytes as they may (--process-buffer-bytes)"
@@ -159,6 +162,35 @@ class Share:
             callback()
 
 
+class Backlog(deque[bytearray | memoryview]):
+    """Copies of what waits to be passed on, in pieces that take little more than is in them.
+
+    Small ones are joined, but nothing is added to one that was passed on in part: who took a view
+    of it may still refer to that.
+    """
+
+    __slots__ = ()
+
+    def keep(self, data: bytes | memoryview) -> None:
+        """Copy to the end."""
+        last = self[-1] if self else None
+        if type(last) is bytearray and len(last) < JOINED_BYTES:
+            last += data
+        else:
+            self.append(bytearray(data))
+
+    def pass_on(self, size: int) -> None:
+        """Forget the beginning of the first piece, or all of it."""
+        piece = memoryview(self[0])
+        if size == len(piece):
+            self.popleft()
+            return
+        rest = piece[size:]
+        # A view of a little would hold all of what it is a part of.
+        is_little = len(rest) * 2 < memoryview(rest.obj).nbytes
+        self[0] = bytearray(rest) if is_little else rest
+
+
 class Kept:
     """Bytes of a connection that has nobody yet to pass them to; `on_give_up` ends it.
 
@@ -171,21 +203,21 @@ class Kept:
         self.buffered = 0
         self._share = share
         self._on_give_up = on_give_up
-        self._parts: list[bytes] = []
+        self._parts = Backlog()
 
     def keep(self, data: bytes | memoryview) -> None:
         """Keep a copy."""
-        self._parts.append(bytes(data))
+        self._parts.keep(data)
         self.buffered += len(data)
         self._share.change(self, len(data))
 
-    def take(self) -> list[bytes]:
+    def take(self) -> list[memoryview]:
         """Return all, and keep nothing."""
         self._on_give_up = _nothing
-        parts, self._parts = self._parts, []
+        parts, self._parts = self._parts, Backlog()
         held, self.buffered = self.buffered, 0
         self._share.change(self, -held)
-        return parts
+        return [memoryview(part) for part in parts]
 
     def give_up(self) -> None:
         """Forget them, and end the connection."""

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 
 LONGEST_HOST = 253  # of a name in DNS
+LONGEST_AUTHORITY = LONGEST_HOST + len(":65535")  # as much is logged of what a peer says
 # Tunnels whose peers have not proved who they are, of all pods of a worker and of one of them. Each
 # may hold some 80 KiB (session.HANDSHAKE_BYTES), and whoever reaches the pod can open them.
 MOST_HANDSHAKES = 4096
@@ -61,6 +62,8 @@ IDLE_TURN = 1.5
 
 def parse_authority(authority: str) -> tuple[Address, int]:
     """Return the address and port of `:authority` (ValueError if it is not `ip:port`)."""
+    if len(authority) > LONGEST_AUTHORITY:
+        raise ValueError(f"{authority[:LONGEST_AUTHORITY]!r}... is too long for ADDRESS:PORT")
     host, separator, port = authority.rpartition(":")
     if not separator or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"{authority!r} is not ADDRESS:PORT")
@@ -240,8 +243,9 @@ class Inbound:
     def _on_request(
         self, served: ServedPod, session: Session, event: ConnectRequested, source: Address
     ) -> None:
-        access = self._ledger.inbound(served, str(source), source, event.authority, "hbone")
-        access.hbone_target = event.authority
+        target = event.authority[:LONGEST_AUTHORITY]
+        access = self._ledger.inbound(served, str(source), source, target, "hbone")
+        access.hbone_target = target
         access.prove(str(served.identity), str(session.peer))
         access.service = self._ledger.known_service(
             forwarded_host(event.headers.get("forwarded", ""))
@@ -252,7 +256,7 @@ class Inbound:
             access.complete(f"{status}: {reason}")
 
         if event.fault is not None:
-            refuse(400, event.fault)
+            refuse(400, event.fault[:LONGEST_AUTHORITY])
             return
         try:
             address, port = parse_authority(event.authority)

@@ -12,8 +12,11 @@ to come: whoever sends may be held up in between. Nobody else writes to the sock
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
+from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,7 @@ from agent.errors import OutOfDescriptors
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from agent.model.open_connection import OpenConnection
     from agent.model.pod import LocalPod
@@ -287,13 +290,95 @@ Answer = Ready | Connections | Gauges | Profile
 FromWorker = NeedCertificate | Drained | PutCounts | Answer
 
 
-def send(
-    channel: socket.socket, message: ToWorker | FromWorker, fds: list[int] | None = None
-) -> None:
-    """Send one message with its descriptors."""
-    for datagram in _datagrams(pickle.dumps(message)):
-        socket.send_fds(channel, [datagram], fds or [])
-        fds = None  # they went with the first
+class Outbox:
+    """What goes to a message socket, in order.
+
+    Where the socket does not wait, what finds no room is kept. The owner has it flushed when there
+    is room again, and sees to it that it does not become more and more.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        """Write to a socket that stays the caller's."""
+        self._channel = channel
+        # Not as bytes: the state has most of what is in them, and here are 100,000 at times.
+        self._unsent: deque[tuple[ToWorker | FromWorker, list[int]]] = deque()
+        self._datagrams: deque[bytes] = deque()  # of the message whose turn it is
+        self._is_begun = False  # its descriptors went with the first of them
+
+    def __len__(self) -> int:
+        """Count the messages that are kept."""
+        return len(self._unsent)
+
+    def __contains__(self, message: ToWorker | FromWorker) -> bool:
+        """Whether such a message is kept."""
+        return any(unsent == message for unsent, _fds in self._unsent)
+
+    def put(self, message: ToWorker | FromWorker, fds: Sequence[int] = ()) -> None:
+        """Send a message with its descriptors, or keep it; they stay the caller's.
+
+        Raises:
+            OSError: it is lost.
+        """
+        if not self._unsent:
+            self._begin(message)
+            if self._go_on(fds):
+                return
+        self._unsent.append((message, _duplicate(fds)))
+
+    def flush(self) -> None:
+        """Send what is kept, as far as there is room.
+
+        Raises:
+            OSError: all of it is lost.
+        """
+        while self._unsent:
+            message, fds = self._unsent[0]
+            if not self._datagrams:
+                self._begin(message)
+            try:
+                if not self._go_on(fds):
+                    return
+            except OSError:
+                self.clear()
+                raise
+            self._drop_first()
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        self._datagrams.clear()
+        while self._unsent:
+            self._drop_first()
+
+    def _begin(self, message: ToWorker | FromWorker) -> None:
+        self._datagrams = deque(_datagrams(pickle.dumps(message)))
+        self._is_begun = False
+
+    def _go_on(self, fds: Sequence[int]) -> bool:
+        """Send what there is room for of one message, and return whether that was all."""
+        while self._datagrams:
+            beside = [] if self._is_begun else list(fds)
+            try:
+                socket.send_fds(self._channel, [self._datagrams[0]], beside)
+            except BlockingIOError:
+                return False
+            self._is_begun = True
+            self._datagrams.popleft()
+        return True
+
+    def _drop_first(self) -> None:
+        _message, fds = self._unsent.popleft()
+        for fd in fds:
+            os.close(fd)
+
+
+def _duplicate(fds: Sequence[int]) -> list[int]:
+    with ExitStack() as undo:
+        own = []
+        for fd in fds:
+            own.append(os.dup(fd))
+            undo.callback(os.close, own[-1])
+        undo.pop_all()
+    return own
 
 
 def _datagrams(data: bytes) -> Iterator[bytes]:

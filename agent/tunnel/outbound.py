@@ -153,6 +153,7 @@ class Outbound:
             sockets.abort(accepted)
             access.complete(f"no socket for the destination: {error}")
             return
+        sockets.keep_alive(dialed)
 
         def on_connected(error: OSError | None) -> None:
             if error is not None:

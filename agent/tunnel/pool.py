@@ -23,7 +23,7 @@ from agent.model.flag import Failure, Flag
 from agent.tunnel import tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
-from agent.tunnel.served import log
+from agent.tunnel.served import SCOPE, log
 from agent.tunnel.session import Session
 
 if TYPE_CHECKING:
@@ -74,12 +74,14 @@ class Pool:
         pod_sockets: PodSockets,
         trust: Trust,
         contexts: Contexts,
+        may_log: Callable[[str, str], bool],
         bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self._reactor = reactor
         self._sockets = pod_sockets
         self._trust = trust
         self._contexts = contexts
+        self._may_log = may_log
         self._bounds = bounds
         self._entries: dict[Key, list[_Entry]] = {}
         self.is_retiring = False  # tunnels that end have no successor
@@ -174,13 +176,14 @@ class Pool:
         def on_closed(session: Session, reason: str) -> None:
             if session.refusal:
                 COUNTS.add("peers_refused", direction="outbound", reason=session.refusal)
-                log(
-                    "tunnel refused",
-                    pod=f"{served.pod.namespace}/{served.pod.name}",
-                    peer=str(address),
-                    code=session.refusal,
-                    reason=reason,
-                )
+                if self._may_log("info", SCOPE):
+                    log(
+                        "tunnel refused",
+                        pod=f"{served.pod.namespace}/{served.pod.name}",
+                        peer=str(address),
+                        code=session.refusal,
+                        reason=reason,
+                    )
             if session.handshake_failure:
                 failure = session.handshake_failure
                 COUNTS.add("handshakes_failed", direction="outbound", reason=failure)

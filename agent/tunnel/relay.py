@@ -6,8 +6,8 @@ sockets; it is the whole of half-close and reset semantics:
     data        written to the other side; a side that cannot write pauses the other's reading
     end (FIN)   passed on when all data before it is written; the other direction goes on
     abort (RST) passed on at once, whatever is still buffered; but of a side that had ended before
-                all is passed on first, since it has said all that it had to say, and only wants to
-                hear no more (a server that answers before the request is over: RFC 9113 §8.1)
+                all that it said is passed on first, since it only wants to hear no more (a server
+                that answers before the request is over: RFC 9113 §8.1)
     both ended  both closed
 
 Buffers are bounded: a paused TCP socket is not read, a paused stream is not acknowledged.
@@ -62,6 +62,10 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Give everything back after both directions ended, as `abort` does."""
+        ...
+
+    def hang_up(self) -> None:
+        """End like `abort`, as far as nothing that was written is lost by it."""
         ...
 
 
@@ -141,12 +145,18 @@ class Relay:
         left, right = self._left, self._right
         if not (self._left_ended and self._right_ended) or self._is_done:
             return
-        is_broken = (left.is_broken or right.is_broken) and not self._was_reset
-        if not (left.buffered or right.buffered or is_broken):
+        if left.buffered or right.buffered:
+            return
+        if self._was_reset:
+            self._is_done = True
+            left.hang_up()
+            right.hang_up()
+            self._on_done(self.sent, self.received, True)
+        elif not (left.is_broken or right.is_broken):
             self._is_done = True
             left.close()
             right.close()
-            self._on_done(self.sent, self.received, self._was_reset)
+            self._on_done(self.sent, self.received, False)
 
     def abort(self) -> None:
         """Reset both sides."""

@@ -30,6 +30,13 @@ IP_TRANSPARENT, IPV6_TRANSPARENT, IP_BIND_ADDRESS_NO_PORT = 19, 75, 24  # linux/
 # Below what Linux gives to clients (net.ipv4.ip_local_port_range), above what needs a privilege.
 BORROWED_PORTS = range(1024, 32768)
 MOST_PORTS = 16  # a pod that listens on so many in a row leaves the choice to the kernel
+# A peer that went without a word is noticed after half an hour, as by ztunnel.
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 180),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 180),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 9),
+)
 # struct linger {on or off, seconds}: with no time to linger, close() sends RST.
 LINGER_RESET, LINGER_NOT = b"\1\0\0\0\0\0\0\0", b"\0\0\0\0\0\0\0\0"
 # struct tcp_info: tcpi_bytes_acked and tcpi_bytes_received (linux/tcp.h, since 4.2).
@@ -124,6 +131,21 @@ class PodSockets:
             raise OutOfDescriptors(
                 f"{self._limit} descriptors are in use: raise the hard limit of open files"
             )
+
+
+def keep_alive(own: socket.socket) -> None:
+    """Have the kernel ask a peer that says nothing whether it is there, and reset who is not.
+
+    An application that does so itself asks us, who are there.
+    """
+    for option in KEEPALIVE:
+        own.setsockopt(*option)
+
+
+def prepare_listener(own: socket.socket) -> None:
+    """Set what each connection is to have that it accepts: Linux passes it on, without a call."""
+    own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_alive(own)
 
 
 def reset_on_close(own: socket.socket, *, is_reset: bool) -> None:

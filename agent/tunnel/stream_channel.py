@@ -5,9 +5,9 @@ Pure: the tunnel (`Carrier`) does the I/O and says what has come.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from agent.tunnel.buffers import Backlog
 from agent.tunnel.frames import ErrorCode
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class StreamChannel:
         self.share = session.share
         self._session = session
         self._stream_id = stream_id
-        self._pending: deque[memoryview] = deque()
+        self._pending = Backlog()
         self.buffered = 0
         self.reset_code: int | None = None  # what the peer said when it reset the stream
         self.is_paused = False
@@ -107,7 +107,7 @@ class StreamChannel:
             session.wants_write()
 
     def _keep(self, data: bytes | memoryview) -> None:
-        self._pending.append(memoryview(bytes(data)))
+        self._pending.keep(data)
         self.buffered += len(data)
         self.share.change(self, len(data))
 
@@ -116,14 +116,13 @@ class StreamChannel:
         session = self._session
         had_pending = bool(self._pending)
         while self._pending:
-            data = self._pending[0]
+            data = memoryview(self._pending[0])
             sent = session.send(self._stream_id, data)
             self.buffered -= sent
             self.share.change(self, -sent)
+            self._pending.pass_on(sent)
             if sent < len(data):
-                self._pending[0] = data[sent:]
                 break
-            self._pending.popleft()
         if not self._pending and self._ends and not self._has_ended and not self._is_closed:
             self._has_ended = True
             session.end(self._stream_id)
@@ -184,11 +183,14 @@ class StreamChannel:
         """End with a reset at both sides: there is no room for what is buffered."""
         self.fail()
 
+    def hang_up(self) -> None:
+        """Say after our END that we hear no more; the peer may have ended as well."""
+        self.abort(ErrorCode.NO_ERROR)
+
     def close(self) -> None:
-        """Both directions have ended, or nobody hears what the peer would still say."""
+        """Both directions have ended."""
         if not self._is_closed:
             self._end()
-            self._session.connection.reset(self._stream_id, ErrorCode.NO_ERROR)
             self._session.forget_stream(self._stream_id)
 
     def _end(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import deque
 from typing import TYPE_CHECKING
 
 from agent.tunnel import sockets
+from agent.tunnel.buffers import Backlog
 from agent.tunnel.reactor import BROKEN, READ, WRITE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TcpChannel:
         self._socket = own
         self._fd = own.fileno()
         sockets.reset_on_close(own, is_reset=True)
-        self._pending: deque[bytes | memoryview] = deque()
+        self._pending = Backlog()
         self.buffered = 0
         self._wants_read = False
         self._has_read_all = False
@@ -133,7 +133,7 @@ class TcpChannel:
             if sent == len(data):
                 return
             data = data[sent:]
-        self._pending.append(bytes(data))
+        self._pending.keep(data)
         self.buffered += len(data)
         self.share.change(self, len(data))
         self._update()
@@ -150,10 +150,9 @@ class TcpChannel:
                 return
             self.buffered -= sent
             self.share.change(self, -sent)
+            self._pending.pass_on(sent)
             if sent < len(data):
-                self._pending[0] = memoryview(data)[sent:]
                 return
-            self._pending.popleft()
         self._update()
         self._end_if_due()
         self.on_drained()
@@ -200,6 +199,13 @@ class TcpChannel:
             held, self.buffered = self.buffered, 0
             self.share.change(self, -held)
             sockets.abort(self._socket)
+
+    def hang_up(self) -> None:
+        """Close with RST, unless the application's kernel has not taken all yet."""
+        if not self._is_closed and sockets.unacknowledged(self._socket):
+            self.close()
+        else:
+            self.abort()
 
     def close(self) -> None:
         """Close; both directions have ended."""

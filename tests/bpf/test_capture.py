@@ -15,7 +15,7 @@ from agent.datapath import links, records
 from agent.datapath.exemption import exempt
 from agent.enroll import Enrollment
 from agent.model.capture import HBONE_PORT
-from agent.tunnel.sockets import borrow_source
+from agent.tunnel.sockets import KEEPALIVE, borrow_source
 from tests.bpf.conftest import PEER4, PEER6, POD4, POD6, Network, blocked
 
 if TYPE_CHECKING:
@@ -213,6 +213,31 @@ def test_hbone_port_reaches_its_own_listener(network: Network, enrolled: Enroll)
     network.peer.connect(POD4, HBONE_PORT)
     accepted, _ = enrollment.hbone[0].accept()
     accepted.close()
+
+
+@pytest.mark.parametrize("is_inherited", [False, True], ids=["opened", "inherited"])
+def test_what_is_accepted_does_not_delay_and_notices_a_peer_that_is_gone(
+    loaded: Pins, network: Network, enrolled: Enroll, is_inherited: bool
+) -> None:
+    enrollment = enrolled()
+    if is_inherited:
+        for _port, listener in enrollment.listeners:  # as an agent that knows nothing of it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+        listeners = [(port, listener.dup()) for port, listener in enrollment.listeners]
+        inherited = enroll.Inherited(listeners, enrollment.sysctls)
+        enrollment = enroll.enroll(loaded, enrollment.pod, network.pod.fd, inherited)
+        network.pod.cleanup.callback(enroll.abandon, enrollment)
+    network.pod.connect(PEER4, 8080)
+    network.pod.connect(PEER6, 8080)
+    network.peer.connect(POD4, 8080)
+    network.peer.connect(POD4, HBONE_PORT)
+    for _port, listener in enrollment.listeners:
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for level, name, value in KEEPALIVE:
+                assert accepted.getsockopt(level, name) == value
 
 
 def test_no_listener_means_closed(network: Network, enrolled: Enroll) -> None:

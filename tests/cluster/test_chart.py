@@ -34,7 +34,7 @@ EVERYTHING = {
         "maxSurge": "10%",
         "exclude": {
             "outboundPorts": [25],
-            "outboundNetworks": ["192.0.2.0/24"],
+            "outboundNetworks": ["192.0.2.0/24", "fd00::"],
             "inboundPorts": [9000],
         },
         "kubeletCgroup": "/sys/fs/cgroup/kubelet",
@@ -116,6 +116,7 @@ def test_misspelled_field_would_be_refused(api_server: ApiServer, tmp_path: Path
         ({"agnet": {}}, "additional properties 'agnet' not allowed"),
         ({"agent": {"workers": 99}}, "at '/agent/workers': maximum: got 99, want 64"),
         ({"ca": {"longest": "1d"}}, "at '/ca/longest': got string, want integer"),
+        ({"agent": {"metricsPort": 15000}}, "agent.metricsPort and agent.adminPort have to differ"),
     ],
 )
 def test_values_that_are_wrong_are_refused(
@@ -129,6 +130,34 @@ def test_values_that_are_wrong_are_refused(
     )  # fmt: skip
     assert done.returncode != 0
     assert told in done.stderr
+
+
+def test_node_that_agents_leave_alone_is_cleaned_too(programs: Path, tmp_path: Path) -> None:
+    few = {"nodeSelector": {"mesh": "yes"}, "tolerations": [], "affinity": {"nodeAffinity": {}}}
+    pods = {
+        body["metadata"]["name"]: body["spec"]["template"]["spec"]
+        for body in render(programs, tmp_path, {"agent": few, "cni": {"enabled": False}})
+        if body["kind"] == "DaemonSet"
+    }
+    assert pods["sidestep-agent"]["nodeSelector"]["mesh"] == "yes"
+    cleaner = pods["sidestep-uninstall"]
+    assert cleaner["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    assert cleaner["tolerations"] == [{"operator": "Exists"}]
+    assert "affinity" not in cleaner
+    # Also of a plugin that was turned off since.
+    assert [each["name"] for each in cleaner["initContainers"]] == ["cni", "node"]
+    # Nor does a pod wait for what is missing on a node that never had an agent.
+    kinds = {each["name"]: each["hostPath"]["type"] for each in cleaner["volumes"]}
+    assert kinds["networks"] == kinds["plugins"] == "DirectoryOrCreate"
+
+
+def test_jobs_of_an_uninstallation_are_not_put_on_a_node_that_is_away(
+    programs: Path, tmp_path: Path
+) -> None:
+    bodies = render(programs, tmp_path, {})
+    jobs = [body["spec"]["template"]["spec"] for body in bodies if body["kind"] == "Job"]
+    assert len(jobs) == 2
+    assert all("tolerations" not in job for job in jobs)
 
 
 def test_commands_have_every_option_that_the_chart_gives(programs: Path, tmp_path: Path) -> None:

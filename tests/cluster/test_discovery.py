@@ -353,4 +353,4 @@ def test_wrong_object_is_named_and_its_last_good_content_stays(
             assert source.problems == ()
 
     asyncio.run(run())
-    assert "object cannot be used; the last good state stays in force" in caplog.messages
+    assert "part of an object cannot be used; the rest of it is in force" in caplog.messages

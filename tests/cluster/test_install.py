@@ -28,6 +28,7 @@ CHART = ROOT / "deploy/chart"
 SYSTEM = "sidestep-system"
 IN_SYSTEM = ("-n", SYSTEM)
 AGENTS = "daemonset/sidestep-agent"
+EMERGENCY_EXIT = ("sidestep", "cni", "uninstall")
 CA_ADDRESS = "10.96.0.12"  # the node has no DNS of the cluster
 SERVER = """
 import http.server
@@ -123,9 +124,7 @@ def open_shop(node: KubeNode, server: list[str], probe: dict[str, Any]) -> Itera
         node.kubectl("delete", "namespace", "shop")
 
 
-@contextmanager
-def installed(node: KubeNode, *options: str) -> Iterator[None]:
-    """Have the chart installed until the block ends."""
+def install(node: KubeNode, *options: str) -> None:
     node.helm(
         "install", "sidestep", str(CHART), "--namespace", SYSTEM, "--create-namespace",
         "--set", "image.repository=localhost/sidestep,image.tag=test",
@@ -133,10 +132,20 @@ def installed(node: KubeNode, *options: str) -> Iterator[None]:
         "--set", f"agent.kubeletCgroup={node.kubelet_cgroup}",
         *options, "--wait", "--timeout", "90s",
     )  # fmt: skip
+
+
+def uninstall(node: KubeNode) -> str:
+    return node.helm("uninstall", "sidestep", "--namespace", SYSTEM, "--wait", "--timeout", "120s")
+
+
+@contextmanager
+def installed(node: KubeNode, *options: str) -> Iterator[None]:
+    """Have the chart installed until the block ends."""
+    install(node, *options)
     try:
         yield
     finally:
-        node.helm("uninstall", "sidestep", "--namespace", SYSTEM, "--wait", "--timeout", "120s")
+        uninstall(node)
         node.kubectl("delete", "namespace", SYSTEM)
 
 
@@ -172,15 +181,19 @@ def request(node: KubeNode, client: str = "client") -> str:
     ).strip()
 
 
+def has_entry(node: KubeNode) -> bool:
+    return "sidestep" in node.run(["sh", "-c", "cat /etc/cni/net.d/*"]).stdout
+
+
 def redirections(node: KubeNode) -> list[str]:
     path = r"jsonpath={.items[*].metadata.annotations.ambient\.istio\.io/redirection}"
     return node.kubectl("get", "pods", "-n", "shop", "-o", path).split()
 
 
-def agents(node: KubeNode) -> list[str]:
+def agents(node: KubeNode, *options: str) -> list[str]:
     """List the agents' pods, also those that end."""
     label = "app.kubernetes.io/name=sidestep-agent"
-    return node.kubectl("get", "pods", *IN_SYSTEM, "-l", label, "-o", "name").split()
+    return node.kubectl("get", "pods", *IN_SYSTEM, "-l", label, "-o", "name", *options).split()
 
 
 def restarts(node: KubeNode, namespace: str, pod: str) -> str:
@@ -203,7 +216,8 @@ def carries(node: KubeNode, agent: str = AGENTS) -> bool:
 def listing(node: KubeNode, sandboxes: list[str]) -> dict[str, str]:
     """Return what an installation could change on the node, in sandboxes, and in the cluster."""
     commands = {
-        "files": "find /etc/cni /opt /run/sidestep* /var/lib/sidestep* -printf '%p %m\\n' | sort",
+        "files": "find /etc/cni /opt /run/sidestep* /var/lib/sidestep* -printf '%p %m %u\\n'"
+        " | sort",
         "networks": "cat /etc/cni/net.d/*",
         "bpf": "find /sys/fs/bpf",
         "links": "ip -o link | sed 's/^[0-9]*: //'; tc qdisc show",
@@ -267,7 +281,7 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
         with installed(node):
             measured(f"helm install --wait takes {time.monotonic() - began:.0f} s")
             assert redirections(node) == []
-            wait_until(lambda: "sidestep" in node.run(["sh", "-c", "cat /etc/cni/net.d/*"]).stdout)
+            wait_until(lambda: has_entry(node))
 
             # Running pods, without a restart.
             node.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
@@ -284,8 +298,50 @@ def test_operator_installs_meshes_a_namespace_and_takes_it_all_away(
             # The kubelet's probes reached the server all along.
             assert [restarts(node, "shop", pod) for pod in ("server", "client")] == ["0", "0"]
 
+            # The emergency exit leaves a file, which has to go as well.
+            node.kubectl("exec", AGENTS, *IN_SYSTEM, "-c", "cni", "--", *EMERGENCY_EXIT)
+            assert not has_entry(node)
+
         assert redirections(node) == []
         assert request(node) == before.answer
+        before.wait_again()
+
+
+AWAY: dict[str, Any] = {
+    "apiVersion": "v1",
+    "kind": "Node",
+    "metadata": {
+        "name": "away",
+        "labels": {"kubernetes.io/os": "linux", "kubernetes.io/hostname": "away"},
+    },
+    "status": {
+        "conditions": [{"type": "Ready", "status": "Unknown"}],
+        "allocatable": {"cpu": "4", "memory": "4Gi", "pods": "9"},
+    },
+}
+
+
+def test_node_that_agents_left_is_cleaned_and_one_that_is_away_is_not_waited_for(
+    node: KubeNode,
+) -> None:
+    (node.directory / "away.json").write_text(json.dumps(AWAY))
+    with plain_shop(node) as before:
+        install(node)
+        wait_until(lambda: has_entry(node))
+        node.kubectl("create", "-f", str(node.directory / "away.json"))
+        wait_until(lambda: len(agents(node)) == 2)
+        selector = r"agent.nodeSelector.kubernetes\.io/hostname=away"
+        node.helm(
+            "upgrade", "sidestep", str(CHART), "--namespace", SYSTEM,
+            "--reuse-values", "--set", selector,
+        )  # fmt: skip
+        wait_until(lambda: not agents(node, "--field-selector=spec.nodeName=node-1"), 40)
+        assert has_entry(node)
+        told = uninstall(node)
+        assert told.count("these nodes are not ready, and were not waited for: away") == 2
+        node.kubectl("delete", "node", "away")
+        node.kubectl("delete", "pods", "--all", *IN_SYSTEM, "--force", "--grace-period=0")
+        node.kubectl("delete", "namespace", SYSTEM)
         before.wait_again()
 
 

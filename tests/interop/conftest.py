@@ -107,7 +107,7 @@ def make_neighbors(
                 messages.PutWorkload(workload(other)),
             )
             message, fds = listener_message(enrollment)
-            messages.send(worker.channel, message, fds)
+            messages.Outbox(worker.channel).put(message, fds)
             worker.settle()
             return worker
 

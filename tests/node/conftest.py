@@ -52,7 +52,7 @@ class RunningWorker:
 
     def tell(self, *told: messages.ToWorker) -> None:
         for message in told:
-            messages.send(self.channel, message)
+            messages.Outbox(self.channel).put(message)
 
     def settle(self) -> None:
         """Wait until everything that was told is in force."""
@@ -143,7 +143,7 @@ def mesh(loaded: pins.Pins, network: Network, tmp_path: Path) -> Iterator[MeshPa
                 *(messages.PutWorkload(other.workload) for other in made),
             )
             message, fds = listener_message(member.enrollment)
-            messages.send(member.worker.channel, message, fds)
+            messages.Outbox(member.worker.channel).put(message, fds)
         for member in made:
             member.worker.settle()
         client, server = made

@@ -122,14 +122,16 @@ def test_new_policy_closes_an_open_connection_within_a_second(
 def test_commands_say_what_is_in_force_and_for_whom(lab: Lab) -> None:
     methods = {"to": [{"operation": {"methods": ["GET"]}}]}
     lab.write_object(policy("read", "ALLOW", "server", **methods))
-    broken = policy("slip", "ALLOW", "server", form=[])
-    lab.write_object(broken)
-    wait_until(lambda: len(sidestep(lab, "policies")) == 2)
-    read, slip = sidestep(lab, "policies")
+    lab.write_object(policy("slip", "ALLOW", "server", form=[]))
+    lab.write_object(policy("audit", "AUDIT", "server"))
+    wait_until(lambda: len(sidestep(lab, "policies")) == 3)
+    audit, read, slip = sidestep(lab, "policies")
+    assert (audit["policy"], audit["state"]) == ("AuthorizationPolicy shop/audit", "refused")
+    assert audit["warnings"][0].startswith("spec.action: ")
     assert (read["policy"], read["state"]) == ("AuthorizationPolicy shop/read", "in force")
     assert read["pods"] == ["shop/server"]
     assert "spec.rules[0].to[0].operation.methods" in read["warnings"][0]
-    assert (slip["policy"], slip["state"]) == ("AuthorizationPolicy shop/slip", "refused")
+    assert (slip["policy"], slip["state"]) == ("AuthorizationPolicy shop/slip", "in force")
     assert "spec.rules[0].form" in slip["warnings"][0]
     (row,) = sidestep(lab, "explain", "shop/client", "shop/server:8080")
     assert row["path"] == "denied"

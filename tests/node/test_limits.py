@@ -66,7 +66,7 @@ def bound(member: MeshPod, loaded: pins.Pins, **limits: Any) -> None:
     bounds = Bounds(**limits)
     member.worker.tell(messages.Configure(str(loaded.directory), TRUST_DOMAIN, bounds=bounds))
     message, fds = listener_message(member.enrollment)
-    messages.send(member.worker.channel, message, fds)
+    messages.Outbox(member.worker.channel).put(message, fds)
     member.worker.settle()
 
 

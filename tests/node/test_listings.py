@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,11 +17,15 @@ import yaml
 from agent.datapath.source import MAPS, PROGRAMS, RING_BUFFERS
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
+from agent.question import ask
 from tests.support.labs import PodEnd, is_alive
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from agent.lab.cluster import LabNode
 
 pytestmark = pytest.mark.root
 
@@ -41,9 +45,7 @@ def lab() -> Iterator[Lab]:
 def dead(lab: Lab) -> Lab:
     """The same lab, whose agents have been killed: the pins are all that is left."""
     for node in lab.cluster().nodes:
-        for pid in machine.processes_of(lab.cgroup / node.name / "agent"):
-            os.kill(pid, signal.SIGKILL)
-            machine.wait_for_exit(pid, 5)
+        kill_agent(lab, node)
     return lab
 
 
@@ -101,6 +103,127 @@ def test_changes_of_a_map_are_shown_until_somebody_interrupts(lab: Lab) -> None:
         wait_for("removed")
         watching.send_signal(signal.SIGINT)
         assert (watching.wait(5), watching.stderr.read()) == (0, "")
+
+
+LISTINGS = (
+    "diff", "pods", "connections", "policies", "certs", "workloads", "services", "programs",
+    "maps list", "maps dump ss_pods",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_mistyped_name_is_an_error_and_one_without_rows_is_none(lab: Lab, listing: str) -> None:
+    command = (*listing.split(), "--lab", lab.name)
+    for wanted, said in (
+        (("--pod", "nope"), "no pod nope is known"),
+        (("-n", "nope"), "no namespace nope is known"),
+        (("--node", "nope"), "no node nope is known; closest: "),
+    ):
+        done = run(*command, *wanted)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {said}")
+    with outsiders(lab):
+        for known in ("--pod=vault", "--pod=bank/vault", "-nbank"):
+            done = run(*command, known)
+            assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def outsiders(lab: Lab, **labels: str) -> Iterator[None]:
+    """Have a pod without a process, in a namespace that is not in the mesh."""
+    vault = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "vault", "namespace": "bank", "uid": "vault", "labels": labels},
+        "spec": {"nodeName": "east"},
+        "status": {"podIPs": [{"ip": "10.244.1.99"}]},
+    }
+    lab.write_object(vault)
+    try:
+        wait_until(lambda: "bank/vault" in known_pods(lab))
+        yield
+    finally:
+        lab.remove_object(vault)
+        wait_until(lambda: "bank/vault" not in known_pods(lab))
+
+
+def known_pods(lab: Lab) -> set[str]:
+    """Return the pods that each agent of the lab knows."""
+    answers = [ask(lab.admin_socket(node), "names") for node in lab.cluster().nodes]
+    return set.intersection(*({pod["pod"] for pod in each["pods"]} for each in answers))
+
+
+def test_pod_that_does_not_want_the_mesh_is_told_why(lab: Lab) -> None:
+    with outsiders(lab):
+        done = run("diff", "--pod", "bank/vault", "--lab", lab.name)
+        assert (done.returncode, done.stdout.splitlines()[1:]) == (
+            0, ["bank/vault is not in the mesh: neither its label istio.io/dataplane-mode nor that "
+                "of its namespace says ambient"],
+        )  # fmt: skip
+        assert run("diff", "--pod", "client", "--lab", lab.name).stdout.count("\n") == 1
+
+
+def test_what_cannot_be_mended_is_not_told_twice(lab: Lab) -> None:
+    with outsiders(lab, **{"istio.io/dataplane-mode": "ambient"}):
+        done = run("check", "--repair", "--lab", lab.name, "-o", "json")
+        (row,) = json.loads(done.stdout)
+        assert (done.returncode, row["problem"]) == (1, "it is so again")
+        assert row["found"].startswith("pending: bank/vault has no process")
+        # Its label is set, so that is not what is missing.
+        done = run("explain", "client", "bank/vault:80", "--lab", lab.name, "-o", "json")
+        (row,) = json.loads(done.stdout)
+        assert "pending: bank/vault has no process" in row["reason"]
+        assert row["to_change"] == []
+
+
+def test_listings_without_rows_say_so_and_are_sorted(lab: Lab) -> None:
+    done = run("connections", "--lab", lab.name)
+    assert done.stdout.startswith("NODE   DIRECTION")
+    assert done.stderr == "no connections\n"
+    for listing, column in (("pods", 1), ("workloads", 0), ("certs", 1)):
+        shown = run(listing, "--lab", lab.name).stdout.splitlines()[1:]
+        named = [line.split()[column].rpartition("/")[2] for line in shown]
+        assert named == ["cache", "client", "server"]
+
+
+def test_certificate_of_a_pod_is_that_of_its_identity(lab: Lab) -> None:
+    done = run("certs", "--pod", "shop/client", "--lab", lab.name, "-o", "json")
+    (row,) = json.loads(done.stdout)
+    assert (row["identity"], row["pods"]) == (
+        "spiffe://cluster.local/ns/shop/sa/client", ["shop/client"],
+    )  # fmt: skip
+
+
+def test_who_is_not_root_is_told_so(lab: Lab) -> None:
+    # The interpreter may be where only root can read, so the right goes when all is imported.
+    code = (
+        "import os, sys; from agent.cli import main; import agent.commands.diff;"
+        " os.seteuid(65534); main(prog_name='sidestep')"
+    )
+    command = [sys.executable, "-c", code, "diff", "--lab", lab.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: be root: ")
+
+
+def kill_agent(lab: Lab, node: LabNode) -> None:
+    for pid in machine.processes_of(lab.cgroup / node.name / "agent"):
+        os.kill(pid, signal.SIGKILL)
+        machine.wait_for_exit(pid, 5)
+
+
+@pytest.mark.parametrize("listing", ["certs", "connections", "diff", "policies"])
+def test_dead_agent_hides_nothing_of_the_others(lab: Lab, listing: str) -> None:
+    east, west = lab.cluster().nodes
+    kill_agent(lab, west)
+    done = run(listing, "--lab", lab.name)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"warning: no agent answers at {lab.admin_socket(west)}: ")
+    assert done.stdout != ""
+    if listing == "certs":
+        assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {east.name}
+    # What every agent knows is asked of one that is there.
+    assert run("workloads", "--lab", lab.name).returncode == 0
 
 
 def test_every_map_is_listed(dead: Lab) -> None:

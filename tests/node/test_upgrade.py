@@ -6,15 +6,18 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent import netns
 from agent.datapath import listing
 from agent.errors import LabError
-from agent.handover import SOCKET_NAME, Predecessor
+from agent.handover import SOCKET_NAME, Predecessor, PredecessorGone
 from agent.lab import machine
 from agent.question import ask
 from tests.support.labs import PodEnd, entries, is_alive, wait_for_certificates, wait_for_entry
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 PORT = 9000
+SECONDS = 10.0
 
 
 @pytest.fixture
@@ -201,6 +205,57 @@ def test_successor_that_dies_half_way_changes_nothing(lab: Lab) -> None:
     lab.label_namespace("shop", "ambient")
     lab.upgrade_agent(east)
     assert lab.agent_pid(east) != agent
+
+
+def test_agent_that_is_told_to_end_while_it_hands_over_is_no_elder(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    agent = lab.agent_pid(east)
+    assert agent is not None
+
+    async def begin_and_commit_late() -> None:
+        found = Predecessor.find(lab.run / east.name / SOCKET_NAME)
+        assert found is not None
+        lock, elders, heritage = await found.begin()
+        os.kill(agent, signal.SIGTERM)
+        wait_for_entry(lab, east, "leaving", lambda entry: entry["why"] == "stopped")
+        with pytest.raises(PredecessorGone):
+            await found.commit()
+        found.close()
+        found.connection.close()
+        for fd in (lock, *elders, *(fd for _pod, fds in heritage for fd in fds)):
+            os.close(fd)
+
+    asyncio.run(begin_and_commit_late())
+    lab.restart_agent(east)
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        assert is_alive(client.connect(server.address, PORT))
+
+
+def test_successor_that_cannot_have_its_ports_leaves_the_one_before_in_office(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    before = lab.agent_pid(east)
+    with ExitStack() as stack:
+        client, server = PodEnd(lab, "client", stack), PodEnd(lab, "server", stack)
+        server.echo(PORT)
+        node = netns.open_netns(lab.node_netns(east))
+        stack.callback(os.close, node)
+        take = partial(socket.create_server, ("127.0.0.1", 0))
+        with netns.run_in(node, take) as stranger:
+            port = stranger.getsockname()[1]
+            for option in ("--metrics-port", "--admin-port"):
+                lab.agent_options = (option, str(port))
+                with pytest.raises(LabError, match=f"{option} {port}: Address already in use"):
+                    lab.upgrade_agent(east)
+                assert lab.agent_pid(east) == before
+                assert is_alive(client.connect(server.address, PORT))
+        # Where nobody else has them it may be one of the other's, at more addresses, and a new one.
+        lab.agent_options = ("--metrics-host", "::", "--admin-port", str(port))
+        lab.upgrade_agent(east)
+        for served in (15020, port):
+            connect = partial(socket.create_connection, ("127.0.0.1", served), SECONDS)
+            netns.run_in(node, connect).close()
 
 
 def test_successor_without_certificates_waits_until_the_one_before_is_gone(lab: Lab) -> None:

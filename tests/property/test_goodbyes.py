@@ -71,7 +71,7 @@ class Scene:
         self.contexts.put(authority.certificate(CLIENT))
         self.sockets = SocketsHere(lambda _own: None)
         trust = Trust(self.reactor, TRUST_DOMAIN)
-        self.pool = Pool(self.reactor, self.sockets, trust, self.contexts)
+        self.pool = Pool(self.reactor, self.sockets, trust, self.contexts, lambda *_line: True)
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.15.0.2"),))
         self.served = ServedPod(pod, CLIENT, HERE, 1)
         self.greet: Callable[[Session, int], None] = lambda _session, _number: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from ipaddress import ip_address
 from typing import Any
 
@@ -217,3 +218,20 @@ def test_replacing_policies_leaves_nothing_of_the_old_ones(
         rulebook.remove(policy.key)
     assert list(rulebook) == []
     assert all(decide(rulebook, visit) == (True, None, True) for visit in visits)
+
+
+@settings(max_examples=100, deadline=None)
+@given(bodies(), SAMPLES)
+def test_rule_that_cannot_be_read_changes_nothing_about_the_others(
+    objects: list[Body], visits: list[Visit]
+) -> None:
+    damaged = copy.deepcopy(objects)
+    policies = [each for each in damaged if each["kind"] == "AuthorizationPolicy"]
+    for body in policies:
+        body["spec"].setdefault("rules", []).append({"from": [{"source": {"ipBlocks": ["x"]}}]})
+    translation = translate(SourcedObject("test", body) for body in damaged)
+    assert [problem.is_partial for problem in translation.problems] == [True] * len(policies)
+    rulebook = Rulebook()
+    rulebook.change(translation.snapshot.policies)
+    for visit in visits:
+        assert decide(rulebook, visit) == expect(objects, visit)

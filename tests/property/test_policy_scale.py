@@ -136,7 +136,7 @@ def test_verdict_among_ten_thousand_selectors() -> None:
 
 def tell(channel: socket.socket, told: list[messages.ToWorker]) -> None:
     for message in told:
-        messages.send(channel, message)
+        messages.Outbox(channel).put(message)
 
 
 def test_push_is_in_force_in_a_worker_within_a_second() -> None:

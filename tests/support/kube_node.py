@@ -208,7 +208,8 @@ class KubeNode:
     def helm(self, *arguments: str) -> str:
         """Run Helm as the administrator and return what it prints."""
         config = f"--kubeconfig={self.directory / 'kubeconfig'}"
-        return self.run([str(self._programs / "helm"), config, *arguments]).stdout
+        done = self.run([str(self._programs / "helm"), config, *arguments])
+        return done.stdout + done.stderr
 
     def stop(self) -> None:
         """End every process of it, and take away its cgroups."""

@@ -72,3 +72,6 @@ class MemoryChannel:
 
     def close(self) -> None:
         self.calls.append("close")
+
+    def hang_up(self) -> None:
+        self.calls.append("hang up")

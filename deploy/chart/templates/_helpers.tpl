@@ -18,6 +18,15 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{- define "sidestep.cniCapabilities" -}}
+capabilities:
+  drop: [ALL]
+  # Root without them may not write what is not root's, as directories of plugins often are.
+  add:
+    - DAC_OVERRIDE # directories and configurations of another user
+    - CHOWN # a configuration stays its owner's when it is replaced
+{{- end -}}
+
 {{- define "sidestep.caName" -}}
 sidestep-ca.{{ .Release.Namespace }}.svc
 {{- end -}}

@@ -28,6 +28,8 @@ ip address add 10.246.0.1/24 dev eth0
 ip link set eth0 up
 ip route add default via 10.246.0.254
 echo 1 >/proc/sys/net/ipv4/ip_forward
+# As archives of plugins and a CNI that is not root leave them.
+chown 1000:1000 /opt/cni/bin /etc/cni/net.d
 cat >/etc/cni/net.d/10-bridge.conflist <<'END'
 {
   "cniVersion": "1.0.0",
@@ -47,5 +49,6 @@ cat >/etc/cni/net.d/10-bridge.conflist <<'END'
   ]
 }
 END
+chown 1000:1000 /etc/cni/net.d/10-bridge.conflist
 echo prepared
 exec sleep infinity

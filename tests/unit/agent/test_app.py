@@ -126,6 +126,37 @@ def test_successor_that_waits_for_certificates_follows_the_state(
 
 
 @pytest.mark.usefixtures("_alone")
+def test_newer_state_waits_until_workers_have_taken_what_they_were_told() -> None:
+    """What is kept for a slow worker would become more and more."""
+    applied: list[Snapshot] = []
+
+    def complete(told: Snapshot) -> Snapshot:
+        applied.append(told)
+        return told
+
+    async def check() -> None:
+        agent = following(
+            source=States(3),
+            roster=SimpleNamespace(next_retry=lambda: None),
+            arrivals=SimpleNamespace(complete=complete),
+            direct=SimpleNamespace(name_workloads=ignore),
+            enforcement=SimpleNamespace(change=lambda _snapshot: ()),
+            fleet=SimpleNamespace(tell=ignore, wait_taken=for_ever),
+            predecessor=None,
+            snapshot=Snapshot(),
+        )
+        agent._settings = SimpleNamespace(  # type: ignore[assignment]  # a part of them
+            node="east", kubelet_cgroup=None
+        )
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await agent._follow()
+
+    asyncio.run(check())
+    assert len(applied) == 1
+
+
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("known", ["to the API server", "without an address", "to nobody"])
 def test_pod_that_the_agent_before_brought_stays_though_the_state_has_it_not_yet(
     known: str,
@@ -184,3 +215,38 @@ def test_pod_that_the_agent_before_brought_stays_though_the_state_has_it_not_yet
         )
 
     asyncio.run(check())
+
+
+def test_word_on_a_captured_pod_that_somebody_took_away_is_said_again() -> None:
+    def workload(uid: str, *, is_hbone: bool, node: str = "east") -> Workload:
+        return Workload(uid, "shop", uid, node, "a", (), is_hbone)
+
+    said: list[tuple[str, str | None]] = []
+    agent = object.__new__(Agent)
+    parts = {
+        "settings": SimpleNamespace(node="east"),
+        "desired": {},
+        "roster": SimpleNamespace(
+            captured=lambda: {"robbed", "fine", "late"},
+            statuses={
+                uid: SimpleNamespace(state=state)
+                for uid, state in (
+                    ("robbed", "enrolled"),
+                    ("fine", "enrolled"),
+                    ("late", "pending"),
+                )
+            },
+        ),
+        "source": SimpleNamespace(publish=lambda pod, word: said.append((pod.uid, word))),
+    }
+    for name, part in parts.items():
+        setattr(agent, f"_{name}", part)
+    workloads = [
+        workload("robbed", is_hbone=False),
+        workload("fine", is_hbone=True),
+        workload("late", is_hbone=False),
+        workload("left", is_hbone=True),
+        workload("elsewhere", is_hbone=True, node="west"),
+    ]
+    agent._correct_words(Snapshot(tuple(workloads)))
+    assert said == [("robbed", "enabled"), ("left", None)]

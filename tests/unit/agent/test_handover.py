@@ -133,6 +133,34 @@ def test_predecessor_that_ends_in_a_moment_is_waited_for_beside_other_work() -> 
         process.wait()
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_successor_of_an_agent_that_is_told_to_end_waits_for_that(
+    has_begun: bool, tmp_path: Path
+) -> None:
+    async def check(server: HandoverServer, turn: asyncio.Lock, said: list[str]) -> None:
+        found = Predecessor.find(tmp_path / "handover.sock")
+        assert found is not None
+        if has_begun:
+            close_all(*(await found.begin()))
+        server.withhold()
+        async with asyncio.TaskGroup() as tasks:
+            asked = tasks.create_task(gone(found.commit if has_begun else found.begin))
+            await asyncio.wait([asked], timeout=0.2)
+            assert not asked.done()
+            assert said == []
+            assert not turn.locked()
+            found.close()  # this process goes on: as if it had ended
+            server.close()
+            server.forget()
+        found.connection.close()
+
+    async def gone(ask: Callable[[], Awaitable[object]]) -> None:
+        with pytest.raises(PredecessorGone):
+            await ask()
+
+    with_server(tmp_path, check)
+
+
 @pytest.mark.parametrize(
     ("messages", "error"),
     [

@@ -250,7 +250,8 @@ def test_port_answers_and_survives_nonsense(
 ) -> None:
     async def run() -> bytes:
         metrics = make()
-        await metrics.start("127.0.0.1", 0)
+        metrics.bind("127.0.0.1", 0)
+        await metrics.start()
         assert metrics.port is not None
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", metrics.port)
@@ -273,11 +274,12 @@ def test_port_answers_and_survives_nonsense(
 def test_port_that_is_taken_is_named() -> None:
     async def run() -> None:
         first, second = make(), make()
-        await first.start("127.0.0.1", 0)
+        first.bind("127.0.0.1", 0)
+        await first.start()
         assert first.port is not None
         try:
             with pytest.raises(ConfigError, match=f"--metrics-port {first.port}: .*in use"):
-                await second.start("127.0.0.1", first.port)
+                second.bind("127.0.0.1", first.port)
         finally:
             first.stop()
 

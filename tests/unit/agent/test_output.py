@@ -37,14 +37,31 @@ def test_programs_get_every_value_as_it_is(output: Output, load: Callable[[str],
 
 def test_table_is_aligned_and_names_its_columns() -> None:
     assert printed("table").splitlines() == [
-        "NAME        ID   PINNED   PORTS    NOTE   NO SUCH",
-        "ss_pods      7   yes      80,443   -      -",
-        "ss_meta   1234   no       -        -      -",
+        "NAME        ID   PINNED   PORTS     NOTE   NO SUCH",
+        "ss_pods      7   yes      80, 443   -      -",
+        "ss_meta   1234   no       -         -      -",
     ]
 
 
 def test_table_without_rows_still_names_its_columns() -> None:
     assert render_table([], ("name",)) == ["NAME"]
+
+
+def test_table_without_rows_says_so_beside_what_scripts_read() -> None:
+    @click.command()
+    @output_option
+    def show(output: Output) -> None:
+        emit([], ("name",), output, "no names")
+
+    result = CliRunner().invoke(show)
+    assert (result.stdout, result.stderr) == ("NAME\n", "no names\n")
+    result = CliRunner().invoke(show, ["-o", "json"])
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_sentences_of_a_list_are_told_apart() -> None:
+    row: dict[str, object] = {"notes": ["it is late, and dark", "go home"]}
+    assert render_table([row], ("notes",))[1] == "it is late, and dark; go home"
 
 
 def test_long_value_is_never_cut() -> None:

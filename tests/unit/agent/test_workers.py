@@ -9,15 +9,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pytest
 
 from agent import workers
 from agent.model.policy import PolicyKey
 from agent.tunnel import messages
 from agent.workers import WorkerProcess
-
-if TYPE_CHECKING:
-    import pytest
+from tests.support.processes import descriptor_count
 
 
 async def start() -> tuple[WorkerProcess, asyncio.Future[WorkerProcess]]:
@@ -78,6 +77,52 @@ def test_worker_that_misses_a_message_is_ended() -> None:
         worker.send(messages.Enforce())  # goes nowhere
         worker.stop()
         assert worker.process.returncode == -signal.SIGKILL
+
+    asyncio.run(check())
+
+
+def test_worker_that_takes_nothing_for_a_while_is_told_all_and_stops_nobody() -> None:
+    """Far more than its socket holds, with a descriptor that is closed meanwhile."""
+
+    async def check() -> None:
+        worker, gone = await start()
+        loop = asyncio.get_running_loop()
+        os.kill(worker.pid, signal.SIGSTOP)
+        began = loop.time()
+        for number in range(5000):
+            worker.send(messages.RemoveWorkload(f"uid-{number}"))
+        revoked = os.memfd_create("revoked")
+        worker.send(messages.PutRevoked(), [revoked])
+        os.close(revoked)
+        assert loop.time() - began < workers.SEND_SECONDS / 2
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await worker.wait_taken()
+        os.kill(worker.pid, signal.SIGCONT)
+        async with asyncio.timeout(10):
+            await worker.wait_in_force()
+        assert not gone.done()
+        worker.stop()
+        assert worker.process.returncode == 0
+
+    asyncio.run(check())
+
+
+def test_worker_that_takes_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        worker, gone = await start()
+        before = descriptor_count(os.getpid())
+        monkeypatch.setattr(workers, "SEND_SECONDS", 0.2)
+        os.kill(worker.pid, signal.SIGSTOP)
+        keys = tuple(PolicyKey("shop", f"policy-{n}", "AuthorizationPolicy") for n in range(1000))
+        for _ in range(50):
+            worker.send(messages.RemovePolicies(keys), [0])
+        async with asyncio.timeout(10):
+            await worker.wait_taken()
+            assert await gone is worker
+        worker.stop()
+        assert worker.process.returncode == -signal.SIGKILL
+        assert descriptor_count(os.getpid()) < before  # what waited for it is closed
 
     asyncio.run(check())
 

@@ -180,6 +180,8 @@ def test_single_plugin_gets_a_list_beside_it_that_comes_first(name: str) -> None
     assert has_entry(installed)
     assert plan_uninstall(installed) == [Delete(change.name)]
     assert not has_entry(files)
+    # Its owner has removed the network.
+    assert plan_install({change.name: change.content}, ENTRY) == [Delete(change.name)]
 
 
 def test_uninstalling_leaves_what_others_changed_meanwhile() -> None:

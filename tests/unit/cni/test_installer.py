@@ -14,13 +14,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 
 from cni import installer
 from cni.conflist import PLUGIN_TYPE
 from cni.contention import MOST_STRIKES
-from cni.installer import InstallError, Places, install, uninstall, watch
+from cni.installer import InstallError, Places, install, keep_out, uninstall, watch
 from cni.protocol import SUCCESS
 from tests.support.waiting import wait_until
 
@@ -279,6 +280,72 @@ def test_watch_ends_when_somebody_uninstalls(
     assert not places.plugin.exists()
 
 
+def test_watch_that_starts_after_the_emergency_exit_waits_for_an_installation(
+    places: Places, conflist: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(places)
+    with agent(places), watching(places):
+        wait_until(lambda: "entry is in place" in said(caplog))
+        keep_out(places)
+        wait_until(lambda: "keeps us out" in said(caplog))
+        assert conflist.read_text() == CONFLIST
+    caplog.clear()
+    # The kubelet starts the container again, on a node whose agent is well.
+    with agent(places), watching(places):
+        wait_until(lambda: "keeps us out" in said(caplog))
+        assert conflist.read_text() == CONFLIST
+        assert not places.plugin.exists()
+        install(places)
+        wait_until(lambda: "entry is in place" in said(caplog))
+        conflist.write_text(CONFLIST)
+        wait_until(lambda: types(conflist) == ["bridge", "sidestep"])
+
+
+def test_emergency_exit_leaves_nothing_to_uninstall_and_nothing_where_no_watch_was(
+    places: Places, conflist: Path
+) -> None:
+    before = tree(places)
+    keep_out(places)
+    assert tree(places) == before
+    install(places)
+    keep_out(places)
+    assert [path.name for path in places.state.iterdir()] == ["kept-out"]
+    uninstall(places)
+    assert tree(places) == before
+
+
+def test_list_of_a_network_that_its_owner_removed_goes_too(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    single = places.networks / "10-pods.conf"
+    single.write_text('{"cniVersion": "1.0.0", "name": "pods", "type": "bridge"}')
+    install(places)
+    with watching(places):
+        wait_until(lambda: "entry is in place" in said(caplog))
+        single.unlink()
+        wait_until(lambda: not list(places.networks.iterdir()))
+    single.write_text('{"cniVersion": "1.0.0", "name": "pods", "type": "bridge"}')
+    install(places)
+    single.unlink()
+    with pytest.raises(InstallError, match="no network configuration yet"):
+        install(places)
+    assert not list(places.networks.iterdir())
+
+
+def test_link_to_what_is_not_there_is_passed_over_and_said(
+    places: Places, conflist: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = places.networks / "05-first.conflist"
+    link.symlink_to("/not/mounted/here.conflist")
+    install(places)
+    with watching(places):
+        wait_until(lambda: "entry is in place" in said(caplog))
+        (places.networks / "touched").touch()  # another look
+    told = [vars(each) for each in caplog.records if "leads nowhere" in each.getMessage()]
+    assert [each["file"] for each in told] == [str(link)]
+    assert types(conflist) == ["bridge", "sidestep"]
+
+
 def test_watch_of_a_new_version_waits_for_the_end_of_the_one_before(
     places: Places, conflist: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -319,6 +386,27 @@ def test_failing_write_leaves_the_file_and_no_draft(places: Places, conflist: Pa
     assert [path.name for path in places.networks.iterdir()] == [conflist.name]
 
 
+def test_draft_of_an_installer_that_was_killed_is_no_obstacle_and_goes(
+    places: Places, conflist: Path, tmp_path: Path
+) -> None:
+    before = tree(places)
+    pid = os.fork()
+    if not pid:
+        with patch("os.fsync", lambda _fd: os.kill(os.getpid(), signal.SIGKILL)):
+            install(places)
+    os.waitpid(pid, 0)
+    assert tree(places) != before
+    uninstall(places)
+    assert tree(places) == before
+    # Nor is it followed, if it is somebody's link.
+    mine = tmp_path / "mine"
+    mine.touch()
+    (places.plugins / f".sidestep{installer.DRAFT}").symlink_to(mine)
+    install(places)
+    assert places.plugin.read_bytes() == places.shim.read_bytes()
+    assert mine.read_bytes() == b""
+
+
 def test_commands_install_keep_and_uninstall(places: Places, conflist: Path) -> None:
     where = [
         "--networks", str(places.networks), "--plugins", str(places.plugins),
@@ -349,4 +437,4 @@ def test_commands_install_keep_and_uninstall(places: Places, conflist: Path) -> 
     assert conflist.read_text() == installed
     assert run("uninstall", *where).returncode == 0
     assert conflist.read_text() == CONFLIST
-    assert not places.state.exists()
+    assert [path.name for path in places.state.iterdir()] == ["kept-out"]

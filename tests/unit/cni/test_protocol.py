@@ -82,7 +82,7 @@ def test_result_that_cannot_be_read_is_an_error(previous: object) -> None:
     assert raised.value.details
 
 
-@pytest.mark.parametrize("command", ["DEL", "CHECK", "STATUS", "GC"])
+@pytest.mark.parametrize("command", ["DEL", "CHECK", "STATUS"])
 def test_other_commands_need_no_pod(command: str) -> None:
     assert parse_request(raw({"name": "pods"}, CNI_COMMAND=command)) == Request(command)
 
@@ -92,8 +92,17 @@ def test_collection_names_what_is_still_there() -> None:
     configuration = {"cni.dev/valid-attachments": attachments}
     found = parse_request(raw(configuration, CNI_COMMAND="GC"))
     assert found.valid_containers == {"c1"}
-    odd = parse_request(raw({"cni.dev/valid-attachments": 1}, CNI_COMMAND="GC"))
-    assert odd.valid_containers == frozenset()
+    none = parse_request(raw({"cni.dev/valid-attachments": None}, CNI_COMMAND="GC"))
+    assert none.valid_containers == frozenset()
+
+
+@pytest.mark.parametrize("configuration", [{}, {"cni.dev/valid-attachments": 1}])
+def test_collection_that_does_not_say_what_is_still_there_is_an_error(
+    configuration: dict[str, object],
+) -> None:
+    with pytest.raises(CniError, match="valid-attachments is missing") as raised:
+        parse_request(raw(configuration, CNI_COMMAND="GC"))
+    assert raised.value.code == Code.INVALID_CONFIG
 
 
 @pytest.mark.parametrize(

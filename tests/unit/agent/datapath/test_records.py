@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -119,6 +120,17 @@ def test_service_port_leads_to_endpoints_of_its_family() -> None:
 def test_service_port_leads_to_the_other_family_where_it_has_no_own() -> None:
     found = records.service_ports([service(Endpoint(V4, (("web", 8080),)))])
     assert found == {(VIP4, 80): ((V4, 8080),), (VIP6, 80): ((V4, 8080),)}
+
+
+def test_load_balancer_leads_to_the_same_endpoints() -> None:
+    balanced = replace(service(Endpoint(V4, (("web", 8080),))), addresses=(), balanced=(VIP4,))
+    assert records.service_ports([balanced]) == {(VIP4, 80): ((V4, 8080),)}
+
+
+def test_local_service_is_left_to_the_agent_but_for_its_load_balancers() -> None:
+    found = service(Endpoint(V4, (("web", 8080),)))
+    local = replace(found, addresses=(VIP6,), balanced=(VIP4,), is_local=True)
+    assert records.service_ports([local]) == {(VIP4, 80): ((V4, 8080),)}
 
 
 def test_service_without_endpoints_is_left_to_the_agent() -> None:

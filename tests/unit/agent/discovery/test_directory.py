@@ -14,6 +14,7 @@ import pytest
 from agent.discovery import directory
 from agent.discovery.directory import MOST_BYTES, DirectorySource
 from agent.errors import ConfigError
+from agent.model.policy import Policy
 from agent.state.store import Snapshot
 
 if TYPE_CHECKING:
@@ -276,3 +277,23 @@ def test_what_cannot_be_written_is_published_as_soon_as_it_can(
     source.publish(pod, None)
     assert caplog.text.count("not written yet") == 1
     assert not source.read().workloads[0].is_hbone
+
+
+POLICY = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: shop}
+spec: {rules: [{to: [{operation: {ports: [PORT]}}]}, {}]}
+"""
+
+
+def test_object_that_is_wrong_in_part_takes_the_place_of_what_its_file_said(tmp_path: Path) -> None:
+    source = DirectorySource(tmp_path)
+    rules = []
+    for port in ('"80"', "http"):
+        (tmp_path / "policy.yaml").write_text(POLICY.replace("PORT", port))
+        (policy,) = source.read().policies
+        assert isinstance(policy, Policy)
+        rules.append([rule.position for rule in policy.rules])
+    assert rules == [[0, 1], [1]]
+    assert [problem.is_partial for problem in source.problems] == [True]

@@ -249,12 +249,11 @@ def test_service_without_a_selector_selects_nothing() -> None:
 
 
 def test_endpoint_that_is_there_twice_is_one_with_all_its_ports() -> None:
-    found = merge([(SIX, {"a": 1}), (TWO, {"a": 1}), (ONE, {"a": 1}), (ONE, {"b": 2})])
-    assert found == (
-        Endpoint(ONE, (("a", 1), ("b", 2))),
-        Endpoint(TWO, (("a", 1),)),
-        Endpoint(SIX, (("a", 1),)),
-    )
+    a, b = (("a", 1),), (("b", 2),)
+    leaving = Endpoint(ONE, b, is_leaving=True)
+    found = merge([Endpoint(SIX, a), Endpoint(TWO, a), leaving, Endpoint(ONE, a)])
+    assert found == (Endpoint(ONE, (*a, *b)), Endpoint(TWO, a), Endpoint(SIX, a))
+    assert merge([leaving, leaving]) == (leaving,)
 
 
 def test_address_is_its_first_claimants() -> None:

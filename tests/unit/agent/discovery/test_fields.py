@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
-from agent.discovery.fields import LABEL_NAME, Field, WrongField
+from agent.discovery.fields import LABEL_NAME, Field, WrongField, read_created
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,3 +74,22 @@ def test_unknown_member_is_named() -> None:
         BODY.only("b")
     assert caught.value.path == "a"
     assert Field(1, "").wrong("x").path == "object"
+
+
+@pytest.mark.parametrize(
+    "written",
+    ['"2026-01-01T00:00:00Z"', "2026-01-01T00:00:00Z", "2026-01-01 01:00:00+01:00",
+     "2026-01-01T00:00:00"],
+)  # fmt: skip
+def test_age_may_be_written_without_quotes(written: str) -> None:
+    metadata = Field(yaml.safe_load(f"creationTimestamp: {written}"), "metadata")
+    assert read_created(metadata) == "2026-01-01T00:00:00Z"
+    assert read_created(Field({}, "metadata")) == ""
+
+
+def test_what_is_excused_is_remembered_of_the_whole_object() -> None:
+    body = Field({"a": {"ports": "x", "more": ["80"]}}, "")
+    assert body.get("a").get("ports").excuse(Field.ports, frozenset({1})) == {1}
+    (item,) = body.get("a").get("more").items()
+    assert item.excuse(Field.ports, frozenset({1})) == {80}
+    assert [wrong.path for wrong in body.excused] == ["a.ports"]

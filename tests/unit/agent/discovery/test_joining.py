@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any
 
@@ -20,7 +21,7 @@ def machine(name: str = "vm", address: str = "192.0.2.1", **labels: str) -> Body
     }
 
 
-def service_entry(name: str = "db", created: str = "", **spec: Any) -> Body:
+def service_entry(name: str = "db", created: Any = "", **spec: Any) -> Body:
     port = {"number": 5432, "name": "db"}
     metadata = {"namespace": "shop", "name": name, "creationTimestamp": created}
     common = {"hosts": [f"{name}.example.com"], "ports": [port], "resolution": "STATIC"}
@@ -87,11 +88,13 @@ def test_address_of_a_pod_or_service_is_nobody_elses() -> None:
         "kind": "Service",
         "metadata": {"namespace": "other", "name": "web"},
         "spec": {"clusterIP": vip, "ports": []},
+        "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.8"}]}},
     }
     claims = [
         machine("takes-a-pods", str(POD4)),
         machine("takes-a-services", vip),
         service_entry("takes-it-too", addresses=[vip, str(POD6)]),
+        machine("takes-a-load-balancers", "192.0.2.8"),
         machine("fair", "192.0.2.9"),
     ]
     snapshot = follow(*claims, service, pod()).snapshot()
@@ -107,6 +110,14 @@ def test_oldest_entry_holds_an_address() -> None:
     snapshot = follow(young, old).snapshot()
     held = {each.name: bool(each.addresses) for each in snapshot.services}
     assert held == {"a-young": False, "b-old": True}
+
+
+def test_entry_that_does_not_tell_its_age_is_the_youngest() -> None:
+    static: Body = {"addresses": ["192.0.2.100"], "endpoints": [{"address": "192.0.2.1"}]}
+    created = datetime(2026, 1, 1, tzinfo=UTC)  # as YAML reads it without quotes
+    ageless, old = service_entry("a", **static), service_entry("b", created, **static)
+    held = {each.name: bool(each.addresses) for each in follow(ageless, old).snapshot().services}
+    assert held == {"a": False, "b": True}
 
 
 def test_endpoints_in_the_mesh_are_workloads() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agent.discovery.translate import ObjectProblem, SourcedObject, translate
+from agent.discovery.translate import ObjectProblem, SourcedObject, Translator, translate
 from agent.model.policy import PeerAuthentication, Policy
 
 Body = dict[str, Any]
@@ -149,6 +149,29 @@ def test_http_attribute_in_a_deny_is_left_out_so_more_is_denied(
         ({"action": "AUDIT"}, "spec.action", "dry-run"),
         ({"action": "allow"}, "spec.action", "ALLOW or DENY"),
         ({"rule": []}, "spec.rule", "not known"),
+        ({"selector": {"matchLabels": {"a": "*"}}}, "spec.selector.matchLabels[a]", "whole"),
+        ({"selector": {"matchExpressions": []}}, "spec.selector.matchExpressions", "not known"),
+    ],
+)  # fmt: skip
+def test_wrong_policy_is_named_with_its_field(spec: Body, path: str, detail: str) -> None:
+    found = problem("AuthorizationPolicy", spec)
+    assert found.path == path
+    assert detail in found.detail
+
+
+def in_part(spec: Body) -> tuple[Policy, ObjectProblem]:
+    translation = translate([SourcedObject("f", body("AuthorizationPolicy", spec))])
+    ((policy,), (found,)) = translation.snapshot.policies, translation.problems
+    assert isinstance(policy, Policy)
+    assert found.is_partial
+    return policy, found
+
+
+@pytest.mark.parametrize("action", ["ALLOW", "DENY"])
+@pytest.mark.parametrize(
+    ("spec", "path", "detail"),
+    [
+        ({"rules": {}}, "spec.rules", "list"),
         ({"rules": [None]}, "spec.rules[0]", "mapping"),
         ({"rules": [{"form": []}]}, "spec.rules[0].form", "not known"),
         ({"rules": [{"from": []}]}, "spec.rules[0].from", "empty"),
@@ -165,14 +188,54 @@ def test_http_attribute_in_a_deny_is_left_out_so_more_is_denied(
         ),
         ({"rules": [{"when": [{"key": "ip", "values": ["1"]}]}]}, "spec.rules[0].when[0].key", ""),
         ({"rules": [{"when": [{"key": "source.ip"}]}]}, "spec.rules[0].when[0].values", "required"),
-        ({"selector": {"matchLabels": {"a": "*"}}}, "spec.selector.matchLabels[a]", "whole"),
-        ({"selector": {"matchExpressions": []}}, "spec.selector.matchExpressions", "not known"),
     ],
 )  # fmt: skip
-def test_wrong_policy_is_named_with_its_field(spec: Body, path: str, detail: str) -> None:
-    found = problem("AuthorizationPolicy", spec)
+def test_policy_is_in_force_without_the_rule_that_is_wrong(
+    spec: Body, path: str, detail: str, action: str
+) -> None:
+    policy, found = in_part(spec | {"action": action})
     assert found.path == path
     assert detail in found.detail
+    assert policy.rules == ()
+    assert path in policy.warnings[0]
+    verb = {"ALLOW": "allows", "DENY": "denies"}[action]
+    assert f"this policy {verb} nothing" in policy.warnings[-1] or not spec["rules"]
+    good = {"to": [{"operation": {"ports": ["81"]}}]}
+    if spec["rules"]:
+        policy, _found = in_part({"action": action, "rules": [*spec["rules"], good]})
+        assert terms(policy) == ["1 to DESTINATION_PORT: 81"]
+
+
+def test_allow_with_a_wrong_value_lets_nobody_in_by_that_rule() -> None:
+    blocks = ["10.0.0.0/8", "10.0.0.0/33"]
+    assert in_part(source(ipBlocks=blocks))[0].rules == ()
+    assert in_part(source(notIpBlocks=blocks))[0].rules == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({"ipBlocks": ["10.0.0.0/33", "11.0.0.0/8"]}, ["0 from SOURCE_ADDRESS: 11.0.0.0/8"]),
+        ({"notIpBlocks": ["10.0.0.0/33", "11.0.0.0/8"]}, ["0 from not SOURCE_ADDRESS: 11.0.0.0/8"]),
+        ({"notIpBlocks": ["10.0.0.0/33"]}, ["0 from not SOURCE_ADDRESS: "]),
+        ({"principals": ["", 1, "a"]}, ["0 from PRINCIPAL: a"]),
+    ],
+)
+def test_deny_denies_the_values_that_can_be_read_and_excepts_no_other(
+    fields: Body, left: list[str]
+) -> None:
+    policy, found = in_part(source(**fields) | {"action": "DENY"})
+    assert terms(policy) == left
+    assert found.path in policy.warnings[0]
+
+
+def test_edit_that_is_wrong_in_part_counts_whatever_was_there_before() -> None:
+    good, wrong = source(principals=["a"]), source(principals=["a"], more=["b"])
+    translator = Translator()
+    translator.put(SourcedObject("f", body("AuthorizationPolicy", good)))
+    edited = SourcedObject("f", body("AuthorizationPolicy", wrong))
+    assert translator.put(edited) is not None
+    assert translator.snapshot() == translate([edited]).snapshot
 
 
 def test_wrong_policy_leaves_the_others_in_force() -> None:
@@ -222,13 +285,19 @@ def test_peer_authentication_is_read() -> None:
     ("spec", "path"),
     [
         ({"mtls": {"mode": "strict"}}, "spec.mtls.mode"),
-        ({"portLevelMtls": {80: {"mode": "STRICT"}}}, "spec.portLevelMtls"),
         ({"portLevelMtls": {"http": {"mode": "STRICT"}}}, "spec.portLevelMtls[http]"),
         ({"mode": "STRICT"}, "spec.mode"),
     ],
 )  # fmt: skip
 def test_wrong_peer_authentication_is_named_with_its_field(spec: Body, path: str) -> None:
     assert problem("PeerAuthentication", spec).path == path
+
+
+def test_mode_of_a_port_without_a_selector_is_left_out_and_the_rest_counts() -> None:
+    spec = {"mtls": {"mode": "STRICT"}, "portLevelMtls": {8080: {"mode": "PERMISSIVE"}}}
+    policy = read("PeerAuthentication", spec)
+    assert (policy.mode, policy.ports) == ("STRICT", ())
+    assert policy.warnings[0].startswith("spec.portLevelMtls: ")
 
 
 def test_selecting_peer_authentication_of_the_root_namespace_has_no_effect() -> None:
@@ -241,7 +310,7 @@ def test_selecting_peer_authentication_of_the_root_namespace_has_no_effect() -> 
 def test_age_may_be_written_without_quotes() -> None:
     created = datetime(2026, 1, 1, tzinfo=UTC)  # as YAML reads it
     policy = read("PeerAuthentication", {}, creationTimestamp=created)
-    assert policy.created == "2026-01-01T00:00:00+00:00"
+    assert policy.created == "2026-01-01T00:00:00Z"
 
 
 def test_selector_and_target_are_too_much() -> None:

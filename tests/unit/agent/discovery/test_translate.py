@@ -30,6 +30,7 @@ from agent.model.enrollment import (
     MODE_LABEL,
     EnrollmentRules,
     Operator,
+    Refusal,
     Requirement,
     SelectorPair,
 )
@@ -116,6 +117,13 @@ def test_pod_becomes_a_workload() -> None:
         Workload("uid-cart-0", "shop", "cart-0", "node-1", "cart", (POD4, POD6), is_hbone=False),
     )
     assert snapshot.local_pods == {}
+
+
+def test_pod_says_when_it_was_made_and_whether_it_leaves() -> None:
+    made, asked = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    body = pod(creationTimestamp=made, deletionTimestamp=asked)
+    (workload,) = translated(body).snapshot.workloads
+    assert (workload.created, workload.is_leaving) == (made, True)
 
 
 def test_fields_that_may_be_missing_have_the_defaults_of_kubernetes() -> None:
@@ -207,6 +215,31 @@ def test_empty_annotations_exclude_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    "name", [EXCLUDE_OUTBOUND_PORTS, EXCLUDE_OUTBOUND_NETWORKS, EXCLUDE_INBOUND_PORTS, DIRECT_PATH]
+)
+@pytest.mark.parametrize("text", ["*", "true"])
+def test_wrong_annotation_is_a_problem_and_the_pod_takes_part_without_it(
+    name: str, text: str
+) -> None:
+    plain, wrong = pod(), pod(annotations={name: text})
+    translator = Translator()
+    assert put(translator, namespace()) == []
+    problem = translator.put(SourcedObject("a", wrong))
+    assert problem is not None
+    assert (problem.path, problem.is_partial) == (f"metadata.annotations[{name}]", True)
+    assert translator.snapshot() == translated(namespace(), plain).snapshot
+    assert translator.judge(plain) is not None
+    assert translator.judge(wrong) == translator.judge(plain)
+
+
+def test_wrong_annotation_of_a_namespace_keeps_nobody_out() -> None:
+    wrong = namespace(annotations={DIRECT_PATH: "true"})
+    found = translated(wrong, pod())
+    assert [problem.is_partial for problem in found.problems] == [True]
+    assert found.snapshot == translated(namespace(), pod()).snapshot
+
+
+@pytest.mark.parametrize(
     ("of_namespace", "of_pod", "may_go_direct"),
     [
         (None, None, True),
@@ -257,11 +290,48 @@ def test_service_has_the_ready_endpoints_of_all_its_slices() -> None:
     )
 
 
+def test_endpoint_that_leaves_and_serves_counts_where_there_is_no_other() -> None:
+    leaving = {"ready": False, "serving": True, "terminating": True}
+    endpoints: list[Body] = [
+        {"addresses": ["10.0.0.2"], "conditions": leaving},
+        {"addresses": ["10.0.0.3"], "conditions": leaving | {"serving": False}},
+        {"addresses": ["10.0.0.4"], "conditions": leaving | {"terminating": False}},
+        {"addresses": ["10.0.0.5"], "conditions": {"ready": False}},
+    ]
+    last = endpoint_slice("cart-2", endpoints=endpoints)
+    (found,) = translated(service(), last).snapshot.services
+    assert found.endpoints_for(80) == ((ip_address("10.0.0.2"), 8080),)
+    (found,) = translated(service(), last, endpoint_slice()).snapshot.services
+    assert found.endpoints_for(80) == ((POD4, 8080),)
+
+
 def test_service_may_have_several_addresses_or_none() -> None:
     dual = service(clusterIPs=["10.96.0.1", "fd00:96::1"])
     assert len(translated(dual).snapshot.services[0].addresses) == 2
     for nothing in ("None", "", None):
         assert translated(service(clusterIP=nothing)).snapshot.services[0].addresses == ()
+
+
+def test_service_has_the_addresses_of_its_load_balancers_but_of_those_that_are_proxies() -> None:
+    ingress = [
+        {"ip": "192.0.2.7"},
+        {"ip": "192.0.2.8", "ipMode": "VIP"},
+        {"ip": "192.0.2.9", "ipMode": "Proxy"},
+        {"hostname": "lb.example.com"},
+    ]
+    body = service() | {"status": {"loadBalancer": {"ingress": ingress}}}
+    (found,) = translated(body).snapshot.services
+    assert found.addresses == (ip_address("10.96.0.1"),)
+    assert found.balanced == (ip_address("192.0.2.7"), ip_address("192.0.2.8"))
+
+
+def test_service_may_be_local_to_each_node() -> None:
+    endpoints = [{"addresses": ["10.0.0.1"], "nodeName": "east"}]
+    bodies = service(internalTrafficPolicy="Local"), endpoint_slice(endpoints=endpoints)
+    (found,) = translated(*bodies).snapshot.services
+    assert (found.is_local, found.endpoints[0].node) == (True, "east")
+    (found,) = translated(service(internalTrafficPolicy="Cluster")).snapshot.services
+    assert not found.is_local
 
 
 def test_only_tcp_ports_of_a_service_count() -> None:
@@ -400,6 +470,7 @@ def test_pod_with_a_sidecar_is_a_workload_and_never_enrolled() -> None:
         snapshot = translated(namespace(), found).snapshot
         assert len(snapshot.workloads) == 1
         assert snapshot.local_pods == {}
+        assert snapshot.refusals == {snapshot.workloads[0].uid: Refusal.SIDECAR}
 
 
 def test_rules_decide_with_the_labels_of_pod_and_namespace() -> None:
@@ -419,6 +490,7 @@ def test_excluded_namespace_has_workloads_and_no_local_pods() -> None:
     sources = [SourcedObject("a", namespace()), SourcedObject("b", pod())]
     snapshot = translate(sources, rules=rules).snapshot
     assert (len(snapshot.workloads), snapshot.local_pods) == (1, {})
+    assert snapshot.refusals == {snapshot.workloads[0].uid: Refusal.NAMESPACE}
 
 
 @pytest.mark.parametrize(
@@ -500,15 +572,15 @@ def test_wrong_object_leaves_its_last_good_content_in_force() -> None:
     translator = Translator()
     put(translator, namespace(), pod())
     before = translator.snapshot()
-    wrong = pod(annotations={EXCLUDE_OUTBOUND_PORTS: "http"})
-    assert put(translator, wrong) == ["'http' is not a port from 1 to 65535"]
+    wrong = pod(spec={"serviceAccountName": "a b"})
+    assert put(translator, wrong) == ["'a b' is not a valid name"]
     assert translator.snapshot() == before
 
 
 def test_wrong_pod_that_took_over_a_name_does_not_keep_the_old_one() -> None:
     translator = Translator()
     put(translator, namespace(), pod())
-    assert put(translator, pod(annotations={EXCLUDE_OUTBOUND_PORTS: "http"}, uid="uid-new")) != []
+    assert put(translator, pod(spec={"serviceAccountName": "a b"}, uid="uid-new")) != []
     assert translator.snapshot().workloads == ()
     assert put(translator, pod("other", uid="uid-cart-0")) == []
 

@@ -6,6 +6,7 @@ import ssl
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import pytest
@@ -129,6 +130,19 @@ def below_a_leaf(maker: Maker) -> Shown:
 RIGHT: dict[str, Callable[[Maker], Shown]] = {
     "of the root": lambda maker: Shown(maker.leaf()),
     "below an intermediate": below_an_intermediate,
+    "with a DNS name before the URI": lambda maker: Shown(
+        maker.leaf([x509.DNSName("client.shop.svc"), SPIFFE])
+    ),
+    "with names of every kind after the URI": lambda maker: Shown(
+        maker.leaf(
+            [
+                SPIFFE,
+                x509.DNSName("client.shop.svc"),
+                x509.IPAddress(ip_address("10.0.0.1")),
+                x509.RFC822Name("client@shop.example"),
+            ]
+        )
+    ),
     "without extended key usage": lambda maker: Shown(maker.leaf(purposes=None)),
 }
 WRONG: dict[str, tuple[Callable[[Maker], Shown], str]] = {
@@ -159,8 +173,14 @@ WRONG: dict[str, tuple[Callable[[Maker], Shown], str]] = {
         lambda maker: Shown(maker.leaf([x509.DNSName("client.shop.svc")])),
         "peer_names_wrong",
     ),
-    "a DNS name beside the URI": (
-        lambda maker: Shown(maker.leaf([SPIFFE, x509.DNSName("client.shop.svc")])),
+    "a DNS name beside two URIs": (
+        lambda maker: Shown(
+            maker.leaf([SPIFFE, uri("spiffe://cluster.local/ns/a/sa/b"), x509.DNSName("a.example")])
+        ),
+        "peer_names_wrong",
+    ),
+    "an id as a DNS name": (
+        lambda maker: Shown(maker.leaf([x509.DNSName(SPIFFE.value)])),
         "peer_names_wrong",
     ),
     "no name": (lambda maker: Shown(maker.leaf(())), "peer_names_wrong"),

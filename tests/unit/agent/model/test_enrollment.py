@@ -10,6 +10,7 @@ from agent.model.enrollment import (
     OWN_LABEL,
     EnrollmentRules,
     Operator,
+    Refusal,
     Requirement,
     SelectorPair,
 )
@@ -68,18 +69,28 @@ def test_pair_holds_if_both_sides_do() -> None:
 def test_pods_word_comes_before_its_namespaces(
     of_namespace: frozenset[tuple[str, str]], of_pod: frozenset[tuple[str, str]], wants: bool
 ) -> None:
-    assert DEFAULT_RULES.wants("shop", of_pod, of_namespace) == wants
+    assert (DEFAULT_RULES.refusal("shop", of_pod, of_namespace) is None) == wants
 
 
 def test_excluded_namespace_is_never_in() -> None:
-    assert not DEFAULT_RULES.wants("kube-system", AMBIENT, AMBIENT)
+    assert DEFAULT_RULES.refusal("kube-system", AMBIENT, AMBIENT) is Refusal.NAMESPACE
     rules = EnrollmentRules(excluded_namespaces=frozenset({"shop"}))
-    assert not rules.wants("shop", AMBIENT, AMBIENT)
-    assert rules.wants("kube-system", AMBIENT, AMBIENT)
+    assert rules.refusal("shop", AMBIENT, AMBIENT) is Refusal.NAMESPACE
+    assert rules.refusal("kube-system", AMBIENT, AMBIENT) is None
 
 
 def test_our_own_pods_are_known_by_namespace_and_label_together() -> None:
-    assert not DEFAULT_RULES.wants("sidestep-system", OWN | AMBIENT, AMBIENT)
-    assert DEFAULT_RULES.wants("sidestep-system", AMBIENT, NOTHING)
-    assert DEFAULT_RULES.wants("shop", OWN, AMBIENT)
-    assert not EnrollmentRules(own_namespace="mesh").wants("mesh", OWN, AMBIENT)
+    assert DEFAULT_RULES.refusal("sidestep-system", OWN | AMBIENT, AMBIENT) is Refusal.OWN
+    assert DEFAULT_RULES.refusal("sidestep-system", AMBIENT, NOTHING) is None
+    assert DEFAULT_RULES.refusal("shop", OWN, AMBIENT) is None
+    own = EnrollmentRules(own_namespace="mesh")
+    assert own.refusal("mesh", OWN, AMBIENT) is Refusal.OWN
+
+
+def test_refusal_says_what_would_have_to_change() -> None:
+    assert DEFAULT_RULES.refusal("shop", NOTHING, OTHER) is Refusal.NOT_LABELED
+    assert DEFAULT_RULES.refusal("shop", NONE, AMBIENT) is Refusal.OPTED_OUT
+    own_selectors = EnrollmentRules(
+        (SelectorPair(of_pod=(Requirement("never", Operator.EXISTS),)),)
+    )
+    assert own_selectors.refusal("shop", AMBIENT, AMBIENT) is Refusal.NOT_SELECTED

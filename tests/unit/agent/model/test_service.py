@@ -35,3 +35,18 @@ def test_port_that_the_service_has_not_leads_nowhere() -> None:
 def test_entry_of_the_same_name_is_another_service() -> None:
     assert SERVICE.key == ("shop", "cart", "Service")
     assert replace(SERVICE, kind="ServiceEntry").key != SERVICE.key
+
+
+def test_endpoint_that_leaves_serves_a_port_that_nobody_else_does() -> None:
+    first, second = SERVICE.endpoints
+    service = replace(SERVICE, endpoints=(replace(first, is_leaving=True), second))
+    assert service.endpoints_for(80) == ((SECOND, 8081), (SECOND, 8082))
+    assert service.endpoints_for(81) == ((FIRST, 9090),)
+
+
+def test_endpoints_of_one_node_are_those_that_are_there_and_there_the_leaving_count() -> None:
+    first, second = SERVICE.endpoints
+    here = replace(first, node="east", is_leaving=True)
+    service = replace(SERVICE, endpoints=(here, replace(second, node="west")))
+    assert service.endpoints_for(80, "east") == ((FIRST, 8080),)
+    assert service.endpoints_for(80, "north") == ()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from agent.errors import NameUnknown
+from agent.model.enrollment import Refusal
 from agent.model.pod import Exclusions, LocalPod
 from agent.model.policy import Policy
 from agent.model.service import Endpoint, Service, ServicePort
@@ -19,7 +20,7 @@ from agent.state.store import Snapshot
 from tests.support.policies import authentication, authorization, from_account
 
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Mapping, Set
 
     from agent.model.policy import AnyPolicy
 
@@ -70,7 +71,9 @@ SNAPSHOT = Snapshot(
         "east": (local("client"), local("near")),
         "west": (local("far"), local("open"), local("bypass")),
     },
+    refusals={"bare": Refusal.NOT_LABELED},
 )
+NONE: Mapping[str, str] = {}
 STRICT = authentication("strict", "STRICT")
 NOT_CLIENT = authorization("not-client", "DENY", from_account("client"))
 ONLY_NEAR = authorization("only-near", "ALLOW", from_account("near", "80"))
@@ -83,12 +86,15 @@ def explain(
     port: int = 80,
     has_direct: bool = True,
     snapshot: Snapshot = SNAPSHOT,
+    unenrolled: Mapping[str, str] = NONE,
     unguarded: Set[str] = frozenset(),
 ) -> list[Explanation]:
     rulebook = Rulebook()
     for policy in policies:
         rulebook.put(policy)
-    explainer = Explainer(snapshot, rulebook, "cluster.local", Exclusions(), has_direct, unguarded)
+    explainer = Explainer(
+        snapshot, rulebook, "cluster.local", Exclusions(), has_direct, unenrolled, unguarded
+    )
     return explainer.explain(source, destination, port)
 
 
@@ -106,6 +112,10 @@ def explain(
         ("client", "bare", 80, (NOT_CLIENT,), "passthrough", None),
         ("client", "192.0.2.1", 80, (NOT_CLIENT,), "passthrough", None),
         ("client", "client", 80, (NOT_CLIENT,), "passthrough", None),
+        ("client", "127.0.0.1", 80, (), "passthrough", None),
+        ("client", "::", 80, (), "passthrough", None),
+        ("client", "::ffff:10.0.0.3", 80, (), "tunnel", None),
+        ("::ffff:10.0.0.1", "::ffff:10.1.0.1", 80, (), "tunnel", None),
         ("client", "far", 80, (NOT_CLIENT,), "denied",
          "AuthorizationPolicy default/not-client rules[0]"),
         ("near", "far", 80, (ONLY_NEAR,), "tunnel",
@@ -166,8 +176,70 @@ def test_identities_are_those_of_the_tunnel() -> None:
     (found,) = explain("client", "far")
     assert str(found.source_identity) == "spiffe://cluster.local/ns/default/sa/client"
     assert str(found.destination_identity) == "spiffe://cluster.local/ns/default/sa/far"
+    assert found.is_proved
     (found,) = explain("bare", "far")
     assert found.source_identity is None
+    assert not found.is_proved
+
+
+def test_identity_that_nobody_learns_is_an_identity_all_the_same() -> None:
+    for source, destination, port in (("client", "192.0.2.1", 80), ("client", "far", 7)):
+        (found,) = explain(source, destination, port=port)
+        assert str(found.source_identity) == "spiffe://cluster.local/ns/default/sa/client"
+        assert not found.is_proved
+
+
+def test_verdict_agrees_with_a_path_that_is_denied() -> None:
+    (found,) = explain("client", "far", port=15008)
+    assert found.row()["verdict"] == "deny"
+    assert found.row()["explained"] == "denied: port 15008 is the agent's own"
+    (found,) = explain("client", "far", NOT_CLIENT)
+    assert found.reason == "tunnel if it were allowed: both pods are in the mesh"
+    (found,) = explain("client", "192.0.2.1")
+    assert (found.row()["verdict"], found.row()["explained"]) == (None, None)
+
+
+def test_connection_of_no_pod_is_an_error() -> None:
+    with pytest.raises(NameUnknown, match="is the address of a pod"):
+        explain("192.0.2.1", "192.0.2.2")
+
+
+def outside(name: str, **changes: Any) -> Snapshot:
+    """Return a state where a pod is not enrolled, though nothing is against it."""
+    others = tuple(each for each in SNAPSHOT.workloads if each.name != name)
+    changed = replace(workload(name), is_hbone=False, **changes)
+    return replace(SNAPSHOT, workloads=(*others, changed))
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "unenrolled", "reason", "advice"),
+    [
+        (outside("far"), {"far": "pending: no process"}, "far is not in the mesh (pending: no", ()),
+        (outside("far"), {}, "the agent of node west has not enrolled it",
+         ("see why on node west: sidestep diff --pod default/far",)),
+        (outside("far", node=""), {}, "default/far is not in the mesh, so nobody", ()),
+        (replace(outside("far"), refusals={"far": Refusal.OPTED_OUT}), {}, "says none",
+         ("enroll default/far: label it istio.io/dataplane-mode: ambient",)),
+        (replace(outside("far"), refusals={"far": Refusal.NAMESPACE}), {}, "is excluded", ()),
+    ],
+)  # fmt: skip
+def test_pod_outside_has_its_reason_and_a_label_only_if_that_helps(
+    snapshot: Snapshot, unenrolled: dict[str, str], reason: str, advice: tuple[str, ...]
+) -> None:
+    (found,) = explain("client", "far", snapshot=snapshot, unenrolled=unenrolled)
+    assert reason in found.reason
+    assert found.to_change == advice
+
+
+def test_who_is_no_pod_cannot_be_enrolled() -> None:
+    permissive = "let PeerAuthentication default/strict say PERMISSIVE for port 80"
+    (found,) = explain("192.0.2.1", "far", STRICT)
+    assert found.to_change == (permissive,)
+    (found,) = explain("bare", "far", STRICT)
+    enroll = "enroll default/bare: label it istio.io/dataplane-mode: ambient"
+    assert found.to_change == (enroll, permissive)
+    (found,) = explain("client", "far", STRICT, port=7)
+    assert found.to_change[0] == "let default/client exclude it from capture no more"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +276,7 @@ def test_several_pods_or_services_of_one_name_are_an_error() -> None:
     twins = replace(SERVICES[0], namespace="other"), replace(workload("far"), namespace="other")
     services, workloads = (*SERVICES, twins[0]), (*SNAPSHOT.workloads, twins[1])
     snapshot = replace(SNAPSHOT, services=services, workloads=workloads)
-    explainer = Explainer(snapshot, Rulebook(), "cluster.local", Exclusions(), False)
+    explainer = Explainer(snapshot, Rulebook(), "cluster.local", Exclusions(), False, NONE)
     with pytest.raises(NameUnknown, match="several services: default/web, other/web"):
         explainer.explain("client", "web", 80)
     with pytest.raises(NameUnknown, match="several pods: default/far, other/far"):

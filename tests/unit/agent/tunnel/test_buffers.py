@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tunnel.buffers import BUFFERS, FULL_SECONDS, HIGH_WATER, Buffers, Kept, Share
+from agent.tunnel.buffers import (
+    BUFFERS,
+    FULL_SECONDS,
+    HIGH_WATER,
+    JOINED_BYTES,
+    Backlog,
+    Buffers,
+    Kept,
+    Share,
+)
+from tests.support.allocated import allocated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -237,7 +247,7 @@ def test_bytes_that_wait_for_somebody_are_in_the_account_until_they_are_taken() 
     kept.keep(memoryview(b"one "))
     kept.keep(b"two")
     assert BUFFERS.held == before + 7
-    assert kept.take() == [b"one ", b"two"]
+    assert kept.take() == [b"one two"]
     assert (BUFFERS.held, kept.take(), ended) == (before, [], [])
 
 
@@ -250,3 +260,48 @@ def test_bytes_that_nobody_will_take_end_their_connection_once() -> None:
     assert (BUFFERS.held, kept.take(), ended) == (before, [], ["ended"])
     kept.give_up()
     assert ended == ["ended"]
+
+
+def test_small_pieces_cost_little_more_than_is_in_them() -> None:
+    kept = Kept(Share("shop/server-0"), lambda: None)
+
+    def keep() -> None:
+        for _ in range(60_000):
+            kept.keep(b"k")
+
+    assert allocated(keep) < kept.buffered * 1.5
+    kept.take()
+
+
+def test_backlog_is_passed_on_in_order_while_what_was_taken_of_it_is_still_in_use() -> None:
+    backlog = Backlog()
+    taken: list[memoryview] = []
+    for number in range(1000):
+        backlog.keep(b"%d " % number)
+        view = memoryview(backlog[0])
+        size = min(len(view), 1 + number % 5)
+        taken.append(view[:size])
+        backlog.pass_on(size)
+    taken += [memoryview(piece) for piece in backlog]
+    assert b"".join(taken) == b"".join(b"%d " % number for number in range(1000))
+
+
+def test_pieces_are_joined_while_they_are_small() -> None:
+    backlog = Backlog()
+    for size in (1, JOINED_BYTES - 1, 1, 2):
+        backlog.keep(bytes(size))
+    assert [len(piece) for piece in backlog] == [JOINED_BYTES, 3]
+    backlog.pass_on(JOINED_BYTES)
+    assert [len(piece) for piece in backlog] == [3]
+
+
+def test_rest_of_a_large_piece_does_not_hold_all_of_it() -> None:
+    backlog = Backlog()
+
+    def keep_rest() -> None:
+        backlog.keep(bytes(1 << 20))
+        while len(backlog[0]) > 1:
+            backlog.pass_on((len(backlog[0]) + 1) // 3)
+
+    assert allocated(keep_rest) < 1000
+    assert [len(piece) for piece in backlog] == [1]

@@ -353,6 +353,32 @@ def test_peer_names_no_service_that_there_is_not(scene: Callable[..., Scene]) ->
     assert [each.service for each in found] == [known, known, None]
 
 
+@pytest.mark.parametrize(
+    ("target", "headers"),
+    [
+        ("a" * 10_000, {}),
+        (f"[fe80::1%{'a' * 10_000}]:{PORT}", {}),
+        (f"{ADDRESS}:{PORT}", {"A" * 10_000: "a"}),
+    ],
+    ids=["no address", "a long scope", "no name of a field"],
+)
+def test_little_is_logged_of_what_a_peer_says(
+    scene: Callable[..., Scene],
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    headers: dict[str, str],
+) -> None:
+    stage = scene()
+    tunnel = stage.tunnel()
+    answers: list[int] = []
+    stream_id = tunnel.session.open_stream(target, headers)
+    tunnel.session.channels[stream_id].on_response = answers.append
+    assert stage.wait(answers) == 400
+    logged = capsys.readouterr().err
+    assert "400: " in logged
+    assert len(logged) < 2500
+
+
 def test_headers_beyond_their_size_cost_the_tunnel(scene: Callable[..., Scene]) -> None:
     stage = scene(header_bytes=1024)
     small, large = stage.tunnel(), stage.tunnel()

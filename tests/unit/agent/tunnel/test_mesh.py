@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import pytest
 
 from agent.model.service import Endpoint, Service, ServicePort
 from agent.model.workload import Workload
-from agent.tunnel.mesh import Mesh, Route
+from agent.tunnel.mesh import Mesh, Route, Standpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ POD4, POD6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 OTHER4 = ip_address("10.0.0.2")
 VIP4, VIP6 = ip_address("10.96.0.1"), ip_address("fd00:96::1")
 WORKLOAD = Workload("u-1", "shop", "cart-0", "node-1", "cart", (POD4, POD6), is_hbone=True)
+WEST = Standpoint("west")
 SERVICE = Service(
     "shop",
     "cart",
@@ -118,6 +120,24 @@ def test_address_that_was_taken_over_stays_with_its_new_owner(mesh: Mesh) -> Non
     assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, heir, service)
 
 
+def test_address_is_the_same_pods_whatever_came_first_and_then_whose_it_still_is() -> None:
+    leaving = replace(WORKLOAD, uid="u-0", is_leaving=True)
+    heir = replace(WORKLOAD, uid="u-2", name="cart-1", addresses=(POD4,))
+    for order in permutations((leaving, heir, leaving)):  # which is told again while it leaves
+        mesh = Mesh()
+        for workload in order:
+            mesh.put_workload(workload)
+        assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, heir)
+        assert mesh.at(POD6) == leaving
+        mesh.remove_workload("u-0")
+        assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, heir)
+        mesh.put_workload(leaving)
+        mesh.remove_workload("u-2")
+        assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, leaving)
+        mesh.remove_workload("u-0")
+        assert mesh.at(POD4) is None
+
+
 def test_workload_is_found_by_its_uid(mesh: Mesh) -> None:
     assert mesh.workload("u-1") == WORKLOAD
     assert mesh.at(POD4) == WORKLOAD
@@ -136,17 +156,17 @@ def test_service_and_entry_of_one_name_are_two(mesh: Mesh) -> None:
 def test_pod_in_another_network_is_unreachable_with_a_reason(mesh: Mesh) -> None:
     elsewhere = replace(WORKLOAD, network="west")
     mesh.put_workload(elsewhere)
-    assert mesh.network("u-1") == "west"
-    assert mesh.network("u-2") == ""
+    assert mesh.network("u-1") == Standpoint("west", "node-1")
+    assert mesh.network("u-2") == Standpoint()
     why = "shop/cart-0 is in network 'west', and there is no gateway to it"
     assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None, None, why)
-    assert mesh.resolve(POD4, 80, first, "west") == Route(POD4, 80, elsewhere)
+    assert mesh.resolve(POD4, 80, first, WEST) == Route(POD4, 80, elsewhere)
     assert mesh.resolve(VIP4, 80, first) == Route(POD4, 8080, None, SERVICE, why)
     mesh.put_workload(WORKLOAD)
     why = "shop/cart-0 is in the cluster's network, and there is no gateway to it"
-    assert mesh.resolve(POD4, 80, first, "west") == Route(POD4, 80, None, None, why)
+    assert mesh.resolve(POD4, 80, first, WEST) == Route(POD4, 80, None, None, why)
     mesh.remove_workload("u-1")
-    assert mesh.network("u-1") == ""
+    assert mesh.network("u-1") == Standpoint()
 
 
 def test_service_leads_to_the_endpoints_of_the_clients_network(mesh: Mesh) -> None:
@@ -161,11 +181,36 @@ def test_service_leads_to_the_endpoints_of_the_clients_network(mesh: Mesh) -> No
         return endpoints[0]
 
     assert mesh.resolve(VIP4, 80, only) == Route(POD4, 8080, WORKLOAD, service)
-    assert mesh.resolve(VIP4, 80, only, "west") == Route(OTHER4, 8080, west, service)
+    assert mesh.resolve(VIP4, 80, only, WEST) == Route(OTHER4, 8080, west, service)
     assert [len(each) for each in seen] == [1, 1]
 
 
 def test_endpoint_that_is_no_workload_is_in_every_network(mesh: Mesh) -> None:
     mesh.put_workload(replace(WORKLOAD, uid="u-2", addresses=(OTHER4,), network="west"))
     mesh.remove_workload("u-1")
-    assert mesh.resolve(VIP4, 80, first, "west") == Route(POD4, 8080, None, SERVICE)
+    assert mesh.resolve(VIP4, 80, first, WEST) == Route(POD4, 8080, None, SERVICE)
+
+
+def test_load_balancer_is_a_services_at_its_ports_and_may_be_shared(mesh: Mesh) -> None:
+    web = replace(SERVICE, balanced=(OTHER4,))
+    admin = replace(web, name="admin", addresses=(), ports=(ServicePort("web", 81),))
+    for service in (web, admin):
+        mesh.put_service(service)
+    assert mesh.resolve(OTHER4, 80, first) == Route(POD4, 8080, WORKLOAD, web)
+    assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, admin)
+    assert mesh.resolve(OTHER4, 22, first) == Route(OTHER4, 22, None)
+    mesh.put_service(replace(web, endpoints=()))
+    assert mesh.resolve(OTHER4, 80, first) is None
+    mesh.remove_service(*web.key)
+    assert mesh.resolve(OTHER4, 80, first) == Route(OTHER4, 80, None)
+    assert mesh.resolve(OTHER4, 81, first) == Route(POD4, 8080, WORKLOAD, admin)
+
+
+def test_local_service_leads_to_the_clients_node_but_by_a_load_balancer(mesh: Mesh) -> None:
+    there = Endpoint(POD4, (("web", 8080),), "node-1")
+    service = replace(SERVICE, endpoints=(there,), balanced=(OTHER4,), is_local=True)
+    mesh.put_service(service)
+    found = Route(POD4, 8080, WORKLOAD, service)
+    assert mesh.resolve(VIP4, 80, first, Standpoint(node="node-1")) == found
+    assert mesh.resolve(VIP4, 80, first, Standpoint(node="node-2")) is None
+    assert mesh.resolve(OTHER4, 80, first, Standpoint(node="node-2")) == found

@@ -21,6 +21,7 @@ from agent.model.workload import Workload
 from agent.tunnel import life_signs
 from agent.tunnel import outbound as outbound_module
 from agent.tunnel import session as session_module
+from agent.tunnel import sockets as sockets_module
 from agent.tunnel.access import Ledger
 from agent.tunnel.buffers import FULL, PARTS, Share
 from agent.tunnel.connection import Role
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
+TCP_REPAIR = 19  # linux/tcp.h: whoever has it set closes without a word
 SERVER_ADDRESS = ip_address("127.0.0.1")
 SERVER_POD = Workload(
     "uid-server", "shop", "server-0", "node-2", "server", (SERVER_ADDRESS,), is_hbone=True
@@ -86,7 +88,8 @@ class Scene:
         self.mesh = mesh = Mesh()
         mesh.put_workload(SERVER_POD)
         pod_sockets = PodSockets(lambda _own: None)
-        self.pool = Pool(self.reactor, pod_sockets, trust, contexts, bounds)
+        ledger = Ledger(self.reactor, mesh)
+        self.pool = Pool(self.reactor, pod_sockets, trust, contexts, ledger.may_log, bounds)
         self.sessions: list[Session] = []
         asked = Asked()
         self.outbound = Outbound(
@@ -97,7 +100,7 @@ class Scene:
             self.pool,
             contexts,
             asked,
-            Ledger(self.reactor, mesh),
+            ledger,
             bounds,
         )
         pod = LocalPod("uid-client", "shop", "client-0", "client", (ip_address("127.0.0.2"),))
@@ -343,3 +346,21 @@ def test_connection_that_has_ended_is_no_cyclic_garbage(
                 run_until(stage.reactor, lambda: not stage.served.connections)
                 run_until(stage.reactor, lambda: not stage.sessions[0].channels)
     assert len(stage.sessions) == 1
+
+
+def test_destination_outside_the_mesh_that_went_without_a_word_is_noticed(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = [(level, name, 1) for level, name, _value in sockets_module.KEEPALIVE]
+    monkeypatch.setattr(sockets_module, "KEEPALIVE", quick)
+    stage = scene()
+    stage.mesh.remove_workload(SERVER_POD.uid)
+    with netns.run_in(stage.served.netns_fd, socket.socket) as listener:
+        netns.run_in(stage.served.netns_fd, lambda: listener.bind((str(SERVER_ADDRESS), 80)))
+        listener.listen()
+        with stage.connect() as application:
+            server, _address = listener.accept()
+            server.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+            server.close()
+            run_until(stage.reactor, lambda: not stage.served.connections)
+            assert application.recv(1) == b""

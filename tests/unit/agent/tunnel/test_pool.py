@@ -19,8 +19,10 @@ from agent.model.identity import SpiffeId
 from agent.model.pod import LocalPod
 from agent.model.workload import Workload
 from agent.tunnel import pool as pool_module
+from agent.tunnel.access import Ledger
 from agent.tunnel.connection import Role
 from agent.tunnel.contexts import Contexts
+from agent.tunnel.mesh import Mesh
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.served import ServedPod
@@ -84,6 +86,7 @@ class Setup:
         self.context = authority.context(CLIENT, Role.CLIENT)
         self.contexts = Contexts(self.reactor, lambda _identity: None)
         self.contexts.put(authority.certificate(CLIENT))
+        self.ledger = Ledger(self.reactor, Mesh())
         # Nothing captures in this namespace, so nothing must be exempt.
         self.bound()
         pod = LocalPod("uid-client", "shop", "client-0", "client", (OTHER_LOOPBACK,))
@@ -97,6 +100,7 @@ class Setup:
             PodSockets(lambda _own: None, first_spare),
             Trust(self.reactor, TRUST_DOMAIN),
             self.contexts,
+            self.ledger.may_log,
             Bounds(**limits),
         )
 
@@ -512,3 +516,13 @@ def test_refused_peer_is_logged_with_its_code(
     setup.wait_answers(1)
     (line,) = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     assert (line["message"], line["code"]) == ("tunnel refused", "peer_unexpected")
+
+
+def test_peers_that_are_refused_one_after_the_other_are_logged_up_to_the_limit(
+    setup: Setup, capfd: pytest.CaptureFixture[str]
+) -> None:
+    setup.ledger.set_limit(2)
+    for count in range(1, 6):
+        setup.ask(workload=replace(WORKLOAD, service_account="admin"))
+        setup.wait_answers(count)
+    assert capfd.readouterr().err.count("tunnel refused") == 2

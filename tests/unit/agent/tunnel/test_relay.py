@@ -126,7 +126,7 @@ def test_what_was_said_before_end_and_reset_is_delivered(side: str, other_ended:
     assert joined.reports == []
     assert "abort" not in far.calls
     far.drain()
-    assert (far.delivered, far.has_sent_end, far.calls[-1]) == (b"answer", True, "close")
+    assert (far.delivered, far.has_sent_end, far.calls[-1]) == (b"answer", True, "hang up")
     assert [was_aborted for _sent, _received, was_aborted in joined.reports] == [True]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.tunnel.connection import Limits
+from tests.support.allocated import allocated
 from tests.support.loop import run_rounds
 
 if TYPE_CHECKING:
@@ -92,6 +93,27 @@ def test_views_leave_at_once_and_what_has_no_room_is_kept_in_order(tunnel: Tunne
     tunnel.until(lambda: far.seen)
     assert bytes(far.received) == b"x" * window + b"y" * 100 + b"z"
     assert near.channel.share.held == 0
+
+
+def test_small_messages_that_nobody_reads_cost_little_more_than_is_in_them(
+    tunnel: Tunnel,
+) -> None:
+    near, far = tunnel.open()
+    far.channel.pause()
+    window = Limits().stream_window
+    near.channel.write(bytes(window))
+    messages = [b"%d " % number for number in range(20_000)]
+
+    def write() -> None:
+        for message in messages:
+            near.channel.write(message)
+
+    assert allocated(write) < near.channel.buffered * 1.5
+    far.channel.resume()
+    tunnel.until(lambda: not near.channel.buffered and len(far.received) > window)
+    tail = b"".join(messages)
+    tunnel.until(lambda: len(far.received) == window + len(tail))
+    assert far.received[window:] == tail
 
 
 def test_channel_that_gives_up_is_reset_at_both_ends(tunnel: Tunnel) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tunnel import tcp
+from agent.tunnel import sockets, tcp
 from agent.tunnel.buffers import Share
 from agent.tunnel.reactor import READ, Reactor
 from agent.tunnel.sockets import LINGER_RESET
 from agent.tunnel.tcp import TcpChannel
+from tests.support.allocated import allocated
 from tests.support.loop import count_rounds, run_rounds, run_until
 
 if TYPE_CHECKING:
@@ -116,6 +117,20 @@ def test_what_the_socket_does_not_take_is_kept_in_order_and_drained(end: End) ->
     assert end.peer.recv(1) == b""  # FIN, after the data
 
 
+def test_small_messages_that_nobody_reads_cost_little_more_than_is_in_them(end: End) -> None:
+    written = end.fill()
+    before = end.channel.buffered
+    messages = [b"%d " % number for number in range(20_000)]
+
+    def write() -> None:
+        for message in messages:
+            end.channel.write(memoryview(message))  # as they come out of a tunnel
+
+    assert allocated(write) < (end.channel.buffered - before) * 1.5
+    tail = b"".join(messages)
+    assert end.read_peer(written + len(tail))[-len(tail) :] == tail
+
+
 def test_paused_channel_reads_nothing_and_goes_on(end: End) -> None:
     end.channel.start()
     end.channel.pause()
@@ -214,6 +229,31 @@ def test_closed_channel_sends_fin_and_says_nothing_more(end: End) -> None:
     assert end.peer.recv(1) == b""
     run_rounds(end.reactor, 3)
     assert end.seen == []
+
+
+def test_hanging_up_is_a_reset_once_all_has_arrived(end: End) -> None:
+    end.channel.start()
+    end.channel.write(b"answer")
+    end.channel.finish()
+    run_until(end.reactor, lambda: not sockets.unacknowledged(end.own))
+    end.channel.hang_up()
+    assert end.peer.recv(100) == b"answer"
+    with pytest.raises(BrokenPipeError):  # after a FIN; the first one would pass without a RST
+        end.peer.send(b"more")
+
+
+def test_hanging_up_loses_nothing(end: End) -> None:
+    end.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    end.own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    end.channel.start()
+    end.channel.write(bytes(1 << 18))
+    end.channel.finish()
+    assert not end.channel.buffered
+    end.channel.hang_up()
+    received = 0
+    while data := end.peer.recv(1 << 16):
+        received += len(data)
+    assert received == 1 << 18
 
 
 def test_channel_that_was_not_joined_says_so(end: End) -> None:
