@@ -4,13 +4,16 @@ A command is imported when it is asked for, so that each costs what it needs and
 does not carry the libraries of the other commands, and the answer to a mistyped word is quick.
 
 Exit codes are the same everywhere: 0 fine, 1 a problem was found, 2 the command could not do its
-work. Here errors end: one of ours becomes `error: <message>` on stderr and exit code 2. Anything
-else is a defect, shows its traceback, and ends with 2 as well, since nothing was found out.
+work. Here errors end: one of ours, and output that nobody takes, becomes `error: <message>` on
+stderr and exit code 2. Anything else is a defect, shows its traceback, and ends with 2 as well,
+since nothing was found out.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import traceback
 from typing import Any
 
@@ -27,6 +30,7 @@ COMMANDS = (
     "uninstall",
 )  # fmt: skip
 LONG = 200  # characters: more than any first sentence
+PRINTERS = ("click.utils", "rich.console")
 
 
 class _Edge(click.Group):
@@ -57,9 +61,22 @@ class _Edge(click.Group):
             ctx.exit(CANNOT_RUN)
         except (click.exceptions.Exit, click.Abort, click.ClickException):
             raise
-        except Exception:
-            click.echo(traceback.format_exc(), err=True, nl=False)
+        except Exception as error:
+            if not _is_of_output(error):
+                click.echo(traceback.format_exc(), err=True, nl=False)
+            elif isinstance(error, BrokenPipeError):
+                raise  # `| head` has enough: click ends without a word
+            else:
+                click.echo(f"error: the output cannot be written: {error}", err=True)
+                # What is left of it would be tried again at the end of the interpreter.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(CANNOT_RUN)
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Say whether it came of printing."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, OSError) and frame.f_globals["__name__"] in PRINTERS
 
 
 @click.group(

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from agent import web
 from agent.errors import RequestRefused
+from agent.loglines import ACCESS, parse_levels
 from agent.pprof import build_profile
 from agent.sampling import Sampler
-from agent.tunnel import messages
+from agent.tunnel import messages, served
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 LONGEST_PROFILE_SECONDS = 300
 HIGHEST_FREQUENCY = 1000
+OWN_SCOPES = (ACCESS, served.SCOPE, "agent")  # and those below; the rest are libraries
 GRACE_SECONDS = 3.0  # for workers to send what they found
 
 
@@ -93,6 +96,7 @@ class Pages:
             if value
         ]
         if wanted:
+            _refuse_unknown_scopes(",".join(wanted))
             self._set_levels(",".join(wanted))
         return web.text(f"current log level is {self._levels()}")
 
@@ -122,6 +126,16 @@ class Pages:
             if isinstance(answer, messages.Profile):
                 found[f"worker {pid}"] = answer.stacks
         return found
+
+
+def _refuse_unknown_scopes(levels: str) -> None:
+    """Raise RequestRefused for a scope that no line has: a slip of the pen would change nothing."""
+    # The log has the name of every part of this process that is imported, and of those above it.
+    known = {ACCESS, served.SCOPE, *logging.root.manager.loggerDict}
+    for scope, _level in parse_levels(levels).scopes:
+        if scope not in known:
+            own = sorted(name for name in known if name.partition(".")[0] in OWN_SCOPES)
+            raise RequestRefused(f"nothing logs as {scope!r}; scopes are {', '.join(own)}")
 
 
 def _parameter(query: web.Query, name: str, usual: int, most: int) -> int:

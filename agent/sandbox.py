@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from agent.model.pod import Address, LocalPod
 
+LABS = "sidestep-lab"  # below it are the cgroups of all labs of this machine
+
 
 def open_netns(pod: LocalPod, pod_cgroups: Path) -> int:
     """Return a descriptor of the pod's namespace, the caller's (SandboxNotFound)."""

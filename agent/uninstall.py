@@ -3,12 +3,14 @@
     the agent    asked to take its pods out and to end; waited for
     links        unpinned: programs detach, pods are captured no more
     guard        filters of tc by our priority and handle, clsact if we alone used it
-    pods         reply rules and routes, sysctls, in every namespace below the pods' cgroups
+    pods         reply rules and routes, sysctls, in every namespace below the pods' cgroups, but
+                 for those of labs that run: other agents look after them
     pins         programs and maps
     files        sockets in the run directory, and the directory if it is empty then
 
-Works from names and fixed numbers alone and opens no map, so that it also works where the layout is
-another one, or half of the pins is gone. Every step looks first and can be repeated.
+Works from names and fixed numbers alone, so that it also works where the layout is another one, or
+half of the pins is gone: a map is opened for the names of pods only, and they are not needed. Every
+step looks first and can be repeated.
 
 Called by `sidestep uninstall`. Objects in the cluster's API are not touched: an agent that runs
 takes its words back itself.
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from agent import netlink, netns, sandbox
-from agent.datapath import pins
+from agent.datapath import links, listing, pins
 from agent.enroll import take_reply_route
-from agent.errors import PinsInUse
+from agent.errors import KernelError, PinsInUse
 from agent.guard import PARENTS
 from agent.handover import SOCKET_NAME, Predecessor
 
@@ -62,9 +65,13 @@ def uninstall(pin_root: Path, pod_cgroups: Path, run_directory: Path) -> Iterato
             link.unlink()
             yield f"link {link}"
     yield from _take_filters()
+    of_labs = _lab_namespaces(pod_cgroups)
+    names = _pod_names(pin_root)
     for fd in sandbox.all_netns(pod_cgroups):
-        if netns.run_in(fd, _take_from_pod):
-            yield f"rules, routes and sysctls of namespace {os.fstat(fd).st_ino}"
+        cookie = netns.netns_cookie(fd)
+        if cookie not in of_labs and netns.run_in(fd, _take_from_pod):
+            pod = f"pod {names[cookie]}" if cookie in names else f"namespace {os.fstat(fd).st_ino}"
+            yield f"rules, routes and sysctls of {pod}"
     for directory in _directories(pin_root):
         shutil.rmtree(directory)
         yield f"pins {directory}"
@@ -79,6 +86,25 @@ def uninstall(pin_root: Path, pod_cgroups: Path, run_directory: Path) -> Iterato
 
 def _directories(pin_root: Path) -> list[Path]:
     return sorted(path for path in pin_root.glob("*") if path.is_dir())
+
+
+def _lab_namespaces(pod_cgroups: Path) -> set[int]:
+    """Return the netns cookies of labs, unless their own pods are meant.
+
+    To leave out their cgroups would not do: those of v1 hold the processes of labs as well.
+    """
+    labs = links.cgroup_root() / sandbox.LABS
+    if pod_cgroups.is_relative_to(labs):
+        return set()
+    return {netns.netns_cookie(fd) for fd in sandbox.all_netns(labs)}
+
+
+def _pod_names(pin_root: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for directory in _directories(pin_root):
+        with suppress(KernelError):
+            names |= listing.pod_names(directory)
+    return names
 
 
 def _take_filters() -> Iterator[str]:

@@ -50,7 +50,7 @@ mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf ||
 if [ ! -x .venv/bin/promtool ] || [ ! -x .venv/bin/prometheus ]; then
 	echo "setup: taking Prometheus"
 	fetched=$(mktemp -d)
-	chmod 755 "$fetched" # apt reads as another user
+	chown _apt "$fetched" # apt downloads as this user, or says that it cannot
 	(cd "$fetched" && apt-get -qq update && apt-get -qq download prometheus)
 	mkdir -p .venv/bin
 	dpkg-deb --fsys-tarfile "$fetched"/prometheus_*.deb |

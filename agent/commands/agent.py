@@ -7,6 +7,7 @@ import os
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import click
 from click.core import ParameterSource
@@ -72,7 +73,9 @@ def default_workers() -> int:
     "--pod-cgroups", type=_EXISTING, default="/sys/fs/cgroup", show_default=True,
     help="Where the cgroups of this node's pods are.",
 )  # fmt: skip
-@click.option("--ca", "ca_address", required=True, metavar="HOST:PORT", help="The mesh's CA.")
+@click.option(
+    "--ca", "ca_address", required=True, metavar="HOST:PORT", help="The mesh's CA; or unix:PATH."
+)
 @click.option("--ca-name", default="", help="Name in the CA's certificate, if not its host's.")
 @click.option(
     "--ca-token", type=_FILE, default="/var/run/secrets/tokens/istio-token", show_default=True,
@@ -272,6 +275,8 @@ def agent(
 ) -> None:
     """Run the node agent: load the programs, follow the objects, serve the pods."""
     features.require()
+    if not is_authority(ca_address):
+        raise ConfigError(f"--ca {ca_address}: must be HOST:PORT or unix:PATH")
     try:
         networks = tuple(ip_network(network) for network in exclude_outbound_network)
     except ValueError as error:
@@ -336,6 +341,17 @@ def agent(
         await Agent(settings, followed).run()
 
     asyncio.run(run())
+
+
+def is_authority(address: str) -> bool:
+    """Say whether gRPC could ever reach a CA there: it would try for ever, without a word."""
+    if address.startswith("unix:"):
+        return True
+    try:
+        found = urlsplit(f"//{address}")
+        return found.netloc == address and bool(found.hostname and found.port)
+    except ValueError:
+        return False
 
 
 def _open_source(

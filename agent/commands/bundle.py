@@ -25,7 +25,8 @@ from agent.commands.examples import examples
 from agent.commands.exits import PROBLEM
 from agent.commands.pinned import find_places
 from agent.datapath import features, listing
-from agent.errors import SidestepError
+from agent.errors import ConfigError, SidestepError
+from agent.identity.keys import write_private
 from agent.question import ask
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Bundle:
 )
 @click.option(
     "-f", "--file", "path", type=click.Path(path_type=Path, dir_okay=False),
-    help="Where to write it; by default sidestep-bundle-TIME.tar.gz here.",
+    help="Where to write it, over what is there; by default sidestep-bundle-TIME.tar.gz here.",
 )  # fmt: skip
 @agent_options
 def bundle(path: Path | None, socket_path: Path | None, lab: str | None, run_dir: Path) -> None:
@@ -78,16 +79,20 @@ def bundle(path: Path | None, socket_path: Path | None, lab: str | None, run_dir
     It names pods, addresses, services and policies of this node. Works as far as it can when the
     agent is dead; exit code 1 if something could not be had.
     """
+    features.require_root()
     top = f"sidestep-bundle-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     path = path or Path(f"{top}.tar.gz")
-    with path.open("xb") as file:
-        path.chmod(MODE)
-        with tarfile.open(fileobj=file, mode="w:gz") as archive:
-            made = Bundle(archive, top)
-            _machine(made)
-            _agents(made, socket_path, lab, run_dir)
-            _pins(made, lab)
-            made.add("problems.txt", "".join(f"{each}\n" for each in made.problems).encode())
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        made = Bundle(archive, top)
+        _machine(made)
+        _agents(made, socket_path, lab, run_dir)
+        _pins(made, lab)
+        made.add("problems.txt", "".join(f"{each}\n" for each in made.problems).encode())
+    try:
+        write_private(path, content.getvalue())
+    except OSError as error:
+        raise ConfigError(f"--file {path}: {error.strerror}") from error
     click.echo(str(path))
     for problem in made.problems:
         click.echo(f"missing: {problem}", err=True)

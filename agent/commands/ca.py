@@ -141,6 +141,8 @@ def ca(
     """Run the certificate authority of the mesh: sign for the pods of the agent that asks."""
     if context.invoked_subcommand is not None:
         return
+    if objects is not None and tokens is None:
+        raise ConfigError("give --tokens beside --objects: no cluster is there to review tokens")
     keep_memory_private()
     share_one_arena()
     store = _open_store(directory, secret)

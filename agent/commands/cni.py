@@ -75,8 +75,10 @@ def install(
     places = installer.Places(networks, plugins, state, socket, exclude_namespace)
     try:
         primary = installer.install(places)
-    except (installer.InstallError, OSError) as error:
+    except installer.InstallError as error:
         raise InstallFailed(str(error)) from error
+    except OSError as error:
+        raise failed(error, places) from error
     click.echo(f"{networks / primary} has the plugin")
 
 
@@ -88,11 +90,24 @@ def uninstall(networks: Path, plugins: Path, state: Path) -> None:
     A `sidestep cni watch` of this node, also one that starts later, waits for the next `sidestep
     cni install`; `sidestep uninstall` takes away what tells it so.
     """
+    places = installer.Places(networks, plugins, state, Path())
     try:
-        installer.keep_out(installer.Places(networks, plugins, state, Path()))
+        installer.keep_out(places)
     except OSError as error:
-        raise InstallFailed(str(error)) from error
+        raise failed(error, places) from error
     click.echo("the plugin is uninstalled, and kept out until sidestep cni install")
+
+
+def failed(error: OSError, places: installer.Places) -> InstallFailed:
+    """Say what could not be done, and which option names the place."""
+    options = {"networks": places.networks, "plugins": places.plugins, "state": places.state}
+    for option, directory in options.items():
+        if error.filename and Path(error.filename).is_relative_to(directory):
+            return InstallFailed(
+                f"--{option} {directory}: {error.filename}: {error.strerror}; is this the host's "
+                "directory, and may it be written here?"
+            )
+    return InstallFailed(str(error))
 
 
 @cni.command(

@@ -12,7 +12,7 @@ import click
 
 from agent.commands.asking import RUN, ask_names, find_sockets
 from agent.commands.filters import Names
-from agent.datapath import listing
+from agent.datapath import features, listing
 from agent.errors import AdminError, ConfigError, FeatureMissing
 
 if TYPE_CHECKING:
@@ -52,8 +52,9 @@ def find_places(root: Path | None, lab: str | None = None) -> list[Place]:
     """Return the pin directories.
 
     Raises:
-        FeatureMissing: there is none, or they cannot be read.
+        FeatureMissing: root is missing, or there is none.
     """
+    features.require_root()
     roots = (LABS / lab,) if lab else listing.ROOTS if root is None else (root,)
     places = [_place(directory) for directory in listing.find_directories(roots)]
     if not places:

@@ -8,11 +8,10 @@ from pathlib import Path
 import click
 
 from agent import uninstall as steps
-from agent.commands.cni import places_options
+from agent.commands.cni import failed, places_options
 from agent.commands.examples import examples
-from agent.datapath import pins
+from agent.datapath import features, pins
 from agent.discovery.entries import REDIRECTION
-from agent.errors import InstallFailed
 from cni import installer
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -40,17 +39,20 @@ def uninstall(
     An agent that runs is asked to take its pods out first: what is open goes on until it ends, at
     most for the agent's --drain-seconds. From then on pods speak in plaintext. Then the CNI plugin
     and its entry go, for which pods that start have waited, and all the rest. Delete the DaemonSet
-    first, or it starts the next agent. Run it in the node's network namespace, as the agent.
+    first, or it starts the next agent. Run it in the node's network namespace, as the agent. Labs
+    are not touched: sidestep lab down.
     """
+    features.require_root()
     pid = asyncio.run(steps.ask_agent(run_dir))
     if pid is not None:
         click.echo(f"agent {pid} has taken its pods out and ended")
     steps.refuse_if_held(pin_root)
     count = 0
+    places = installer.Places(networks, plugins, state, Path())
     try:
-        files = installer.uninstall(installer.Places(networks, plugins, state, Path()))
+        files = installer.uninstall(places)
     except OSError as error:
-        raise InstallFailed(str(error)) from error
+        raise failed(error, places) from error
     for path in files:
         click.echo(f"removed {path}, or what was ours in it")
         count += 1

@@ -84,6 +84,12 @@ def require(root: Path = Path("/")) -> None:
             raise FeatureMissing(f"{found.name} is missing, {found.detail}: {found.remedy}")
 
 
+def require_root() -> None:
+    """Go on only as root, for what needs nothing else (FeatureMissing)."""
+    if os.geteuid() != 0:
+        raise FeatureMissing(f"root is missing, the user id is {os.geteuid()}: run as root")
+
+
 def _check_privilege(root: Path) -> Check:
     remedy = f"run as root, in a container with {', '.join(CAPABILITIES)} added"
     if os.geteuid() != 0:

@@ -1,4 +1,4 @@
-"""Facts of the machine that the demo compares: filters, processes, access logs, leftovers."""
+"""Facts of the machine that the demo compares: filters, processes, access logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import watchfiles
 
-from agent.datapath import links
 from agent.errors import LabError
 
 if TYPE_CHECKING:
@@ -102,14 +101,3 @@ class AccessLog:
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
-
-
-def list_places() -> set[str]:
-    """List what a lab makes on a machine: namespaces, pins, cgroups, files."""
-    places = [Path("/run/netns"), Path("/sys/fs/bpf"), links.cgroup_root(), Path("/run/sidestep")]
-    return {
-        str(path)
-        for place in places
-        if place.is_dir()
-        for path in [*place.iterdir(), *place.glob("sidestep-lab/*"), *place.glob("lab/*")]
-    }

@@ -21,8 +21,9 @@ from agent.demo import evidence, wire
 from agent.demo.recorder import Recorder
 from agent.errors import LabError
 from agent.lab import machine
-from agent.lab.lab import DEFAULT_CLUSTER, TRUST_DOMAIN, Lab
+from agent.lab.lab import CA_PORT, DEFAULT_CLUSTER, TRUST_DOMAIN, Lab
 from agent.model.capture import HBONE_PORT
+from agent.model.endpoint import endpoint
 from agent.model.enrollment import MODE_LABEL
 from agent.model.identity import SpiffeId
 
@@ -97,7 +98,17 @@ class Visit:
     body: bytes
     peer: str
     milliseconds: float
-    streams: dict[Direction, bytes]
+    streams: dict[Direction, bytes]  # whatever the link carried
+
+    @property
+    def own(self) -> dict[Direction, bytes]:
+        """The streams but the CA's, whom agents ask whenever they need a certificate."""
+        authority = (machine.CA_ADDRESS, CA_PORT)
+        return {
+            way: stream
+            for way, stream in self.streams.items()
+            if authority not in ((str(host), port) for host, port in way.ends)
+        }
 
     @property
     def line(self) -> bytes:
@@ -109,8 +120,16 @@ class Visit:
         return any(text in stream for stream in self.streams.values())
 
     def answer(self) -> tuple[Direction, bytes]:
-        """Return the direction that carried most: the answer, in whatever form."""
-        return max(self.streams.items(), key=lambda item: len(item[1]))
+        """Return the direction in which the answer came, in whatever form (LabError: none)."""
+        server = self.peer.rpartition(":")[0]
+        found = [(way, stream) for way, stream in self.own.items() if str(way.source) == server]
+        if not found:
+            raise LabError(f"nothing from {server} has passed the link")
+        return max(found, key=lambda item: len(item[1]))
+
+    def is_all_on(self, port: int) -> bool:
+        """Say whether nothing went over the link but what had `port` at one of its ends."""
+        return all(port in (end for _host, end in way.ends) for way in self.own)
 
 
 class Story:
@@ -127,7 +146,6 @@ class Story:
         """Run it all (SidestepError where the machine does not allow it)."""
         began = time.monotonic()
         self._lab.down()  # what a killed demo left
-        places = evidence.list_places()
         try:
             with ExitStack() as stack:
                 self._up(stack)
@@ -141,9 +159,9 @@ class Story:
             self._screen.stage("Down again")
         finally:
             self._lab.down()
-        left = sorted(evidence.list_places() - places)
-        self._claim("nothing_left_behind", "nothing is left on this machine", not left)
-        self._screen.note(f"left on this machine: {', '.join(left) or 'nothing'}")
+        left = ", ".join(map(str, self._lab.places()))
+        self._claim("nothing_left_behind", "nothing of the demo is left on this machine", not left)
+        self._screen.note(f"left on this machine: {left or 'nothing'}")
         self._report.evidence["seconds"] = round(time.monotonic() - began, 1)
         return self._report
 
@@ -193,7 +211,8 @@ class Story:
         self._recorder.take()
         direction, stream = visit.answer()
         self._screen.note(self._summary(visit))
-        self._screen.bytes(_name(direction), stream[max(0, stream.find(visit.line)) :])
+        start = max(0, stream.find(visit.line))
+        self._screen.bytes(f"on the link: {_name(direction)}", stream[start:])
         self._claim(
             "payload_readable_before",
             "before, the answer could be read on the link",
@@ -215,9 +234,12 @@ class Story:
         inbound = self._logs[SERVER].wait_for(lambda entry: entry["direction"] == "inbound")
         direction, stream = visit.answer()
         self._screen.note(self._summary(visit))
-        self._screen.bytes(_name(direction), stream)
+        self._screen.bytes(f"on the link: {_name(direction)}", stream)
+        if visit.own != visit.streams:
+            self._screen.note(
+                f"and what the agents asked the CA, {machine.CA_ADDRESS}:{CA_PORT}, over TLS too"
+            )
         hello = wire.parse_server_hello(stream)
-        ports = {port for way in visit.streams for port in (way.source_port, way.destination_port)}
         self._claim("same_answer", "the client got the same answer", visit.body == self._plain.body)
         self._claim(
             "payload_unreadable_after",
@@ -234,8 +256,8 @@ class Story:
         )
         self._claim(
             "only_the_tunnel_port",
-            "the only port on the link was the tunnel's",
-            HBONE_PORT in ports and PORT not in ports,
+            "but for the CA's, the only port on the link was the tunnel's",
+            visit.is_all_on(HBONE_PORT),
         )
         self._claim(
             "path_is_hbone",
@@ -275,6 +297,7 @@ class Story:
         self._screen.table(columns, [dict(zip(columns, fact, strict=True)) for fact in facts])
         self._report.evidence |= {
             "tls": tls,
+            "link": [_name(way) for way in visit.streams],
             "connection": {"outbound": outbound, "inbound": inbound},
         }
         answer = self._late.communicate("\n", timeout=10)[0]
@@ -304,7 +327,7 @@ class Story:
                     "path": entry["path"],
                     "server's identity": entry["dst.identity"],
                     "milliseconds": f"{visit.milliseconds:.1f}",
-                    "over the link": len(visit.streams),
+                    "over the link": len(visit.own),
                 }
             )
         self._screen.table(list(rows[0]), rows)
@@ -330,8 +353,8 @@ class Story:
         refused = self._curl(self._neighbor)
         verdict = verdicts.wait_for(lambda entry: entry.get("verdict") == "deny")
         self._screen.note(
-            f"the open connection was closed after {seconds * 1000:.0f} ms; "
-            f"curl: {refused.stderr.decode().splitlines()[0]}"
+            f"the open connection was closed after {seconds * 1000:.0f} ms; the next one: "
+            f"{refused.stderr.decode().splitlines()[0]}"
         )
         changes = evidence.AccessLog(log)
         self._lab.remove_object(POLICY)
@@ -466,10 +489,7 @@ class Story:
 
 
 def _name(direction: Direction) -> str:
-    return (
-        f"on the link: {direction.source}:{direction.source_port} -> "
-        f"{direction.destination}:{direction.destination_port}"
-    )
+    return " -> ".join(endpoint(str(host), port) for host, port in direction.ends)
 
 
 def _lines(rules: dict[str, str]) -> str:

@@ -46,6 +46,11 @@ class Direction:
     destination: Address
     destination_port: int
 
+    @property
+    def ends(self) -> tuple[tuple[Address, int], tuple[Address, int]]:
+        """Source and destination, each an address and a port."""
+        return (self.source, self.source_port), (self.destination, self.destination_port)
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:

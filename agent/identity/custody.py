@@ -173,6 +173,9 @@ def rotate_root(
             }
         )
     elif stage == "sign":
+        for name in (NEXT_CERTIFICATE, NEXT_KEY):
+            if name not in entries:
+                raise NoAuthority(f"{name} is missing, though the stage {current} has made it")
         store.write(
             {
                 CERTIFICATE: entries[NEXT_CERTIFICATE],
@@ -188,10 +191,9 @@ def rotate_root(
 
 def _material_for(entries: Mapping[str, bytes], stage: Stage) -> Material:
     """Return the CA; where `sign` was cut off between its two halves, the one to be completed."""
-    if stage == "sign" and entries.get(CERTIFICATE) == entries.get(NEXT_CERTIFICATE):
-        return Material(
-            entries[CERTIFICATE], entries.get(NEXT_KEY, b""), b"", entries.get(ROOTS, b"")
-        )
+    certificate = entries.get(CERTIFICATE)
+    if stage == "sign" and certificate and certificate == entries.get(NEXT_CERTIFICATE):
+        return Material(certificate, entries.get(NEXT_KEY, b""), b"", entries.get(ROOTS, b""))
     return _material(entries)
 
 

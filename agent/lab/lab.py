@@ -27,14 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from agent.datapath import links, pins
-from agent.errors import FeatureMissing, LabError, ManifestError
+from agent import sandbox
+from agent.datapath import features, links, pins
+from agent.errors import LabError, ManifestError
 from agent.lab import machine
 from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
 from agent.model.enrollment import MODE_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 RUN = Path("/run/sidestep/lab")
 PINS = Path("/sys/fs/bpf/sidestep-lab")
@@ -54,16 +55,15 @@ class Lab:
     """One lab by name; several do not disturb each other."""
 
     def __init__(self, name: str, certificate_seconds: int = CERTIFICATE_SECONDS) -> None:
-        """Name a lab (LabError for a name that cannot be part of paths)."""
+        """Name a lab (LabError for a name that cannot be part of paths; FeatureMissing)."""
         if not NAME.fullmatch(name):
             raise LabError(f"lab name {name!r} is not 1 to 20 of a-z, 0-9 and -")
-        if os.geteuid() != 0:
-            raise FeatureMissing("root is missing: a lab makes namespaces and loads BPF programs")
+        features.require_root()
         self.name = name
         self.certificate_seconds = certificate_seconds
         self.run = RUN / name
         self.pins = PINS / name
-        self.cgroup = links.cgroup_root() / "sidestep-lab" / name
+        self.cgroup = links.cgroup_root() / sandbox.LABS / name
         self.objects = self.run / "objects"
         self.logs = self.run / "logs"
         self.agent_options: tuple[str, ...] = ()  # what `up` adds to each agent's command line
@@ -143,12 +143,15 @@ class Lab:
             (self.cgroup / node.name / "agent").mkdir(parents=True, exist_ok=True)
             self.pod_cgroups(node).mkdir(exist_ok=True)
             self.kubelet_cgroup(node).mkdir(exist_ok=True)
-        say(f"{len(cluster.nodes)} nodes, routed through one fabric")
+        say(f"{_count(cluster.nodes, 'node')}, routed through one fabric")
+        pods = []
         for pod in cluster.pods:
             path = machine.add_namespace(self.pod_netns(pod).name)
             machine.connect_pod(self.node_netns(pod.node), pod, path)
-            self._start_pod(pod)
-        say(f"{len(cluster.pods)} pods started")
+            if not machine.processes_of(self.pod_cgroup(pod)):
+                pods.append((pod, self._start_pod(pod)))
+        if cluster.pods:
+            say(_started(pods, "pod"))
         for body in (*cluster.others, *(pod.manifest() for pod in cluster.pods)):
             if is_new or not self._object_path(body).exists():
                 self.write_object(body)
@@ -157,7 +160,13 @@ class Lab:
             say("the certificate authority signs")
         started = [node for node in cluster.nodes if self.agent_pid(node) is None]
         self._start_agents(started)
-        say(f"{len(started)} agents started and ready")
+        say(_started(started, "agent"))
+        for pod, process in pods:
+            log = self.pod_log(pod)
+            if code := process.poll():
+                say(f"warning: pod {pod.key} has ended with exit code {code}, see {log}")
+            elif not is_new:
+                say(f"warning: pod {pod.key} was not running and is started again, see {log}")
         return cluster
 
     def write_object(self, body: dict[str, Any]) -> None:
@@ -192,11 +201,10 @@ class Lab:
         self._children.append(child)
         return child
 
-    def _start_pod(self, pod: LabPod) -> None:
+    def _start_pod(self, pod: LabPod) -> subprocess.Popen[bytes]:
         cgroup = self.pod_cgroup(pod)
         cgroup.mkdir(exist_ok=True)
-        if not machine.processes_of(cgroup):
-            self._launch(self.pod_netns(pod), cgroup, list(pod.command), self.pod_log(pod))
+        return self._launch(self.pod_netns(pod), cgroup, list(pod.command), self.pod_log(pod))
 
     def label_namespace(self, name: str, mode: str | None) -> float:
         """Set or take the mesh label of a namespace; wait until the agents have followed.
@@ -447,18 +455,27 @@ class Lab:
 
     # -- down ---------------------------------------------------------------------------------
 
+    def places(self) -> list[Path]:
+        """List what is on the machine of this lab: files, pins, cgroup, namespaces."""
+        namespaces = [
+            path
+            for path in machine.NETNS_DIRECTORY.glob(f"ss-{self.name}-*")
+            if self._is_ours(path.name)
+        ]
+        return [path for path in (self.run, self.pins, self.cgroup) if path.exists()] + namespaces
+
     def down(self) -> bool:
         """Remove everything that is there; False if there was nothing."""
-        there = [self.run.exists(), self.pins.exists(), self.cgroup.exists()]
+        found = self.places()
         # At once: an agent that ends in order would leave the same, and serve what is open first.
-        machine.kill_cgroup(self.cgroup)
-        for child in self._children:
+        for child in self._children:  # first: one that has just been launched is in no cgroup yet
+            child.kill()
             child.wait(STOP_SECONDS)
         self._children.clear()
-        for path in machine.NETNS_DIRECTORY.glob(f"ss-{self.name}-*"):
-            if self._is_ours(path.name):
+        machine.kill_cgroup(self.cgroup)
+        for path in found:
+            if path.parent == machine.NETNS_DIRECTORY:
                 machine.delete_namespace(path)
-                there.append(True)
         for directory in self.pins.glob("*/*") if self.pins.exists() else ():
             pins.remove(directory)
         shutil.rmtree(self.pins, ignore_errors=True)
@@ -468,11 +485,19 @@ class Lab:
                 parent.rmdir()
             except OSError:
                 continue  # another lab, or an agent, still uses it
-        return any(there)
+        return bool(found)
 
     def _is_ours(self, name: str) -> bool:
         # `a` and `a-b` are both names of labs: ss-a-b-fabric belongs to the second.
         return re.fullmatch(rf"ss-{self.name}-(fabric|node-.*|pod-.*)", name) is not None
+
+
+def _count(things: Collection[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _started(things: Collection[object], noun: str) -> str:
+    return f"{_count(things, noun)} started" if things else f"{noun}s already running"
 
 
 def _find_agents(pids: list[int]) -> list[int]:

@@ -110,8 +110,38 @@ def test_pod_that_does_not_follow_its_label_is_named_with_the_reason(
 def test_up_twice_changes_nothing(lab: Lab) -> None:
     lab.label_namespace("shop", "ambient")
     before = lab.status()
-    lab.up(DEFAULT_CLUSTER, print)
+    said: list[str] = []
+    lab.up(DEFAULT_CLUSTER, said.append)
     assert lab.status() == before
+    assert said == [
+        "2 nodes, routed through one fabric", "pods already running", "agents already running"
+    ]  # fmt: skip
+
+
+def test_pod_whose_program_is_not_there_is_named_with_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "kind: Node\nmetadata: {name: a}\n---\nkind: Pod\nmetadata: {name: p}\n"
+        "spec: {nodeName: a, containers: [{command: [no-such-program]}]}\n"
+    )
+    built, said = Lab(f"t{os.getpid()}"), list[str]()
+    try:
+        built.up(path, said.append)
+        (log,) = [Path(line.rpartition(" ")[2]) for line in said if line.startswith("warning: ")]
+        assert "no-such-program cannot be started" in log.read_text()
+        again: list[str] = []
+        built.up(path, again.append)
+    finally:
+        built.down()
+    assert again[-1].startswith("warning: pod default/p ")
+    assert again[-1].endswith(f", see {log}")
+    assert said == [
+        "1 node, routed through one fabric",
+        "1 pod started",
+        "the certificate authority signs",
+        "1 agent started",
+        f"warning: pod default/p has ended with exit code 127, see {log}",
+    ]
 
 
 def test_wrong_cluster_names_the_object_and_the_field(tmp_path: Path) -> None:

@@ -266,8 +266,11 @@ def test_archive_of_dead_agents_has_the_pins_and_says_what_is_missing(
     dead: Lab, tmp_path: Path
 ) -> None:
     path = tmp_path / "bundle.tar.gz"
+    path.write_text("the one before")
     done = run("bundle", "-f", str(path), "--lab", dead.name)
     assert done.returncode == 1
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
     missing = done.stderr.splitlines()
     with tarfile.open(path) as archive:
         content = {
@@ -306,6 +309,29 @@ def test_check_finds_all_that_is_required_here() -> None:
     found = json.loads(done.stdout)
     assert {row["ok"] for row in found if row["required"]} == {True}
     assert {"root", "bpffs"} <= {row["check"] for row in found}
+
+
+WITHOUT_ROOT = """
+import importlib, os, sys
+from agent.cli import main
+importlib.import_module(f"agent.commands.{sys.argv[1]}")
+os.seteuid(65534)
+main(prog_name="sidestep")
+"""
+
+
+@pytest.mark.parametrize("words", [
+    ["pods"], ["programs"], ["maps", "list"], ["bundle"], ["uninstall"], ["lab", "status"],
+])  # fmt: skip
+def test_what_needs_root_says_so_in_one_sentence(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The interpreter may be where only root can read, so the right goes when all is imported.
+    command = [sys.executable, "-c", WITHOUT_ROOT, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: root is missing, the user id is 65534: run as root\n"
 
 
 def test_check_without_root_says_so_in_one_sentence() -> None:

@@ -323,6 +323,12 @@ def test_start_of_connections_is_logged_once_that_is_asked_for(watched: Watched)
     assert watched.page("/logging")[1] == b"current log level is info,access=info\n"
     status, text = watched.page("/logging?level=loud", method="POST")
     assert (status, text[:24]) == (400, b"log level 'loud' is none")
+    status, text = watched.page("/logging?level=nope=debug", method="POST")
+    assert (status, text[:57]) == (
+        400,
+        b"nothing logs as 'nope'; scopes are access, agent, agent.a",
+    )
+    assert watched.page("/logging")[1] == b"current log level is info,access=info\n"
 
 
 # -- pages --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from agent import uninstall as steps
 from agent.lab import machine
 from agent.lab.lab import DEFAULT_CLUSTER, Lab
 from cni import installer
@@ -121,12 +122,14 @@ def test_everything_is_as_before_the_first_agent(lab: Lab, has_crashed: bool) ->
         for node in (east, west):
             assert ("has taken its pods out" in said[node.name]) != has_crashed
             assert ("kubectl annotate pods" in said[node.name]) == has_crashed
+            assert "of namespace" not in said[node.name]
             (lab.run / node.name / "notify.sock").unlink(missing_ok=True)
             after = of_node(lab, node)
             if has_crashed:  # nobody was there to take the words back
                 after["published"] = before[node.name]["published"]
             assert after == before[node.name]
         assert footprint.bpf_objects() == objects
+        assert ("rules, routes and sysctls of pod shop/client" in said[east.name]) == has_crashed
         # In plain text now, as before the mesh.
         with client.open(str(lab.find_pod("server").address4), 9000) as connection:
             assert is_alive(connection)
@@ -138,3 +141,14 @@ def test_agent_that_was_not_asked_is_not_undone(lab: Lab) -> None:
     (lab.run / east.name / "handover.sock").unlink()
     with pytest.raises(AssertionError, match="was not asked"):
         uninstall(lab, east)
+
+
+def test_lab_that_runs_is_not_the_nodes(lab: Lab, tmp_path: Path) -> None:
+    lab.label_namespace("shop", "ambient")
+    nodes = lab.cluster().nodes
+    before = [of_node(lab, node) for node in nodes]
+    # As below a controller of cgroup v1, which holds the processes of the whole machine.
+    pids = [pid for pod in lab.cluster().pods for pid in machine.processes_of(lab.pod_cgroup(pod))]
+    (tmp_path / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
+    assert list(steps.uninstall(tmp_path / "pins", tmp_path, tmp_path / "run")) == []
+    assert [of_node(lab, node) for node in nodes] == before

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +14,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from agent.cli import COMMANDS, main
+from agent.commands.agent import is_authority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,6 +130,8 @@ def test_version_is_said() -> None:
         ["policies", "--lab", "none"],
         ["check", "--repair", "--run-dir", "/nowhere"],
         ["pods", "--pins", "/nowhere"],
+        ["bundle", "-f", "/nowhere/bundle.tar.gz"],
+        ["ca", "rotate-root", "--stage", "sign", "--directory", "/nowhere"],
         ["maps", "dump", "ss_pods", "--pins", "/nowhere"],
         ["maps", "dump", "nothing"],
         ["connections", "--no-such-option"],
@@ -137,3 +142,73 @@ def test_command_that_cannot_run_says_so_in_one_line_and_ends_with_2(arguments: 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.lower().strip().splitlines()[-1].startswith("error: ")
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Run a command; return its exit code and what it says on stderr."""
+    command = [sys.executable, "-m", "agent.cli", *arguments]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "address", ["nocolon", "127.0.0.1:99999", "host:0", "host:x", ":15012", "::1:15012", "host:1/x"]
+)
+def test_address_of_no_ca_is_known(address: str) -> None:
+    assert not is_authority(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1:15012", "[::1]:15012", "sidestep-ca.sidestep-system.svc:15012", "unix:s"]
+)
+def test_address_of_a_ca_is_taken(address: str) -> None:
+    assert is_authority(address)
+
+
+@pytest.mark.root
+def test_agent_without_an_address_of_a_ca_does_not_start(tmp_path: Path) -> None:
+    own = str(tmp_path)
+    places = ("--objects", own, "--run-dir", own, "--pins", own)
+    code, said = run("agent", "--node", "n", *places, "--ca", "nocolon")
+    assert (code, said) == (2, "error: --ca nocolon: must be HOST:PORT or unix:PATH\n")
+
+
+def test_ca_without_a_cluster_asks_for_tokens(tmp_path: Path) -> None:
+    code, said = run("ca", "--directory", str(tmp_path / "ca"), "--objects", str(tmp_path))
+    assert code == 2
+    assert said.startswith("error: give --tokens beside --objects")
+    assert not (tmp_path / "ca").exists()
+
+
+def test_installation_that_fails_names_the_option_and_what_to_look_at() -> None:
+    code, said = run("cni", "install", "--networks", "/nowhere")
+    assert (code, said) == (
+        2,
+        "error: --networks /nowhere: /nowhere: No such file or directory; is this the host's "
+        "directory, and may it be written here?\n",
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_takes_is_one_line(unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", "check", "-o", "json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the output cannot be written: [Errno 28] No space left on device\n",
+    )
+
+
+def test_reader_that_has_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as broken:
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", "check"],
+            stdout=broken, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.stderr == ""

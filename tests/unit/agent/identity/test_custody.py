@@ -101,11 +101,25 @@ def test_half_of_a_ca_is_not_replaced_by_a_new_one(tmp_path: Path, missing: str)
         open_authority(store, "cluster.local")
 
 
-def test_root_of_no_ca_cannot_be_rotated_and_none_is_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["trust", "sign", "finish"])
+def test_root_of_no_ca_cannot_be_rotated_and_none_is_made(
+    tmp_path: Path, stage: custody.Stage
+) -> None:
     store = DirectoryStore(tmp_path / "wrong")
     with pytest.raises(NoAuthority, match=r"there is no CA: neither ca-cert\.pem nor ca-key\.pem"):
-        rotate_root(store, "trust", "cluster.local", DAY, NOW)
+        rotate_root(store, stage, "cluster.local", DAY, NOW)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("missing", ["next-key.pem", "next-cert.pem"])
+def test_half_of_the_next_root_does_not_sign(tmp_path: Path, missing: str) -> None:
+    store = DirectoryStore(tmp_path)
+    before = open_authority(store, "cluster.local").certificate
+    rotate_root(store, "trust", "cluster.local", DAY, NOW)
+    (tmp_path / missing).unlink()
+    with pytest.raises(NoAuthority, match=missing):
+        rotate_root(store, "sign", "cluster.local", DAY, NOW + DAY)
+    assert open_authority(store, "cluster.local").certificate == before
 
 
 def test_a_leaf_that_is_plugged_in_as_ca_is_refused(tmp_path: Path) -> None:
