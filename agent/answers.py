@@ -12,7 +12,6 @@ goes out as JSON. Errors are RequestRefused and the others that a person who ask
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -253,11 +252,8 @@ class Answers:
         return pending
 
     async def _explain(self, arguments: dict[str, Any]) -> object:
-        snapshot = self._snapshot()
-        # Of those that have one address the first is taken: that has to be whose it is.
-        workloads = sorted(snapshot.workloads, key=lambda each: each.claim, reverse=True)
         explainer = Explainer(
-            replace(snapshot, workloads=tuple(workloads)),
+            self._snapshot(),
             self._enforcement.rulebook,
             self._settings.trust_domain,
             self._settings.exclusions,

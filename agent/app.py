@@ -131,7 +131,7 @@ class Agent:
         self._inspection = Inspection(
             self._pins,
             self._roster,
-            lambda: records.service_ports(self._snapshot.services),
+            lambda: records.service_ports(self._snapshot.services, settings.node),
             links.cgroup_root(),
         )
         self._upkeep = Upkeep(
@@ -489,7 +489,7 @@ class Agent:
 
     async def _apply_to_pods(self, snapshot: Snapshot) -> None:
         try:
-            self._services.apply(records.service_ports(snapshot.services))
+            self._services.apply(records.service_ports(snapshot.services, self._settings.node))
         except MapError as error:
             # Those that are missing go through the agent, which knows them all.
             log.warning("services are not all in the kernel", extra={"error": str(error)})

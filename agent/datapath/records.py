@@ -106,19 +106,18 @@ def service_port_key(address: Address, port: int, index: int = 0) -> dict[str, V
 ServicePorts = dict[tuple["Address", int], tuple[tuple["Address", int], ...]]
 
 
-def service_ports(services: Iterable[Service]) -> ServicePorts:
-    """Return what the kernel may connect each port of each service to.
+def service_ports(services: Iterable[Service], node: str) -> ServicePorts:
+    """Return what the kernel of a node may connect each port of each service to.
 
     Of the endpoints those of the address's own family, as far as there are some: a socket cannot
-    change its family. A port without an endpoint is left out, and so goes to the agent; and so do
-    the addresses that lead to endpoints of one's own node, which the agent knows.
+    change its family. A port without an endpoint is left out, and so goes to the agent.
     """
     ports: ServicePorts = {}
     for service in services:
-        own = () if service.is_local else service.addresses
-        for address in (*own, *service.balanced):
+        for address in (*service.addresses, *service.balanced):
+            stays = service.is_local and address in service.addresses
             for port in service.ports:
-                endpoints = service.endpoints_for(port.port)
+                endpoints = service.endpoints_for(port.port, node if stays else None)
                 same = tuple(found for found in endpoints if found[0].version == address.version)
                 if endpoints:
                     ports[address, port.port] = same or endpoints

@@ -26,6 +26,7 @@ from agent.model.endpoint import endpoint
 from agent.model.enrollment import MODE_LABEL, Refusal
 from agent.model.policy import Action, PeerAuthentication, Policy
 from agent.model.verdict import Basis, Verdict
+from agent.model.workload import owners
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set
@@ -144,6 +145,7 @@ class Explainer:
         self._unenrolled = unenrolled
         self._unguarded = unguarded
         self._pods = {pod.uid: pod for pods in snapshot.local_pods.values() for pod in pods}
+        self._owners = owners(snapshot.workloads)
 
     def explain(self, source: str, destination: str, port: int) -> list[Explanation]:
         """Explain a connection; one row for each endpoint if the destination is a service.
@@ -163,10 +165,15 @@ class Explainer:
                 )
             asked = _Asked((ends[0].address,), port)
             return [self._explain(_facing(origins, ends[0]), ends[0], port, asked)]
-        targets = service.endpoints_for(port)
+        node = None
+        if service.is_local and destination not in map(str, service.balanced):
+            node = origins[0].workload.node if origins[0].workload else ""
+        targets = service.endpoints_for(port, node)
         if not targets:
             named = f"service {service.namespace}/{service.name}:{port}"
             detail = "the service has no ready endpoint for this port"
+            if node is not None:
+                detail += f" on node {node} (internalTrafficPolicy: Local)"
             return [Explanation(str(origins[0]), named, "denied", detail)]
         return [
             self._explain(
@@ -180,10 +187,8 @@ class Explainer:
     # -- names --------------------------------------------------------------------------------
 
     def _end_at(self, address: Address) -> _End:
-        for workload in self._snapshot.workloads:
-            if address in workload.addresses:
-                return _End(address, workload, self._pods.get(workload.uid))
-        return _End(address, None, None)
+        workload = self._owners.get(address)
+        return _End(address, workload, self._pods.get(workload.uid) if workload else None)
 
     def _find_ends(self, name: str) -> list[_End]:
         """Return a pod or an address, once for each address that it has."""
@@ -219,7 +224,8 @@ class Explainer:
         found = [
             service
             for service in self._snapshot.services
-            if wanted in _names_of(service) or wanted in map(str, service.addresses)
+            if wanted in _names_of(service)
+            or wanted in map(str, (*service.addresses, *service.balanced))
         ]
         if len(found) > 1:
             shown = ", ".join(f"{each.namespace}/{each.name}" for each in found)

@@ -113,7 +113,7 @@ class Mesh:
         """Say whether there is a service of that name, of either kind."""
         return any((namespace, name, kind) in self._services for kind in KINDS)
 
-    def network(self, uid: str) -> Standpoint:
+    def standpoint(self, uid: str) -> Standpoint:
         """Return the network and the node of a workload; the cluster's own if it is not known."""
         known = self._workloads.get(uid)
         return Standpoint(known.network, known.node) if known else UNKNOWN

@@ -125,9 +125,9 @@ class Outbound:
             sockets.abort(accepted)
             access.complete(reason)
             return
-        network = self._mesh.network(served.pod.uid)
+        standpoint = self._mesh.standpoint(served.pod.uid)
         choose = partial(_choose, origin.endpoint)
-        route = self._mesh.resolve(origin.address, origin.port, choose, network)
+        route = self._mesh.resolve(origin.address, origin.port, choose, standpoint)
         if route is None:
             sockets.abort(accepted)
             access.complete("the service has no ready endpoint")

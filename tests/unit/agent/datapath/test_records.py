@@ -113,28 +113,34 @@ def service(*endpoints: Endpoint) -> Service:
 
 
 def test_service_port_leads_to_endpoints_of_its_family() -> None:
-    found = records.service_ports([service(*(Endpoint(ip, (("web", 8080),)) for ip in (V4, V6)))])
+    found = records.service_ports(
+        [service(*(Endpoint(ip, (("web", 8080),)) for ip in (V4, V6)))], "node-1"
+    )
     assert found == {(VIP4, 80): ((V4, 8080),), (VIP6, 80): ((V6, 8080),)}
 
 
 def test_service_port_leads_to_the_other_family_where_it_has_no_own() -> None:
-    found = records.service_ports([service(Endpoint(V4, (("web", 8080),)))])
+    found = records.service_ports([service(Endpoint(V4, (("web", 8080),)))], "node-1")
     assert found == {(VIP4, 80): ((V4, 8080),), (VIP6, 80): ((V4, 8080),)}
 
 
 def test_load_balancer_leads_to_the_same_endpoints() -> None:
     balanced = replace(service(Endpoint(V4, (("web", 8080),))), addresses=(), balanced=(VIP4,))
-    assert records.service_ports([balanced]) == {(VIP4, 80): ((V4, 8080),)}
+    assert records.service_ports([balanced], "node-1") == {(VIP4, 80): ((V4, 8080),)}
 
 
-def test_local_service_is_left_to_the_agent_but_for_its_load_balancers() -> None:
-    found = service(Endpoint(V4, (("web", 8080),)))
+@pytest.mark.parametrize("node", ["node-1", "node-2"])
+def test_local_service_leads_to_the_nodes_own_endpoints_but_for_its_load_balancers(
+    node: str,
+) -> None:
+    found = service(Endpoint(V4, (("web", 8080),), node="node-1"))
     local = replace(found, addresses=(VIP6,), balanced=(VIP4,), is_local=True)
-    assert records.service_ports([local]) == {(VIP4, 80): ((V4, 8080),)}
+    own = {(VIP6, 80): ((V4, 8080),)} if node == "node-1" else {}  # else the agent refuses
+    assert records.service_ports([local], node) == {(VIP4, 80): ((V4, 8080),)} | own
 
 
 def test_service_without_endpoints_is_left_to_the_agent() -> None:
-    assert records.service_ports([service()]) == {}
+    assert records.service_ports([service()], "node-1") == {}
 
 
 def test_key_of_an_endpoint_counts_from_zero() -> None:

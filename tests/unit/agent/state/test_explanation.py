@@ -333,3 +333,37 @@ def test_entry_is_found_by_its_hosts_and_by_its_name(name: str) -> None:
 def test_entry_has_no_name_of_the_cluster() -> None:
     with pytest.raises(NameUnknown):
         explain("client", "service:entry.default.svc")
+
+
+LOCAL = Service(
+    "default", "agents", (ip_address("10.1.0.3"),), (ServicePort("http", 80),),
+    (
+        Endpoint(ip_address("10.0.0.2"), (("http", 8080),), node="east"),
+        Endpoint(ip_address("10.0.0.3"), (("http", 8080),), node="west"),
+    ),
+    balanced=(ip_address("192.0.2.9"),), is_local=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "ends"),
+    [
+        ("client", "agents", ["10.0.0.2"]),
+        ("client", "10.1.0.3", ["10.0.0.2"]),
+        ("far", "agents", ["10.0.0.3"]),
+        ("client", "192.0.2.9", ["10.0.0.2", "10.0.0.3"]),  # a load balancer may go anywhere
+    ],
+)
+def test_local_service_leads_to_the_endpoints_of_the_clients_node(
+    source: str, destination: str, ends: list[str]
+) -> None:
+    found = explain(source, destination, snapshot=replace(SNAPSHOT, services=(LOCAL,)))
+    assert [each.destination.split()[-1] for each in found] == [f"{end}:8080" for end in ends]
+
+
+def test_local_service_without_endpoint_on_the_clients_node_says_so() -> None:
+    far = replace(LOCAL, endpoints=LOCAL.endpoints[1:])
+    (row,) = explain("client", "agents", snapshot=replace(SNAPSHOT, services=(far,)))
+    assert (row.path, row.reason.split(" on node ")[1]) == (
+        "denied", "east (internalTrafficPolicy: Local)",
+    )  # fmt: skip

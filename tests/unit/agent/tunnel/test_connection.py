@@ -333,6 +333,19 @@ def test_padding_is_not_data_and_is_given_back() -> None:
     assert found[-1] == StreamEnded(1)
 
 
+def test_replies_that_have_left_may_be_asked_for_again() -> None:
+    server, _ = server_after()
+    pings = frames.build_ping(b"12345678", is_ack=False) * MAX_UNSENT_REPLIES
+    for _ in range(3):
+        server.take_output()  # to be encrypted, which is not yet to leave
+        server.forgive_replies()
+        server.receive(pings)
+    assert not server.is_terminated
+    server.take_output()
+    server.receive(pings)
+    assert server.is_terminated
+
+
 def test_streams_that_were_served_pay_for_resets() -> None:
     server, _ = server_after()
     for number in range(1, 4000, 2):

@@ -156,8 +156,8 @@ def test_service_and_entry_of_one_name_are_two(mesh: Mesh) -> None:
 def test_pod_in_another_network_is_unreachable_with_a_reason(mesh: Mesh) -> None:
     elsewhere = replace(WORKLOAD, network="west")
     mesh.put_workload(elsewhere)
-    assert mesh.network("u-1") == Standpoint("west", "node-1")
-    assert mesh.network("u-2") == Standpoint()
+    assert mesh.standpoint("u-1") == Standpoint("west", "node-1")
+    assert mesh.standpoint("u-2") == Standpoint()
     why = "shop/cart-0 is in network 'west', and there is no gateway to it"
     assert mesh.resolve(POD4, 80, first) == Route(POD4, 80, None, None, why)
     assert mesh.resolve(POD4, 80, first, WEST) == Route(POD4, 80, elsewhere)
@@ -166,7 +166,7 @@ def test_pod_in_another_network_is_unreachable_with_a_reason(mesh: Mesh) -> None
     why = "shop/cart-0 is in the cluster's network, and there is no gateway to it"
     assert mesh.resolve(POD4, 80, first, WEST) == Route(POD4, 80, None, None, why)
     mesh.remove_workload("u-1")
-    assert mesh.network("u-1") == Standpoint()
+    assert mesh.standpoint("u-1") == Standpoint()
 
 
 def test_service_leads_to_the_endpoints_of_the_clients_network(mesh: Mesh) -> None:

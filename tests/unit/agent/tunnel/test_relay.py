@@ -161,6 +161,11 @@ def test_nothing_is_reported_twice() -> None:
     assert joined.reports == [(0, 0, True)]
     joined = Joined()
     joined.left.on_end()
+    joined.relay.abort()
+    joined.left.on_abort()  # was on its way
+    assert joined.reports == [(0, 0, True)]
+    joined = Joined()
+    joined.left.on_end()
     joined.right.on_end()
     joined.right.on_drained()
     joined.relay.abort()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.tunnel.connection import Limits
+from agent.tunnel.frames import ErrorCode
 from tests.support.allocated import allocated
 from tests.support.loop import run_rounds
 
@@ -136,3 +137,14 @@ def test_channel_that_is_closed_takes_nothing_more(tunnel: Tunnel) -> None:
     near.channel.abort()
     assert tunnel.client.idle == 1
     assert near.channel.buffered == 0
+
+
+def test_hanging_up_after_the_own_end_says_so_behind_it(tunnel: Tunnel) -> None:
+    near, far = tunnel.open()
+    far.channel.write(b"answer")
+    far.channel.finish()
+    far.channel.hang_up()
+    tunnel.until(lambda: "abort" in near.seen)
+    assert (bytes(near.received), near.seen) == (b"answer", ["end", "abort"])
+    assert near.channel.reset_code == ErrorCode.NO_ERROR
+    assert far.seen == []
