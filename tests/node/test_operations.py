@@ -549,4 +549,6 @@ def test_bundle_has_everything_but_secrets(watched: Watched, tmp_path: Path) -> 
     secrets = secrets_of(watched.lab)
     assert secrets
     assert [each for each in secrets if each in everything] == []
-    assert watched.command("bundle", "-f", str(path)).returncode == 2  # nothing is overwritten
+    before = path.stat().st_ino
+    assert watched.command("bundle", "-f", str(path)).returncode == 0
+    assert path.stat().st_ino != before  # replaced as a whole
