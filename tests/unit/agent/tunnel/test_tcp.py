@@ -243,10 +243,10 @@ def test_hanging_up_is_a_reset_once_all_has_arrived(end: End) -> None:
 
 
 def test_hanging_up_loses_nothing(end: End) -> None:
-    end.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    end.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
     end.own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     end.channel.start()
-    end.channel.write(bytes(1 << 18))
+    end.channel.write(bytes(1 << 17))
     end.channel.finish()
     assert not end.channel.buffered
     end.peer.send(b"not read")  # for which closing the socket would be a reset
@@ -254,7 +254,7 @@ def test_hanging_up_loses_nothing(end: End) -> None:
     received = 0
     while data := end.peer.recv(1 << 16):
         received += len(data)
-    assert received == 1 << 18
+    assert received == 1 << 17
     end.peer.close()
     run_until(end.reactor, lambda: end.own.fileno() < 0)
 
