@@ -52,6 +52,10 @@ def test_segment_gives_direction_and_payload(direction: Direction, options: byte
     assert parse_segment(frame(direction, b"hello", options=options)) == (direction, b"hello")
 
 
+def test_direction_has_two_ends() -> None:
+    assert V4.ends == ((IPv4Address("10.0.0.1"), 1000), (IPv4Address("10.0.0.2"), 80))
+
+
 def test_padding_of_a_short_frame_is_no_payload() -> None:
     assert parse_segment(frame(V4, b"") + bytes(6)) == (V4, b"")
 
