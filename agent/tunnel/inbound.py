@@ -313,7 +313,7 @@ class Inbound:
             return
 
         def on_connected(error: OSError | None) -> None:
-            dial.on_give_up = _nothing
+            dial.on_give_up = None
             if error is None:
                 on_dialed(TcpChannel(self._reactor, own, served.share), "")
             elif error.errno == errno.EADDRNOTAVAIL and not is_any_port and not dial.is_over:
@@ -335,21 +335,18 @@ class Inbound:
         dial.on_give_up = tcp.connect(self._reactor, own, (str(address), port), on_connected)
 
 
-def _nothing() -> None:
-    pass
-
-
 class _Dial:
     """An application that is being dialed, until it answers or nobody waits for it any more."""
 
     def __init__(self) -> None:
         self.is_over = False
-        self.on_give_up: Callable[[], None] = _nothing
+        self.on_give_up: Callable[[], None] | None = None
 
     def give_up(self) -> None:
         """Wait no more."""
         self.is_over = True
-        self.on_give_up()
+        if self.on_give_up is not None:
+            self.on_give_up()
 
 
 class _Request:

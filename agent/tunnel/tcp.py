@@ -248,16 +248,18 @@ def connect(
         reactor.call_soon(lambda: on_done(None))
         return _nothing
 
-    def settle(error: OSError | None) -> None:
+    def stop_waiting() -> None:
         timer.cancel()
         reactor.forget(own.fileno())
+
+    def settle(error: OSError | None) -> None:
+        stop_waiting()
         if error is not None:
             own.close()
         on_done(error)
 
     def give_up() -> None:
-        timer.cancel()
-        reactor.forget(own.fileno())
+        stop_waiting()
         own.close()
 
     def on_ready(_ready: int) -> None:

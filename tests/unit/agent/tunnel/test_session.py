@@ -520,10 +520,16 @@ def test_stream_that_has_ended_both_ways_outlives_its_tunnel(tunnel: Tunnel) -> 
     assert open_near.seen == ["abort"]
 
 
-def test_end_that_has_not_left_yet_is_lost_with_the_tunnel(tunnel: Tunnel) -> None:
+def open_half_ended(tunnel: Tunnel) -> tuple[Stream, Stream]:
+    """Open a stream that the server has ended, and the client has not; both ends of it."""
     near, far = tunnel.open()
     far.channel.finish()
     tunnel.until(lambda: near.seen)
+    return near, far
+
+
+def test_end_that_has_not_left_yet_is_lost_with_the_tunnel(tunnel: Tunnel) -> None:
+    near, _far = open_half_ended(tunnel)
     near.channel.finish()
     tunnel.client.session.fail("the peer is gone")
     assert near.seen == ["end", "abort"]
@@ -532,9 +538,7 @@ def test_end_that_has_not_left_yet_is_lost_with_the_tunnel(tunnel: Tunnel) -> No
 def test_end_that_the_socket_has_not_taken_is_lost_with_the_tunnel(tunnel: Tunnel) -> None:
     client = tunnel.client.session
     client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    near, far = tunnel.open()
-    far.channel.finish()
-    tunnel.until(lambda: near.seen)
+    near, _far = open_half_ended(tunnel)
     bulk, _sink = tunnel.open()
     bulk.channel.write(bytes(session_module.UNSENT_BYTES))
     near.channel.finish()
@@ -547,9 +551,7 @@ def test_end_that_the_socket_has_not_taken_is_lost_with_the_tunnel(tunnel: Tunne
 def test_end_that_has_left_does_not_wait_for_the_bulk_of_others(tunnel: Tunnel) -> None:
     client = tunnel.client.session
     client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    near, far = tunnel.open()
-    far.channel.finish()
-    tunnel.until(lambda: near.seen)
+    near, far = open_half_ended(tunnel)
     bulk, sink = tunnel.open()
 
     def feed() -> None:  # more than goes at once, so that it is drained later and fed again
