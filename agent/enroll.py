@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from agent import guard, netlink, netns, sysctl
 from agent.datapath import links, records
+from agent.datapath.counters import give_row
 from agent.datapath.exemption import exempt
 from agent.errors import EnrollError, KernelError
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
@@ -73,7 +74,7 @@ class Enrollment:
     ground: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     plaintext_ports: frozenset[int] = frozenset()
     is_complete: bool = False  # else `attach_guard` is to follow
-    guarded_links: list[int] = field(default_factory=list)  # interfaces of the node
+    guarded_links: dict[int, int] = field(default_factory=dict)  # interface of the node -> row
     sysctls: dict[Path, str] = field(default_factory=dict)  # as they were before enrollment
 
     @property
@@ -361,7 +362,7 @@ def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -
 
 def _attach_guard(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
     cookie = enrollment.netns_cookie
-    undo.callback(_drop_counters, pins, cookie)
+    undo.callback(_drop_captures, pins, cookie)
     for ifindex in guard.node_links(enrollment.netns_fd):
         _guard_link(pins, enrollment, ifindex, undo)
     enrollment.is_complete = True
@@ -379,17 +380,17 @@ def _guard_link(
     pins: Pins, enrollment: Enrollment, ifindex: int, undo: contextlib.ExitStack
 ) -> None:
     cookie = enrollment.netns_cookie
-    record = records.guarded_record(enrollment.pod, cookie)
-    _put(pins, undo, "ss_guards", {"value": ifindex}, record)
+    guards = pins.maps["ss_guards"]
+    row = give_row(guards, pins.maps["ss_counters"], enrollment.pod, cookie, ifindex)
+    undo.callback(guards.delete, {"value": ifindex})
     guard.attach(pins, cookie, ifindex, undo)
-    enrollment.guarded_links.append(ifindex)
+    enrollment.guarded_links[ifindex] = row
 
 
-def _drop_counters(pins: Pins, netns_cookie: int) -> None:
-    for counters in (pins.maps["ss_counters"], pins.maps["ss_captures"]):
-        own = [key for key, _counter in counters.items() if key["netns_cookie"] == netns_cookie]
-        for key in own:
-            counters.delete(key)
+def _drop_captures(pins: Pins, netns_cookie: int) -> None:
+    captures = pins.maps["ss_captures"]
+    for key in [key for key, _ in captures.items() if key["netns_cookie"] == netns_cookie]:
+        captures.delete(key)
 
 
 def set_strict(pins: Pins, enrollment: Enrollment, *, is_strict: bool, but: frozenset[int]) -> None:

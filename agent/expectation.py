@@ -57,8 +57,8 @@ class Expected:
                 for address in pod.addresses:
                     self._add({"address": records.pack_address(address)}, own)
             case "ss_guards":
-                for ifindex in enrollment.guarded_links:
-                    self._add({"value": ifindex}, records.guarded_record(pod, cookie))
+                for ifindex, row in enrollment.guarded_links.items():
+                    self._add({"value": ifindex}, records.guarded_record(pod, cookie, row))
             case "ss_listeners":
                 for listener in enrollment.inbound:
                     raw = listener.getsockopt(socket.SOL_SOCKET, netns.SO_COOKIE, 8)

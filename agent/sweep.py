@@ -29,7 +29,6 @@ COOKIE_IN_KEY = {
     "ss_listeners": "value",
     "ss_bypass": "netns_cookie",
     "ss_ports": "netns_cookie",
-    "ss_counters": "netns_cookie",
     "ss_captures": "netns_cookie",
     "ss_pod_names": "value",
 }

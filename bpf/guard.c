@@ -6,7 +6,9 @@
  *
  * Passes by TC_ACT_UNSPEC, so that the filters of others on the same hook have their say too.
  */
+#include "count.h"
 #include "guard.h"
+#include "settled.h"
 
 static __always_inline int guard(struct __sk_buff *skb, u16 direction)
 {
@@ -14,13 +16,16 @@ static __always_inline int guard(struct __sk_buff *skb, u16 direction)
 	struct pod_flow flow = {};
 	enum outcome outcome;
 	u32 ifindex = skb->ifindex;
-	struct guarded *guarded = ss_guards.lookup(&ifindex);
+	struct guarded *guarded;
 
+	if (pass_settled(skb, direction))
+		return TC_ACT_UNSPEC;
+	guarded = ss_guards.lookup(&ifindex);
 	if (!guarded)
 		return TC_ACT_UNSPEC; /* open: the pod is not enrolled */
 	flow.netns_cookie = guarded->netns_cookie;
 	outcome = guard_outcome(skb, direction, guarded, &flow, &segment);
-	guard_count(skb, direction, flow.netns_cookie, outcome);
+	count_packet(skb, guarded->row, direction, outcome);
 	return outcome == OUTCOME_PASSED ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.datapath import libbpf, links
+from agent.datapath.counters import read_counts
 from agent.datapath.maps import Map
 from agent.datapath.records import (
     INBOUND,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from agent.datapath.btf import Value
+    from agent.datapath.counters import Count
     from agent.datapath.maps import Record
 
 Row = dict[str, object]
@@ -244,12 +246,13 @@ def _guard_flow(key: Record, _value: Record, names: PodNames) -> Row:
     }
 
 
-def _counter(key: Record, value: Record, names: PodNames) -> Row:
-    return _owner(key["netns_cookie"], names) | {
-        "direction": DIRECTIONS.get(_number(key["direction"]), key["direction"]),
-        "outcome": OUTCOMES.get(_number(key["outcome"]), key["outcome"]),
-        "packets": value["packets"],
-        "bytes": value["bytes"],
+def _counter(count: Count, names: PodNames) -> Row:
+    return _owner(count.netns_cookie, names) | {
+        "interface": count.ifindex,
+        "direction": DIRECTIONS.get(count.direction),
+        "outcome": OUTCOMES.get(count.outcome),
+        "packets": count.packets,
+        "bytes": count.bytes,
     }
 
 
@@ -299,7 +302,6 @@ _DECODERS: dict[str, Callable[[Record, Record, PodNames], Row]] = {
     "ss_lost": _lost,
     "ss_guards": _guard,
     "ss_guard_flows": _guard_flow,
-    "ss_counters": _counter,
     "ss_captures": _capture,
     "ss_bypass": _bypass,
     "ss_ports": _port,
@@ -337,7 +339,7 @@ COLUMNS = {
     "ss_lost": ("lost_flow_ends",),
     "ss_guards": ("pod", "netns_cookie", "interface"),
     "ss_guard_flows": ("pod", "local", "local_port", "remote", "remote_port"),
-    "ss_counters": ("pod", "direction", "outcome", "packets", "bytes"),
+    "ss_counters": ("pod", "interface", "direction", "outcome", "packets", "bytes"),
     "ss_captures": ("pod", "direction", "decision", "connections"),
     "ss_bypass": ("pod", "netns_cookie", "network"),
     "ss_ports": ("pod", "netns_cookie", "direction", "port"),
@@ -385,8 +387,12 @@ def columns(name: str) -> tuple[str, ...]:
 
 def dump_map(directory: Path, name: str) -> list[Row]:
     """Return the decoded entries of a map that has `columns`."""
-    decode = _DECODERS[name]
     names = pod_names(directory)
+    if name == "ss_counters":
+        return [
+            _counter(count, names) | {"pins": str(directory)} for count in _counts(directory)
+        ]
+    decode = _DECODERS[name]
     with _opened(directory, name) as opened:
         try:
             rows = [
@@ -405,6 +411,14 @@ def describe_entry(name: str, key: Record, value: Record, names: PodNames) -> Ro
     return _DECODERS[name](key, value, names)
 
 
+def _counts(directory: Path) -> list[Count]:
+    with _opened(directory, "ss_guards") as guards, _opened(directory, "ss_counters") as counters:
+        try:
+            return list(read_counts(guards, counters))
+        except KeyError as error:
+            raise AbiMismatch(f"{directory}/maps/ss_guards has no member {error}") from error
+
+
 def _lookup_length(directory: Path) -> int:
     with _opened(directory, "ss_meta") as opened:
         meta = opened.get({"value": 0}) or {}
@@ -415,19 +429,15 @@ def list_pods(directory: Path) -> list[Row]:
     """Return one row for each enrolled pod: where it is, and what the guard counted."""
     names = pod_names(directory)
     counted: dict[Value, dict[str, int]] = {}
-    with _opened(directory, "ss_counters") as opened:
-        for key, value in opened.items():
-            row = _counter(key, value, names)
-            totals = counted.setdefault(key["netns_cookie"], {})
-            outcome = row["outcome"]
-            columns = (
-                (f"{row['direction']}_packets", f"{row['direction']}_bytes")
-                if outcome == "passed"
-                else (f"dropped_{outcome}", None)
-            )
-            for column, member in zip(columns, ("packets", "bytes"), strict=True):
-                if column is not None:
-                    totals[column] = totals.get(column, 0) + _number(value[member])
+    for count in _counts(directory):
+        totals = counted.setdefault(count.netns_cookie, dict.fromkeys(POD_COUNTERS, 0))
+        outcome = OUTCOMES[count.outcome]
+        if outcome == "passed":
+            direction = DIRECTIONS[count.direction]
+            totals[f"{direction}_packets"] += count.packets
+            totals[f"{direction}_bytes"] += count.bytes
+        else:
+            totals[f"dropped_{outcome}"] += count.packets
     with _opened(directory, "ss_guards") as opened:
         guarded = {value["netns_cookie"] for _key, value in opened.items()}
     with _opened(directory, "ss_pods") as opened:
@@ -435,8 +445,7 @@ def list_pods(directory: Path) -> list[Row]:
             _pod(key, value, names)
             | {"strict": bool(value["is_strict"]), "guarded": key["value"] in guarded}
             | {"pins": str(directory)}
-            | dict.fromkeys(POD_COUNTERS, 0)
-            | counted.get(key["value"], {})
+            | (counted.get(key["value"]) or dict.fromkeys(POD_COUNTERS, 0))
             for key, value in opened.items()
         ]
 

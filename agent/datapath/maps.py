@@ -65,8 +65,15 @@ class Map:
         return None if value is None else self._decode_value(value)
 
     def put(self, key: Record, value: Record) -> None:
-        """Write `value` under `key` (MapError, for one if the map is full)."""
-        libbpf.update(self.fd, self.key.encode(**key), self.value.encode(**value))
+        """Write `value` under `key` (MapError, for one if the map is full).
+
+        In a per-CPU map every processor gets it.
+        """
+        data = self.value.encode(**value)
+        if self.facts.type in libbpf.PER_CPU_MAP_TYPES:
+            count = libbpf.possible_cpus()
+            data = data.ljust(self._value_bytes // count, b"\0") * count
+        libbpf.update(self.fd, self.key.encode(**key), data)
 
     def delete(self, key: Record) -> bool:
         """Delete `key`; False if it was not there."""

@@ -35,9 +35,9 @@ def pod_record(pod: LocalPod, *, is_strict: bool = False) -> dict[str, Value]:
     return {"is_strict": int(is_strict)} | _first_addresses(pod)
 
 
-def guarded_record(pod: LocalPod, netns_cookie: int) -> dict[str, Value]:
-    """Return the value of ss_guards."""
-    return {"netns_cookie": netns_cookie} | _first_addresses(pod)
+def guarded_record(pod: LocalPod, netns_cookie: int, row: int) -> dict[str, Value]:
+    """Return the value of ss_guards; `row` is the link's of ss_counters."""
+    return {"netns_cookie": netns_cookie, "row": row} | _first_addresses(pod)
 
 
 def _first_addresses(pod: LocalPod) -> dict[str, Value]:

@@ -9,115 +9,19 @@
 #define SIDESTEP_GUARD_H
 
 #include "capture.h"
+#include "segment.h"
 
-#define ETHERNET_BYTES	  14
-#define ETHERTYPE_IPV4_BE bpf_htons(0x0800)
-#define ETHERTYPE_IPV6_BE bpf_htons(0x86dd)
-#define ETHERTYPE_VLAN_BE bpf_htons(0x8100)
-#define ETHERTYPE_QINQ_BE bpf_htons(0x88a8)
-#define IPV4_FRAGMENT_BE  bpf_htons(0x3fff) /* more fragments, or an offset */
-#define MAX_EXTENSIONS	  4
-#define TCP_FLAG_SYN	  0x02
-#define TCP_FLAG_ACK	  0x10
-#define TC_ACT_UNSPEC	  (-1)
-#define TC_ACT_SHOT	  2
-
-struct ipv4_head {
-	u8 version_length;
-	u8 service;
-	__be16 length_be;
-	u16 id;
-	__be16 fragment_be;
-	u8 ttl;
-	u8 protocol;
-	u16 checksum;
-	__be32 source_be;
-	__be32 destination_be;
-};
-
-struct ipv6_head {
-	u32 version_flow;
-	__be16 length_be;
-	u8 next;
-	u8 hops;
-	struct address source;
-	struct address destination;
-};
-
-struct tcp_head {
-	__be16 source_be;
-	__be16 destination_be;
-	u32 sequence;
-	u32 acknowledgment;
-	u8 offset;
-	u8 flags;
-};
-
-struct segment {
-	struct address source;
-	struct address destination;
-	u32 tcp_offset;	  /* in the packet; 0: not TCP */
-	u32 end;	  /* of the packet, without padding */
-	bool is_fragment; /* or what it carries cannot be seen for other reasons */
-};
-
-static __always_inline void parse_ipv4(struct __sk_buff *skb, struct segment *segment)
-{
-	struct ipv4_head ip;
-	u32 length;
-
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
-		return;
-	segment->source = address_from_v4(ip.source_be);
-	segment->destination = address_from_v4(ip.destination_be);
-	segment->tcp_offset = ETHERNET_BYTES + (ip.version_length & 0xf) * 4;
-	segment->is_fragment = ip.fragment_be & IPV4_FRAGMENT_BE;
-	length = bpf_ntohs(ip.length_be);
-	/* 0: larger than 64 KiB, joined by the kernel (BIG TCP) */
-	segment->end = length ? ETHERNET_BYTES + length : skb->len;
-}
-
-static __always_inline void parse_ipv6(struct __sk_buff *skb, struct segment *segment)
-{
-	u32 offset = ETHERNET_BYTES + sizeof(struct ipv6_head), length;
-	struct ipv6_head ip;
-	u8 extension[2], next;
-
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &ip, sizeof(ip)))
-		return;
-	segment->source = ip.source;
-	segment->destination = ip.destination;
-	length = bpf_ntohs(ip.length_be);
-	segment->end = length ? offset + length : skb->len;
-	next = ip.next;
-#pragma unroll
-	for (int i = 0; i < MAX_EXTENSIONS; i++) {
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
-		    next != IPPROTO_FRAGMENT)
-			break;
-		if (bpf_skb_load_bytes(skb, offset, extension, sizeof(extension)))
-			break; /* cut off: whatever follows is in another fragment */
-		segment->is_fragment |= next == IPPROTO_FRAGMENT;
-		/* RFC 8200 4.5: the second byte of a fragment header is reserved, not a length */
-		offset += next == IPPROTO_FRAGMENT ? 8 : (extension[1] + 1) * 8;
-		next = extension[0];
-	}
-	if (next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_DSTOPTS ||
-	    next == IPPROTO_FRAGMENT)
-		segment->is_fragment =
-			true; /* more headers than anybody needs: what do they hide? */
-	else if (next != IPPROTO_TCP)
-		return;
-	segment->tcp_offset = offset;
-}
+#define TC_ACT_UNSPEC (-1)
+#define TC_ACT_SHOT   2
 
 /*
  * Judge a packet of the direct path; false if it is none. Where links share a bridge, others on it
  * can answer for a pod's address (ARP, neighbor discovery). So what a pod gets has to come by the
  * link by which guard has seen the other end send.
  */
-static __always_inline bool judge_direct(struct __sk_buff *skb, const struct pod_flow *flow,
-					 bool is_outbound, enum outcome *outcome)
+static __always_inline bool judge_direct(struct __sk_buff *skb, const struct guarded *guarded,
+					 const struct pod_flow *flow, bool is_outbound,
+					 enum outcome *outcome)
 {
 	struct connection connection = connection_between(&flow->local, flow->local_port_be,
 							  &flow->remote, flow->remote_port_be);
@@ -134,8 +38,10 @@ static __always_inline bool judge_direct(struct __sk_buff *skb, const struct pod
 		return false;
 	*outcome = OUTCOME_PASSED;
 	if (is_outbound && is_client) {
+		direct->source_row = guarded->row;
 		direct->source_link = skb->ifindex;
 	} else if (is_outbound) {
+		direct->destination_row = guarded->row;
 		direct->destination_link = skb->ifindex;
 	} else {
 		link = is_client ? direct->destination_link : direct->source_link;
@@ -168,15 +74,16 @@ static __always_inline bool is_agent_flow(const struct pod_flow *flow)
 }
 
 /* Judge a packet of a connection that is open, or was a moment ago; false if it is of none. */
-static __always_inline bool judge_known(struct __sk_buff *skb, const struct pod_flow *flow,
-					bool is_outbound, bool is_syn, enum outcome *outcome)
+static __always_inline bool judge_known(struct __sk_buff *skb, const struct guarded *guarded,
+					const struct pod_flow *flow, bool is_outbound, bool is_syn,
+					enum outcome *outcome)
 {
 	u32 link = LINK_ANY, *known;
 
 	*outcome = OUTCOME_PASSED;
 	if (flow->local_port_be == bpf_htons(PORT_INBOUND_HBONE))
 		return true; /* a pod cannot bind it: bind.c */
-	if (judge_direct(skb, flow, is_outbound, outcome))
+	if (judge_direct(skb, guarded, flow, is_outbound, outcome))
 		return true;
 	known = is_syn ? 0 : ss_guard_flows.lookup(flow);
 	if (known) {
@@ -261,7 +168,7 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	flow->remote_port_be = is_outbound ? tcp.destination_be : tcp.source_be;
 
 	is_syn = (tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
-	if (judge_known(skb, flow, is_outbound, is_syn, &outcome))
+	if (judge_known(skb, guarded, flow, is_outbound, is_syn, &outcome))
 		return outcome;
 	pod = ss_pods.lookup(&flow->netns_cookie);
 	if (!pod)
@@ -276,24 +183,6 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		return OUTCOME_PASSED;
 	has_payload = segment->tcp_offset + (tcp.offset >> 4) * 4 < segment->end;
 	return has_payload || opens ? OUTCOME_PLAINTEXT : OUTCOME_PASSED;
-}
-
-static __always_inline void guard_count(struct __sk_buff *skb, u16 direction, u64 netns_cookie,
-					enum outcome outcome)
-{
-	struct counter_key key = {};
-	struct counter *counter, first = {.packets = 1, .bytes = skb->len};
-
-	key.netns_cookie = netns_cookie;
-	key.direction = direction;
-	key.outcome = outcome;
-	counter = ss_counters.lookup(&key);
-	if (counter) {
-		counter->packets++;
-		counter->bytes += skb->len;
-	} else {
-		ss_counters.update(&key, &first);
-	}
 }
 
 #endif

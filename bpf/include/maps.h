@@ -11,6 +11,7 @@
 #include "types.h"
 
 #define MAX_PODS     1024
+#define MAX_LINKS    2048
 #define MAX_SERVICES 16384
 #define MAX_FLOWS    65536
 
@@ -108,7 +109,7 @@ BPF_RINGBUF_OUTPUT(ss_flow_ends, 256);
 
 /* interface of the node that leads to an enrolled pod -> the pod. Written by enroll, read by guard;
  * lives until unenroll. Node-wide, as the interfaces of a node are. */
-BPF_TABLE_PINNED("hash", u32, struct guarded, ss_guards, MAX_PODS * 2, SS_PINS "/ss_guards");
+BPF_TABLE_PINNED("hash", u32, struct guarded, ss_guards, MAX_LINKS, SS_PINS "/ss_guards");
 
 /* TCP connection that is open, or was -> the interface by which its packets to the pod come, or
  * LINK_ANY. Of the agent, written by guard at the SYN; of the direct path, written by sockops at an
@@ -118,9 +119,11 @@ BPF_TABLE_PINNED("hash", u32, struct guarded, ss_guards, MAX_PODS * 2, SS_PINS "
 BPF_TABLE_PINNED("lru_hash", struct pod_flow, u32, ss_guard_flows, MAX_FLOWS,
 		 SS_PINS "/ss_guard_flows");
 
-/* packets and bytes of a pod by direction and outcome. Written by guard, read by the agent and by
- * `sidestep pods`; lives until unenroll. */
-BPF_TABLE_PINNED("percpu_hash", struct counter_key, struct counter, ss_counters, MAX_PODS * 8,
+/* row * 2 * OUTCOMES + direction * OUTCOMES + outcome -> packets and bytes of one link. An array,
+ * since every packet is counted and a hash would cost as much as all else. A row is given to a link
+ * by enroll, which writes it to ss_guards and clears it. Written by guard, read by the agent and by
+ * `sidestep pods`. */
+BPF_TABLE_PINNED("percpu_array", u32, struct counter, ss_counters, MAX_LINKS * 2 * OUTCOMES,
 		 SS_PINS "/ss_counters");
 
 /* new connections of a pod by direction and decision -> how many. Written by connect and lookup,

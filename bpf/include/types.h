@@ -27,6 +27,8 @@ struct guarded {
 	u64 netns_cookie;
 	struct address address4; /* its first addresses, as in struct pod */
 	struct address address6;
+	u32 row; /* of ss_counters */
+	u32 pad;
 };
 
 struct pod_name {
@@ -122,6 +124,8 @@ struct direct_flow {
 	__be16 destination_port_be;
 	u32 source_link; /* interface of the node by which that end sends, once guard has seen it */
 	u32 destination_link;
+	u32 source_row; /* of ss_counters, known as soon as the link is */
+	u32 destination_row;
 	u32 pad;
 };
 
@@ -157,19 +161,14 @@ struct pod_flow {
 	u32 pad;
 };
 
+#define OUTCOMES 4 /* the values of enum outcome */
+
 /* What became of a packet at the guard. */
 enum outcome {
 	OUTCOME_PASSED = 0,
 	OUTCOME_PLAINTEXT = 1, /* dropped: TCP that did not pass the agent */
 	OUTCOME_SPOOFED = 2,   /* dropped: from an address that is not the pod's */
 	OUTCOME_FRAGMENT = 3,  /* dropped: fragments or headers that hide the TCP they carry */
-};
-
-struct counter_key {
-	u64 netns_cookie;
-	u16 direction; /* enum direction */
-	u16 outcome;   /* enum outcome */
-	u32 pad;
 };
 
 /* Key of ss_captures. */

@@ -26,7 +26,7 @@ import pytest
 from pyroute2.iproute.linux import IPRoute
 
 from agent import enroll, netlink, netns
-from agent.datapath import direct, features, links
+from agent.datapath import counters, direct, features, links
 from agent.datapath.exemption import exempt
 from agent.kubelet import Probers
 from agent.lab.machine import allow_forwarding
@@ -90,15 +90,12 @@ class Node:
         """Return packets by direction and outcome, without those that passed."""
         names = {0: "outbound", 1: "inbound"}
         outcomes = {1: "plaintext", 2: "spoofed", 3: "fragment"}
-        found = {}
-        for key, counter in self.pins.maps["ss_counters"].items():
-            outcome = key["outcome"]
-            if key["netns_cookie"] == made.netns_cookie and outcome:
-                assert isinstance(outcome, int)
-                assert isinstance(key["direction"], int)
-                assert isinstance(counter["packets"], int)
-                found[names[key["direction"]], outcomes[outcome]] = counter["packets"]
-        return found
+        maps = self.pins.maps
+        return {
+            (names[count.direction], outcomes[count.outcome]): count.packets
+            for count in counters.read_counts(maps["ss_guards"], maps["ss_counters"])
+            if count.netns_cookie == made.netns_cookie and count.outcome
+        }
 
 
 @pytest.fixture(params=[True, False], ids=["tcx", "clsact"])

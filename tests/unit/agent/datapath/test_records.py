@@ -27,7 +27,7 @@ def test_first_address_of_a_family_counts() -> None:
     addresses = {"address4": MAPPED, "address6": V6.packed}
     assert records.pod_record(pod) == {"is_strict": 0} | addresses
     assert records.pod_record(pod, is_strict=True) == {"is_strict": 1} | addresses
-    assert records.guarded_record(pod, 7) == {"netns_cookie": 7} | addresses
+    assert records.guarded_record(pod, 7, 2) == {"netns_cookie": 7, "row": 2} | addresses
     pod = LocalPod("u-1", "shop", "cart-0", "cart", (V6,))
     assert records.pod_record(pod) == {"is_strict": 0, "address6": V6.packed}
 

@@ -1,0 +1,74 @@
+"""The rows of ss_counters: which link has which, and what guard counted there.
+
+A row belongs to a link from the moment when ss_guards names it until that entry goes. Its numbers
+are cleared when it is given, so nothing has to be done when it is given back.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from agent.datapath.records import guarded_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.datapath.btf import Value
+    from agent.datapath.maps import Map
+    from agent.model.pod import LocalPod
+
+OUTCOMES = 4  # enum outcome
+_OF_A_LINK = 2 * OUTCOMES  # outbound and inbound
+_GIVING = threading.Lock()  # links are guarded in threads, and no two may find the same row free
+
+
+class Count(NamedTuple):
+    """How many packets and bytes of a link, in one direction, had one outcome."""
+
+    netns_cookie: int
+    ifindex: int  # of the node
+    direction: int
+    outcome: int
+    packets: int
+    bytes: int
+
+
+def give_row(guards: Map, counters: Map, pod: LocalPod, netns_cookie: int, ifindex: int) -> int:
+    """Write the entry of ss_guards for a link, with a row of its own, and return that (MapError).
+
+    A link that the pod had before keeps its row, and what is counted there.
+    """
+    key: dict[str, Value] = {"value": ifindex}
+    with _GIVING:
+        before = guards.get(key)
+        if before is not None and before["netns_cookie"] == netns_cookie:
+            row = _number(before["row"])
+        else:
+            taken = {value["row"] for _key, value in guards.items()}
+            row = next((n for n in range(guards.facts.max_entries) if n not in taken), 0)
+            for index in _indices(row):
+                counters.put({"value": index}, {})
+        guards.put(key, guarded_record(pod, netns_cookie, row))
+    return row
+
+
+def read_counts(guards: Map, counters: Map) -> Iterator[Count]:
+    """Yield what guard has counted of every link, without what never happened."""
+    for key, guarded in guards.items():
+        cookie, ifindex = _number(guarded["netns_cookie"]), _number(key["value"])
+        for index in _indices(_number(guarded["row"])):
+            found = counters.get({"value": index}) or {}
+            packets, size = _number(found.get("packets", 0)), _number(found.get("bytes", 0))
+            if packets:
+                direction, outcome = divmod(index % _OF_A_LINK, OUTCOMES)
+                yield Count(cookie, ifindex, direction, outcome, packets, size)
+
+
+def _indices(row: int) -> range:
+    return range(row * _OF_A_LINK, (row + 1) * _OF_A_LINK)
+
+
+def _number(value: Value) -> int:
+    assert isinstance(value, int)
+    return value
