@@ -7,48 +7,77 @@
  */
 #include "flow.h"
 
+/* The SYN is about to leave: return what else sockops wants to hear of the connection. */
+static __always_inline u32 begin(struct bpf_sock_ops *ops, struct bpf_sock *sk)
+{
+	struct origin *origin;
+	u64 *probe;
+
+	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
+		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, false);
+		return BPF_SOCK_OPS_STATE_CB_FLAG;
+	}
+	if (publish_direct(ops))
+		return BPF_SOCK_OPS_STATE_CB_FLAG;
+	probe = ss_probes.sk_storage_get(sk, 0, 0);
+	if (probe) {
+		note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, false);
+		return BPF_SOCK_OPS_STATE_CB_FLAG;
+	}
+	if (may_be_late(ops))
+		return BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
+	origin = ss_origin.sk_storage_get(sk, 0, 0);
+	if (!origin)
+		return 0;
+	note_origin(ops, origin, false);
+	return BPF_SOCK_OPS_STATE_CB_FLAG;
+}
+
+static __always_inline void end(struct bpf_sock_ops *ops, struct bpf_sock *sk)
+{
+	struct origin *origin;
+	u64 *probe;
+
+	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
+		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, true);
+		return;
+	}
+	if (end_direct(ops))
+		return;
+	probe = ss_probes.sk_storage_get(sk, 0, 0);
+	if (probe) {
+		note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, true);
+		return;
+	}
+	origin = ss_origin.sk_storage_get(sk, 0, 0);
+	if (origin)
+		note_origin(ops, origin, true);
+}
+
 int ss_sockops(struct bpf_sock_ops *ops)
 {
-	bool is_end = ops->op == BPF_SOCK_OPS_STATE_CB, is_again = ops->op == BPF_SOCK_OPS_RTO_CB;
-	u32 events = ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG;
 	struct bpf_sock *sk = ops->sk;
-	struct origin *origin;
-	struct direct *direct;
+	u32 wanted;
 
-	if (!sk || (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && !is_end && !is_again))
+	if (!sk)
 		return 1;
-	if (is_end && ops->args[1] != BPF_TCP_CLOSE && ops->args[1] != BPF_TCP_FIN_WAIT2)
-		return 1;
-	direct = ss_direct.sk_storage_get(sk, 0, 0);
-	if (is_end && ops->args[1] == BPF_TCP_FIN_WAIT2) {
-		if (direct)
-			direct->received_at_fin_wait2 = ops->bytes_received;
-		return 1;
+	switch (ops->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		wanted = begin(ops, sk);
+		if (wanted)
+			bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | wanted);
+		break;
+	case BPF_SOCK_OPS_RTO_CB:
+		if (ops->state == BPF_TCP_SYN_SENT && publish_direct(ops))
+			bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags &
+							       ~BPF_SOCK_OPS_RTO_CB_FLAG);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ops->args[1] == BPF_TCP_FIN_WAIT2)
+			note_fin_wait2(ops);
+		else if (ops->args[1] == BPF_TCP_CLOSE)
+			end(ops, sk);
+		break;
 	}
-
-	if (is_again) {
-		if (direct && publish_late(ops, direct))
-			bpf_sock_ops_cb_flags_set(ops, events & ~BPF_SOCK_OPS_RTO_CB_FLAG);
-		return 1;
-	}
-
-	/* Connect leaves the agent's sockets alone, so what is direct is not the agent's. */
-	if (direct && direct->is_probe) {
-		note_agent_flow(ops, direct->destination_netns_cookie, AGENT_FLOW_PROBE, is_end);
-	} else if (direct) {
-		if (is_end)
-			end_direct(ops, direct);
-		else if (!publish_direct(ops, direct))
-			events |= BPF_SOCK_OPS_RTO_CB_FLAG;
-	} else if (ss_exempt.sk_storage_get(sk, 0, 0)) {
-		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, is_end);
-	} else {
-		origin = ss_origin.sk_storage_get(sk, 0, 0);
-		if (!origin)
-			return 1;
-		note_origin(ops, origin, is_end);
-	}
-	if (!is_end)
-		bpf_sock_ops_cb_flags_set(ops, events);
 	return 1;
 }

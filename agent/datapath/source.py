@@ -46,7 +46,7 @@ MAPS = (
     "ss_endpoints",
     "ss_generation",
     "ss_verdicts",
-    "ss_direct",
+    "ss_probes",
     "ss_direct_flows",
     "ss_bypass",
     "ss_ports",

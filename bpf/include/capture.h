@@ -47,7 +47,6 @@ static __always_inline enum capture capture_connect(struct bpf_sock_addr *ctx,
 	network.netns_cookie = netns_cookie;
 	network.address = *destination;
 	/* A socket may connect again after a failure: forget where it wanted to go. */
-	ss_direct.sk_storage_delete(ctx->sk);
 	ss_origin.sk_storage_delete(ctx->sk);
 	if (address_is_local_scope(destination) || ss_bypass.lookup(&network) ||
 	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND))
@@ -56,7 +55,7 @@ static __always_inline enum capture capture_connect(struct bpf_sock_addr *ctx,
 	*endpoint = choose_endpoint(destination, port_be);
 	is_service = !address_is_equal(&endpoint->address, destination);
 	is_same_family = address_is_v4(&endpoint->address) == address_is_v4(destination);
-	is_direct = is_same_family && may_go_direct(ctx, netns_cookie, endpoint);
+	is_direct = is_same_family && may_go_direct(netns_cookie, endpoint);
 	if (is_direct && !is_service)
 		return CAPTURE_DIRECT;
 

@@ -49,30 +49,18 @@ static __always_inline bool has_verdict(u64 source_netns_cookie, u64 destination
 }
 
 /*
- * Whether a connection has a verdict of the current generation. If so the socket is remembered for
- * sockops. Closed on any failed lookup: the connection then goes through the agent.
+ * Whether a connection has a verdict of the current generation. Nothing is remembered of it:
+ * sockops asks again, when the source is known as well. Closed on any failed lookup: the connection
+ * then goes through the agent.
  */
-static __always_inline bool may_go_direct(struct bpf_sock_addr *ctx, u64 source_netns_cookie,
-					  const struct endpoint *endpoint)
+static __always_inline bool may_go_direct(u64 source_netns_cookie, const struct endpoint *endpoint)
 {
 	struct local local = {.address = endpoint->address};
-	struct direct *direct;
-	u64 *destination_netns_cookie, generation;
+	u64 *destination_netns_cookie = ss_local.lookup(&local), generation;
 
-	destination_netns_cookie = ss_local.lookup(&local);
-	if (!destination_netns_cookie)
-		return false;
-	if (!has_verdict(source_netns_cookie, *destination_netns_cookie, &endpoint->address,
-			 endpoint->port_be, &generation))
-		return false;
-	direct = ss_direct.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!direct)
-		return false;
-	direct->destination_netns_cookie = *destination_netns_cookie;
-	direct->destination = endpoint->address;
-	direct->generation = generation;
-	direct->is_probe = false;
-	return true;
+	return destination_netns_cookie &&
+	       has_verdict(source_netns_cookie, *destination_netns_cookie, &endpoint->address,
+			   endpoint->port_be, &generation);
 }
 
 /*
@@ -85,21 +73,17 @@ static __always_inline void remember_probe(struct bpf_sock_addr *ctx,
 {
 	struct local local = {.address = *destination};
 	u64 cgroup_id = bpf_get_current_cgroup_id();
-	u64 *destination_netns_cookie;
-	struct direct *direct;
+	u64 *destination_netns_cookie, *probe;
 
 	if (!ss_probers.lookup(&cgroup_id))
 		return;
-	ss_direct.sk_storage_delete(ctx->sk);
+	ss_probes.sk_storage_delete(ctx->sk);
 	destination_netns_cookie = ss_local.lookup(&local);
 	if (!destination_netns_cookie)
 		return;
-	direct = ss_direct.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!direct)
-		return;
-	direct->destination_netns_cookie = *destination_netns_cookie;
-	direct->destination = *destination;
-	direct->is_probe = true;
+	probe = ss_probes.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (probe)
+		*probe = *destination_netns_cookie;
 }
 
 #endif

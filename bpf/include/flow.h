@@ -20,6 +20,19 @@ static __always_inline struct address sockops_local(struct bpf_sock_ops *ops)
 	return address;
 }
 
+static __always_inline struct address sockops_remote(struct bpf_sock_ops *ops)
+{
+	struct address address;
+
+	if (ops->family == AF_INET)
+		return address_from_v4(CONTEXT_WORD(ops->remote_ip4));
+	address.words_be[0] = CONTEXT_WORD(ops->remote_ip6[0]);
+	address.words_be[1] = CONTEXT_WORD(ops->remote_ip6[1]);
+	address.words_be[2] = CONTEXT_WORD(ops->remote_ip6[2]);
+	address.words_be[3] = CONTEXT_WORD(ops->remote_ip6[3]);
+	return address;
+}
+
 static __always_inline __be16 sockops_remote_port_be(struct bpf_sock_ops *ops)
 {
 	u32 port_be = ops->remote_port;
@@ -50,58 +63,83 @@ static __always_inline struct inbound_flow sockops_flow(struct bpf_sock_ops *ops
 	return flow;
 }
 
-static __always_inline struct connection sockops_connection(struct bpf_sock_ops *ops,
-							    const struct direct *direct)
+static __always_inline struct connection sockops_connection(struct bpf_sock_ops *ops)
 {
-	struct address local = sockops_local(ops);
+	struct address local = sockops_local(ops), remote = sockops_remote(ops);
 
-	return connection_between(&local, bpf_htons(ops->local_port), &direct->destination,
+	return connection_between(&local, bpf_htons(ops->local_port), &remote,
 				  sockops_remote_port_be(ops));
 }
 
 /*
- * The verdict is looked at again, after the flow can be seen: between connect() and the SYN there
- * may be any time (TCP_FASTOPEN_CONNECT waits for the first data). Either the agent, which starts a
- * generation and then lists the flows, finds this one, or this finds the generation. Closed: false
- * if the flow is not published. Guard then drops the SYN, or else lookup captures it.
+ * Publish a connection that goes to a pod of this node and has a verdict. Connect asked for one as
+ * well, but from there to the SYN may be any time (TCP_FASTOPEN_CONNECT waits for the first data).
+ * And the generation is looked at again after the flow can be seen. Either the agent, which starts
+ * a generation and then lists the flows, finds this one, or this finds the generation. Closed:
+ * false if the flow is not published. Guard then drops the SYN, or else lookup captures it.
  */
-static __always_inline bool publish_direct(struct bpf_sock_ops *ops, struct direct *direct)
+static __always_inline bool publish_direct(struct bpf_sock_ops *ops)
 {
-	struct connection connection = sockops_connection(ops, direct);
-	struct direct_flow flow = {};
 	struct local local = {.address = sockops_local(ops)};
-	u64 *owner = ss_local.lookup(&local), *generation;
+	struct local remote = {.address = sockops_remote(ops)};
+	u64 source = bpf_get_netns_cookie(ops), *owner = ss_local.lookup(&local);
+	u64 *destination = ss_local.lookup(&remote), allowed, *generation;
+	struct connection connection;
+	struct direct_flow flow = {};
 	u32 zero = 0;
 
-	flow.source_netns_cookie = bpf_get_netns_cookie(ops);
-	if (!owner || *owner != flow.source_netns_cookie)
-		return false; /* the address of another, whose connections this could end */
-	flow.destination_netns_cookie = direct->destination_netns_cookie;
+	if (!destination || !owner || *owner != source)
+		return false; /* from the address of another, whose connections this could end */
+	flow.source_port_be = bpf_htons(ops->local_port);
+	flow.destination_port_be = sockops_remote_port_be(ops);
+	if (!has_verdict(source, *destination, &remote.address, flow.destination_port_be, &allowed))
+		return false;
+	flow.source_netns_cookie = source;
+	flow.destination_netns_cookie = *destination;
 	flow.socket_cookie = bpf_get_socket_cookie(ops);
 	flow.began_ns = bpf_ktime_get_ns();
 	flow.source = local.address;
-	flow.destination = direct->destination;
-	flow.source_port_be = bpf_htons(ops->local_port);
-	flow.destination_port_be = sockops_remote_port_be(ops);
+	flow.destination = remote.address;
+	connection = connection_between(&flow.source, flow.source_port_be, &flow.destination,
+					flow.destination_port_be);
 	if (ss_direct_flows.update(&connection, &flow))
 		return false;
 	generation = ss_generation.lookup(&zero);
-	if (generation && *generation == direct->generation)
+	if (generation && *generation == allowed)
 		return true;
 	ss_direct_flows.delete(&connection);
 	return false;
 }
 
 /*
- * Before the SYN of a flow that was not published goes out again: most changes of policy allow the
- * connection as before, and by then somebody's first one has a verdict for it.
+ * Whether a connection that was not published may be so before its SYN goes out again: most changes
+ * of policy allow it as before, and by then somebody's first one has a verdict for it.
  */
-static __always_inline bool publish_late(struct bpf_sock_ops *ops, struct direct *direct)
+static __always_inline bool may_be_late(struct bpf_sock_ops *ops)
 {
-	return has_verdict(bpf_get_netns_cookie(ops), direct->destination_netns_cookie,
-			   &direct->destination, sockops_remote_port_be(ops),
-			   &direct->generation) &&
-	       publish_direct(ops, direct);
+	struct local remote = {.address = sockops_remote(ops)};
+	u64 netns_cookie = bpf_get_netns_cookie(ops);
+
+	return ss_pods.lookup(&netns_cookie) && ss_local.lookup(&remote);
+}
+
+/* The flow of a socket, if it is the client's end of one. */
+static __always_inline struct direct_flow *own_flow(struct bpf_sock_ops *ops,
+						    const struct connection *connection)
+{
+	struct connection key = *connection;
+	struct direct_flow *flow = ss_direct_flows.lookup(&key);
+
+	return flow && flow->socket_cookie == bpf_get_socket_cookie(ops) ? flow : 0;
+}
+
+static __always_inline void note_fin_wait2(struct bpf_sock_ops *ops)
+{
+	struct connection connection = sockops_connection(ops);
+	struct direct_flow *flow = own_flow(ops, &connection);
+
+	if (flow)
+		flow->received_at_fin_wait2 = ops->bytes_received;
 }
 
 /*
@@ -111,14 +149,13 @@ static __always_inline bool publish_late(struct bpf_sock_ops *ops, struct direct
  * then nothing was received meanwhile. (Data without a FIN, and then close() or a reset, is one
  * byte short.)
  */
-static __always_inline void count_bytes(struct bpf_sock_ops *ops, const struct direct *direct,
-					struct flow_end *end)
+static __always_inline void count_bytes(struct bpf_sock_ops *ops, struct flow_end *end)
 {
 	u32 state = ops->args[0];
 	bool is_both = state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING;
 	bool has_fin = is_both || state == BPF_TCP_CLOSE_WAIT ||
 		       (state == BPF_TCP_FIN_WAIT2 &&
-			ops->bytes_received != direct->received_at_fin_wait2);
+			ops->bytes_received != end->flow.received_at_fin_wait2);
 
 	end->bytes_sent = ops->bytes_acked - 1 - (is_both || state == BPF_TCP_FIN_WAIT2);
 	end->bytes_received = ops->bytes_received - has_fin;
@@ -154,21 +191,22 @@ static __always_inline void remember_guarded(const struct direct_flow *flow)
 		     &flow->source, flow->source_port_be, flow->source_link);
 }
 
-static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *direct)
+/* Tell of the end of a direct connection; false if the socket is not the client's end of one. */
+static __always_inline bool end_direct(struct bpf_sock_ops *ops)
 {
-	struct connection connection = sockops_connection(ops, direct);
-	struct direct_flow *flow = ss_direct_flows.lookup(&connection);
+	struct connection connection = sockops_connection(ops);
+	struct direct_flow *flow = own_flow(ops, &connection);
 	struct flow_end *end;
 	u32 zero = 0;
 	u64 *lost;
 
-	if (!flow || flow->socket_cookie != bpf_get_socket_cookie(ops))
-		return;
+	if (!flow)
+		return false;
 	end = ss_flow_end.lookup(&zero);
 	if (end && ops->args[0] != BPF_TCP_SYN_SENT) {
 		end->flow = *flow;
 		end->ended_ns = bpf_ktime_get_ns();
-		count_bytes(ops, direct, end);
+		count_bytes(ops, end);
 		if (ss_flow_ends.ringbuf_output(end, sizeof(*end), 0)) {
 			lost = ss_lost.lookup(&zero);
 			if (lost)
@@ -178,6 +216,7 @@ static __always_inline void end_direct(struct bpf_sock_ops *ops, struct direct *
 	if (ops->args[0] != BPF_TCP_LAST_ACK)
 		remember_guarded(flow);
 	ss_direct_flows.delete(&connection);
+	return true;
 }
 
 static __always_inline void note_agent_flow(struct bpf_sock_ops *ops, u64 netns_cookie, u32 kind,

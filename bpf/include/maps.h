@@ -76,10 +76,9 @@ BPF_TABLE_PINNED("array", u32, u64, ss_generation, 1, SS_PINS "/ss_generation");
 BPF_TABLE_PINNED("lru_hash", struct verdict_key, u64, ss_verdicts, MAX_FLOWS,
 		 SS_PINS "/ss_verdicts");
 
-/* socket on the direct path -> where it goes. Written by connect, read by sockops; freed with the
- * socket. */
-BPF_TABLE_PINNED("sk_storage", int, struct direct, ss_direct, 0, SS_PINS "/ss_direct",
-		 BPF_F_NO_PREALLOC);
+/* socket of the kubelet that probes a pod -> the pod's netns cookie. Written by connect, read by
+ * sockops; freed with the socket. */
+BPF_TABLE_PINNED("sk_storage", int, u64, ss_probes, 0, SS_PINS "/ss_probes", BPF_F_NO_PREALLOC);
 
 /* connection on the direct path -> who speaks in it. Written by sockops before the SYN leaves and
  * deleted by it at the close; read by lookup, which lets exactly these in, by guard and by the

@@ -102,22 +102,13 @@ struct verdict_key {
 	u32 pad;
 };
 
-/* Where a socket on the direct path goes, or one of the kubelet that probes a pod. */
-struct direct {
-	u64 destination_netns_cookie;
-	struct address destination;
-	u64 generation;		   /* of the verdict */
-	u64 received_at_fin_wait2; /* bytes, until our FIN was acknowledged */
-	u32 is_probe;
-	u32 pad;
-};
-
 /* A connection on the direct path: `source` is the client. */
 struct direct_flow {
 	u64 source_netns_cookie;
 	u64 destination_netns_cookie;
-	u64 socket_cookie; /* of the client */
-	u64 began_ns;	   /* CLOCK_MONOTONIC */
+	u64 socket_cookie;	   /* of the client */
+	u64 began_ns;		   /* CLOCK_MONOTONIC */
+	u64 received_at_fin_wait2; /* bytes, until the client's FIN was acknowledged */
 	struct address source;
 	struct address destination;
 	__be16 source_port_be;

@@ -14,14 +14,14 @@ static struct {
 	u16 excluded_direction;
 	bool is_excluded;
 	u64 verdict, generation; /* 0: there is none */
-	bool has_origin, has_direct;
+	bool has_origin, has_probe;
 	u32 endpoint_count; /* of a service that is asked for; 0: it is none */
 	u16 asked_index;
 	struct endpoint endpoint; /* what became of the decision */
 	struct endpoint service_endpoint;
 	struct pod pod;
 	struct origin origin;
-	struct direct direct;
+	u64 probe;
 	u32 one;
 	u64 peer_cookie;
 } world;
@@ -101,17 +101,17 @@ static int delete_origin(void *socket)
 	return 0;
 }
 
-static struct direct *make_direct(void *socket, void *initial, int flags)
+static u64 *make_probe(void *socket, void *initial, int flags)
 {
 	CHECK(socket && !initial && flags == BPF_SK_STORAGE_GET_F_CREATE);
-	world.has_direct = !world.is_storage_full;
-	return world.is_storage_full ? NULL : &world.direct;
+	world.has_probe = true;
+	return &world.probe;
 }
 
-static int delete_direct(void *socket)
+static int delete_probe(void *socket)
 {
 	CHECK(socket);
-	world.has_direct = false;
+	world.has_probe = false;
 	return 0;
 }
 
@@ -119,7 +119,7 @@ static int delete_direct(void *socket)
 static void begin(void)
 {
 	memset(&world, 0, sizeof(world));
-	world.is_enrolled = world.has_origin = world.has_direct = true;
+	world.is_enrolled = world.has_origin = true;
 	world.peer_cookie = PEER_COOKIE;
 	world.service_endpoint.address = address_from_v4(bpf_htonl(ENDPOINT));
 	world.service_endpoint.port_be = bpf_htons(ENDPOINT_PORT);
@@ -138,8 +138,8 @@ static void begin(void)
 	ss_generation.lookup = find_generation;
 	ss_origin.sk_storage_get = make_origin;
 	ss_origin.sk_storage_delete = delete_origin;
-	ss_direct.sk_storage_get = make_direct;
-	ss_direct.sk_storage_delete = delete_direct;
+	ss_probes.sk_storage_get = make_probe;
+	ss_probes.sk_storage_delete = delete_probe;
 }
 
 static enum capture decide(u32 address)
@@ -160,7 +160,7 @@ static void test_connection_of_a_pod_is_steered_and_remembered(void)
 {
 	begin();
 	CHECK(decide(PEER) == CAPTURE_STEER);
-	CHECK(world.has_origin && !world.has_direct);
+	CHECK(world.has_origin);
 	CHECK(world.origin.port_be == bpf_htons(PORT));
 	CHECK(world.origin.address.words_be[3] == bpf_htonl(PEER));
 	CHECK(address_is_v4(&world.origin.address));
@@ -206,11 +206,9 @@ static void test_verdict_of_this_generation_goes_direct(void)
 	world.is_local = true;
 	world.verdict = world.generation = 3;
 	CHECK(decide(PEER) == CAPTURE_DIRECT);
-	CHECK(world.has_direct && !world.has_origin && !world.direct.is_probe);
+	CHECK(!world.has_origin);
 	CHECK(world.endpoint.address.words_be[3] == bpf_htonl(PEER));
 	CHECK(world.endpoint.port_be == bpf_htons(PORT));
-	CHECK(world.direct.destination_netns_cookie == PEER_COOKIE);
-	CHECK(world.direct.destination.words_be[3] == bpf_htonl(PEER));
 }
 
 static void test_anything_less_goes_through_the_agent(void)
@@ -231,7 +229,6 @@ static void test_anything_less_goes_through_the_agent(void)
 	world.is_local = true;
 	world.verdict = 3; /* and no generation can be read */
 	CHECK(decide(PEER) == CAPTURE_STEER);
-	CHECK(!world.has_direct);
 }
 
 static void test_service_goes_direct_to_an_endpoint_and_keeps_its_name(void)
@@ -245,7 +242,7 @@ static void test_service_goes_direct_to_an_endpoint_and_keeps_its_name(void)
 	CHECK(world.asked_index == 2);
 	CHECK(world.endpoint.address.words_be[3] == bpf_htonl(ENDPOINT));
 	CHECK(world.endpoint.port_be == bpf_htons(ENDPOINT_PORT));
-	CHECK(world.has_direct && world.has_origin);
+	CHECK(world.has_origin);
 	CHECK(world.origin.address.words_be[3] == bpf_htonl(PEER));
 	CHECK(world.origin.port_be == bpf_htons(PORT));
 }
@@ -274,13 +271,12 @@ static void test_probe_of_the_kubelet_is_remembered(void)
 	begin();
 	world.is_enrolled = false;
 	world.is_local = true;
-	world.has_direct = false;
-	CHECK(decide(PEER) == CAPTURE_PASS && !world.has_direct);
+	CHECK(decide(PEER) == CAPTURE_PASS && !world.has_probe);
 	cgroup_id_of_test = KUBELET;
-	CHECK(decide(PEER) == CAPTURE_PASS && world.has_direct && world.direct.is_probe);
-	CHECK(world.direct.destination_netns_cookie == PEER_COOKIE);
+	CHECK(decide(PEER) == CAPTURE_PASS && world.has_probe);
+	CHECK(world.probe == PEER_COOKIE);
 	world.is_local = false;
-	CHECK(decide(PEER) == CAPTURE_PASS && !world.has_direct);
+	CHECK(decide(PEER) == CAPTURE_PASS && !world.has_probe);
 }
 
 static void test_connection_that_cannot_be_remembered_is_refused(void)
@@ -289,7 +285,8 @@ static void test_connection_that_cannot_be_remembered_is_refused(void)
 	world.is_storage_full = true;
 	CHECK(decide(PEER) == CAPTURE_REFUSE);
 	begin();
-	world.is_storage_full = world.is_local = true;
+	world.is_storage_full = world.is_local = true; /* a service keeps its name, or is refused */
+	world.endpoint_count = 1;
 	world.verdict = world.generation = 3;
 	CHECK(decide(PEER) == CAPTURE_REFUSE);
 }
