@@ -13,13 +13,14 @@ import asyncio
 import logging
 import os
 import time
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from agent import netns, sock_diag
 from agent.datapath.direct import DirectFlow, FlowEnds, Flows, Subject, Totals, Verdicts, live_flows
 from agent.errors import MapError, NetlinkError
+from agent.line_log import log as log_line
 from agent.loglines import ACCESS
 from agent.model.endpoint import endpoint
 from agent.model.flag import Flag
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     Judge = Callable[[Subject, LocalPod, LocalPod], bool]
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger(ACCESS)
 REPORTERS = ("source", "destination")  # this agent speaks for both ends
 # Ends are read together: one wake-up for many, so that the kernel's speed is not ours.
 GATHER_SECONDS = 0.1
@@ -209,7 +209,8 @@ class DirectPath:
             self._log(self._ends.parse(sample))
         if len(batch) > LINES_AT_ONCE:
             count = len(batch) - LINES_AT_ONCE
-            access_log.warning("connections not logged, too many at once", extra={"count": count})
+            text = "connections not logged, too many at once"
+            log_line(text, level="warning", scope=ACCESS, count=count)
         if batch:
             self._count(batch)
             self._forget_gone()
@@ -264,20 +265,18 @@ class DirectPath:
 
     def _log(self, end: FlowEnd) -> None:
         flow = end.flow
-        fields: dict[str, object] = {}
-        for prefix, cookie, ends in (
-            ("src", flow.source_cookie, (flow.source, flow.source_port)),
-            ("dst", flow.destination_cookie, (flow.destination, flow.destination_port)),
-        ):
-            pod = self._pods.get(cookie)
-            fields |= {
-                f"{prefix}.addr": endpoint(str(ends[0]), ends[1]),
-                f"{prefix}.workload": pod and pod.name,
-                f"{prefix}.namespace": pod and pod.namespace,
-                f"{prefix}.identity": pod and self._identity(pod),
-            }
-        fields |= {
-            "dst.original": fields["dst.addr"],
+        source, destination = map(self._pods.get, (flow.source_cookie, flow.destination_cookie))
+        target = endpoint(str(flow.destination), flow.destination_port)
+        fields = {
+            "src.addr": endpoint(str(flow.source), flow.source_port),
+            "src.workload": source and source.name,
+            "src.namespace": source and source.namespace,
+            "src.identity": source and self._identity(source),
+            "dst.addr": target,
+            "dst.workload": destination and destination.name,
+            "dst.namespace": destination and destination.namespace,
+            "dst.identity": destination and self._identity(destination),
+            "dst.original": target,
             "direction": "outbound",
             "path": "direct",
             "bytes_sent": end.sent,
@@ -286,7 +285,7 @@ class DirectPath:
             "result": "reset" if end.was_reset else "ok",
             "response_flags": Flag.NONE.value,
         }
-        access_log.info("connection complete", extra=fields)
+        log_line("connection complete", level="info", scope=ACCESS, **fields)
 
     def gauge(self) -> tuple[str, Labels, int]:
         """Count the connections that are open now, as workers count theirs."""
@@ -348,7 +347,12 @@ class DirectPath:
         )
 
     def _identity(self, pod: LocalPod) -> str:
-        return str(SpiffeId(self._trust_domain, pod.namespace, pod.service_account))
+        return _identity(self._trust_domain, pod.namespace, pod.service_account)
+
+
+@lru_cache(maxsize=1024)  # few pods speak much
+def _identity(trust_domain: str, namespace: str, service_account: str) -> str:
+    return str(SpiffeId(trust_domain, namespace, service_account))
 
 
 def _any(_subject: Subject, _source: LocalPod, _destination: LocalPod) -> bool:

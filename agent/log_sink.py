@@ -16,6 +16,7 @@ import io
 import json
 import os
 import sys
+import threading
 
 NO_ROOM = (errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 FLAGS = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
@@ -29,9 +30,15 @@ class LogSink(io.TextIOBase):
         self._fd = fd
         self._rest = b""  # of a line that was written in part
         self._lost = 0
+        self._writing = threading.Lock()  # a control process logs in several threads
 
     def write(self, text: str) -> int:
         """Write now or never (OSError, but not for a reader that is slow, or a full disk)."""
+        with self._writing:
+            self._write(text)
+        return len(text)
+
+    def _write(self, text: str) -> None:
         data = self._rest + self._notice() + text.encode(errors="backslashreplace")
         try:
             sent = os.write(self._fd, data)
@@ -39,7 +46,7 @@ class LogSink(io.TextIOBase):
             if error.errno not in NO_ROOM:
                 raise
             self._lost += text.count("\n")
-            return len(text)
+            return
         if sent < len(data):
             # A line that has begun is ended later, so that no two run into one.
             end = data.find(b"\n", sent) + 1
@@ -47,7 +54,6 @@ class LogSink(io.TextIOBase):
             self._lost = data[end:].count(b"\n")
         else:
             self._rest, self._lost = b"", 0
-        return len(text)
 
     def _notice(self) -> bytes:
         if not self._lost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime
 
+from agent.line_log import LOG
 from agent.loglines import Format, Levels, build_line
 
 _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
@@ -49,6 +50,7 @@ def set_up(form: Format = Format.JSON, levels: Levels = DEFAULT) -> None:
     given = dict(levels.scopes)
     quiet = tuple((scope, level) for scope, level in QUIET if scope not in given)
     levels = Levels(levels.default, tuple(sorted((*levels.scopes, *quiet))))
+    LOG.form, LOG.levels = form, levels
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(form))
     handler.addFilter(_Wanted(levels))

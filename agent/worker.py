@@ -28,6 +28,7 @@ from agent.descriptors import raise_limit
 from agent.errors import SidestepError
 from agent.heap import keep_large_blocks
 from agent.identity.verify import FINGERPRINT_BYTES
+from agent.line_log import LOG, SCOPE, log
 from agent.log_sink import never_stall
 from agent.loglines import Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS
@@ -47,7 +48,7 @@ from agent.tunnel.mesh import Mesh
 from agent.tunnel.outbound import Outbound
 from agent.tunnel.pool import Pool
 from agent.tunnel.reactor import READ, WRITE, Reactor
-from agent.tunnel.served import LOG, SCOPE, ServedPod, log
+from agent.tunnel.served import ServedPod
 from agent.tunnel.session import Session
 from agent.tunnel.sockets import PodSockets
 from agent.tunnel.trust import Trust

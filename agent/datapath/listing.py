@@ -389,9 +389,7 @@ def dump_map(directory: Path, name: str) -> list[Row]:
     """Return the decoded entries of a map that has `columns`."""
     names = pod_names(directory)
     if name == "ss_counters":
-        return [
-            _counter(count, names) | {"pins": str(directory)} for count in _counts(directory)
-        ]
+        return [_counter(count, names) | {"pins": str(directory)} for count in _counts(directory)]
     decode = _DECODERS[name]
     with _opened(directory, name) as opened:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def pack_address(address: Address) -> bytes:
     return V4_MAPPED + address.packed if isinstance(address, IPv4Address) else address.packed
 
 
+@lru_cache(maxsize=1024)  # few pods speak much
 def unpack_address(packed: Value) -> Address:
     """Return the address of 16 bytes, v4-mapped as IPv4."""
     assert isinstance(packed, bytes)

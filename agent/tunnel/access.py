@@ -17,6 +17,7 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from agent.line_log import LOG, log
 from agent.loglines import ACCESS
 from agent.model.capture import HBONE_PORT
 from agent.model.endpoint import endpoint
@@ -25,7 +26,6 @@ from agent.model.open_connection import OpenConnection
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.labels import Party, build_labels, read_service_name
 from agent.tunnel.limiter import Limiter
-from agent.tunnel.served import LOG, log
 
 if TYPE_CHECKING:
     from typing import Protocol

@@ -18,6 +18,7 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
+from agent.line_log import SCOPE, log
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
@@ -27,7 +28,7 @@ from agent.tunnel.buffers import FULL, Kept
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
 from agent.tunnel.relay import Relay
-from agent.tunnel.served import SCOPE, TOO_MANY, log, refusal
+from agent.tunnel.served import TOO_MANY, refusal
 from agent.tunnel.session import Session
 from agent.tunnel.tcp import TcpChannel
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.errors import PeerRevoked, SidestepError
+from agent.line_log import SCOPE, log
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT
 from agent.model.flag import Failure, Flag
 from agent.tunnel import tcp
 from agent.tunnel.connection import Role
 from agent.tunnel.counts import COUNTS
-from agent.tunnel.served import SCOPE, log
 from agent.tunnel.session import Session
 
 if TYPE_CHECKING:

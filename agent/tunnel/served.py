@@ -1,14 +1,10 @@
-"""A pod that a worker serves, and the worker's log."""
+"""A pod that a worker serves, and when its connections are too many."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from agent.loglines import Format, Levels, build_line
 from agent.tunnel.buffers import FULL, Share
 
 if TYPE_CHECKING:
@@ -17,21 +13,7 @@ if TYPE_CHECKING:
     from agent.model.pod import LocalPod
     from agent.tunnel.listening import Listening
 
-SCOPE = "tunnel"
-
-
 TOO_MANY = "the pod has all connections that it may have (--connections-per-pod)"
-
-
-@dataclass
-class LogSettings:
-    """What a worker writes; one for each process, as there is one stderr."""
-
-    form: Format = Format.JSON
-    levels: Levels = field(default_factory=Levels)
-
-
-LOG = LogSettings()
 
 
 @dataclass
@@ -58,17 +40,3 @@ def refusal(served: ServedPod, bounds: Bounds) -> str:
     if served.connections > bounds.connections_per_pod:
         return TOO_MANY
     return FULL if served.share.is_full else ""
-
-
-def log(message: str, *, level: str = "info", scope: str = SCOPE, **fields: object) -> None:
-    """Write one line to stderr: the worker's log.
-
-    A line that cannot be written (a full disk, a reader that has gone) is lost: connections matter
-    more.
-    """
-    if sys.stderr is None or not LOG.levels.wants(scope, level):
-        return  # it was closed when the process began, or nobody wants to know
-    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-    entry = {"time": moment, "level": level, "scope": scope, "message": message}
-    with suppress(OSError):
-        sys.stderr.write(build_line(LOG.form, entry | fields) + "\n")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from agent.line_log import LOG
 from agent.loglines import Levels
 from agent.model.flag import Failure, Flag
 from agent.model.identity import SpiffeId
@@ -19,7 +20,7 @@ from agent.tunnel.access import Ledger
 from agent.tunnel.counts import Counts
 from agent.tunnel.mesh import Mesh
 from agent.tunnel.reactor import Reactor
-from agent.tunnel.served import LOG, ServedPod
+from agent.tunnel.served import ServedPod
 
 if TYPE_CHECKING:
     from agent.tunnel.access import Access
