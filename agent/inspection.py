@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from agent import guard, netlink, netns, sock_diag
 from agent.datapath import features, libbpf, links, listing
 from agent.datapath.source import CGROUP_PROGRAMS, PROGRAMS
-from agent.enroll import REPLY_SYSCTLS, guard_link
+from agent.enroll import guard_link
 from agent.errors import KernelError, SidestepError
 from agent.expectation import COMPARED, Expected, describe, describe_value, owner, packed
 from agent.model.capture import REPLY_MARK
@@ -230,7 +230,8 @@ class Inspection:
             there = guard.node_links(enrollment.netns_fd)
             yield from self._guards(named, enrollment, there, attached)
         try:
-            inside = netns.run_in(enrollment.netns_fd, _look_inside)
+            look = partial(_look_inside, tuple(enrollment.sysctls))
+            inside = netns.run_in(enrollment.netns_fd, look)
         except OSError as error:
             raise KernelError(f"the namespace of {named} cannot be looked at: {error}") from error
         again = partial(self._roster.redo, enrollment.pod.uid)
@@ -333,13 +334,13 @@ class _Inside:
     sysctls: dict[Path, str]
 
 
-def _look_inside() -> _Inside:
+def _look_inside(sysctls: Iterable[Path]) -> _Inside:
     families: list[int] = [socket.AF_INET, *([socket.AF_INET6] if netns.has_ipv6() else [])]
     return _Inside(
         {found.inode for found in sock_diag.list_tcp(sock_diag.LISTENING_STATE)},
         families,
         {family: netlink.reply_route(family) for family in families},
-        {path: path.read_text().strip() for path in REPLY_SYSCTLS if path.exists()},
+        {path: path.read_text().strip() for path in sysctls if path.exists()},
     )
 
 

@@ -150,6 +150,12 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 		parse_ipv6(skb, segment);
 	else if (skb->protocol == ETHERTYPE_VLAN_BE || skb->protocol == ETHERTYPE_QINQ_BE)
 		return OUTCOME_FRAGMENT; /* one tag is off by now, and the kernel follows more */
+	/*
+	 * Nobody outside speaks as the pod itself. Lookup takes a connection from the pod to itself
+	 * for granted, and the kernel does not look any more (accept_local, see enroll.py).
+	 */
+	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
+		return OUTCOME_SPOOFED;
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;
 	if (is_outbound && !address_is_equal(&guarded->address4, &segment->source) &&
@@ -173,9 +179,6 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	pod = ss_pods.lookup(&flow->netns_cookie);
 	if (!pod)
 		return OUTCOME_PASSED; /* open: guarded, not captured: it is leaving the mesh */
-	/* Lookup takes a connection from the pod to itself for granted. */
-	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
-		return OUTCOME_SPOOFED;
 	if (is_carried_flow(flow))
 		return OUTCOME_PLAINTEXT;
 	opens = is_syn && is_outbound;

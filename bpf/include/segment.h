@@ -48,7 +48,7 @@ struct tcp_head {
 };
 
 struct segment {
-	struct address source;
+	struct address source; /* of any IP packet, as far as it can be read */
 	struct address destination;
 	u32 tcp_offset;	  /* in the packet; 0: not TCP */
 	u32 end;	  /* of the packet, without padding */
@@ -60,10 +60,12 @@ static __always_inline void parse_ipv4(struct __sk_buff *skb, struct segment *se
 	struct ipv4_head ip;
 	u32 length;
 
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &ip, sizeof(ip)))
 		return;
 	segment->source = address_from_v4(ip.source_be);
 	segment->destination = address_from_v4(ip.destination_be);
+	if (ip.protocol != IPPROTO_TCP)
+		return;
 	segment->tcp_offset = ETHERNET_BYTES + (ip.version_length & 0xf) * 4;
 	segment->is_fragment = ip.fragment_be & IPV4_FRAGMENT_BE;
 	length = bpf_ntohs(ip.length_be);

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pyroute2.iproute.linux import IPRoute
 
-from agent import enroll, netlink, netns
+from agent import enroll, netlink, netns, sysctl
 from agent.datapath import counters, direct, features, links
 from agent.datapath.exemption import exempt
 from agent.kubelet import Probers
@@ -356,6 +356,35 @@ def test_nobody_outside_speaks_as_the_pod_itself(node: Node, flags: int) -> None
     raw = node.node.open_socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW)
     raw.sendto(packet, (own, 0))
     assert node.counted(made) == {("inbound", "spoofed"): 1}
+
+
+def test_no_datagram_from_outside_is_the_pods_own(node: Node) -> None:
+    """The kernel does not look at that any more, since enrollment said accept_local."""
+    made, own = node.enroll(), PODS["a"][0]
+    server = node.pods["a"].open_socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((own, PORT))
+    datagram = struct.pack(">HHHH", PORT, PORT, 8 + 4, 0) + b"evil"
+    addresses = ip_address(own).packed * 2
+    head = struct.pack(">BxHxxxxBBxx", 0x45, 20 + len(datagram), 64, socket.IPPROTO_UDP)
+    raw = node.node.open_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    raw.sendto(head + addresses + datagram, (own, 0))
+    wait_until(lambda: node.counted(made))
+    assert node.counted(made) == {("inbound", "spoofed"): 1}
+    assert not hears(server)
+
+
+@pytest.mark.parametrize("before", ["0", "1"])
+def test_sysctl_of_a_guarded_link_is_as_before_when_the_guard_has_gone(
+    node: Node, before: str
+) -> None:
+    path = sysctl.NET / enroll.ACCEPT_LOCAL.format("eth0")
+    pod = node.pods["a"].fd
+    netns.run_in(pod, partial(path.write_text, before))
+    with ExitStack() as stack:
+        made = replace(node, stack=stack).enroll()
+        assert netns.run_in(pod, path.read_text) == "1\n"
+        enroll.release(made)
+        assert netns.run_in(pod, path.read_text) == f"{before}\n"
 
 
 @pytest.mark.parametrize("is_strict", [True, False])
