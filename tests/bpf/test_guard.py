@@ -53,6 +53,7 @@ TCP_FASTOPEN_CONNECT = 30  # linux/tcp.h
 FASTOPEN_SYSCTL = Path("/proc/sys/net/ipv4/tcp_fastopen")
 FASTOPEN_NO_COOKIE = "5"  # clients, and data in the SYN without a cookie
 BRIDGED_STRANGER = "10.78.0.4"
+ETH_P_IP = 0x0800  # linux/if_ether.h
 PORTS = 40000, PORT
 SYS_MEMBARRIER = {"x86_64": 324, "aarch64": 283}  # asm/unistd.h
 MEMBARRIER_GLOBAL = 1  # linux/membarrier.h
@@ -70,7 +71,7 @@ class Node:
     def enroll(
         self, name: str = "a", *, is_strict: bool = True, **exclusions: object
     ) -> Enrollment:
-        addresses = tuple(ip_address(address) for address in PODS[name])
+        addresses = tuple(map(ip_address, PODS.get(name, (BRIDGED_STRANGER,))))
         pod = LocalPod(
             f"uid-{name}", "default", name, name, addresses,
             exclusions=Exclusions(**exclusions),  # type: ignore[arg-type]  # a test's shorthand
@@ -580,6 +581,21 @@ def test_neighbor_on_the_bridge_does_not_answer_a_direct_connection(bridged: Nod
     before = bridged.counted(first)["inbound", "spoofed"]
     send_frame(pods["c"], "eth0", frame + b"\x08\x00" + with_checksum(words))
     assert bridged.counted(first)["inbound", "spoofed"] == before + 1  # into what was open before
+
+
+def test_neighbor_on_the_bridge_does_not_hear_a_direct_connection(bridged: Node) -> None:
+    """Pod c is in the mesh as well: what a says to b does not reach it, whomever a asks for b."""
+    first, second, third = (bridged.enroll(name) for name in "abc")
+    bridged.allow(first, second)
+    client, server = join(bridged.pods["a"], bridged.pods["b"], PODS["b"][0])
+    client.sendall(b"question")
+    assert server.recv(100) == b"question"
+    tap = bridged.pods["c"].open_socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP))
+    _lead_astray(bridged)
+    client.sendall(b"secret")
+    wait_until(lambda: bridged.counted(third))
+    assert set(bridged.counted(third)) == {("inbound", "plaintext")}
+    assert not hears(tap)
 
 
 def test_change_of_policy_between_connect_and_syn_costs_a_second(node: Node) -> None:
