@@ -350,16 +350,23 @@ def _write_addresses(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitSt
     for name, entry in exclusion_entries(enrollment):
         _put(pins, undo, name, entry, {"value": 1})
     local = pins.maps["ss_local"]
-    value: dict[str, Value] = {"value": enrollment.netns_cookie}
 
     def delete_own(key: dict[str, Value]) -> None:
-        if local.get(key) == value:  # else the address has a new pod already
+        if _is_own(pins, enrollment, key):
             local.delete(key)
 
-    for address in enrollment.pod.addresses:
-        key: dict[str, Value] = {"address": records.pack_address(address)}
-        local.put(key, value)
+    for key in _address_keys(enrollment):
+        local.put(key, records.resident_record(enrollment.netns_cookie, {}))
         undo.callback(partial(delete_own, key))
+
+
+def _address_keys(enrollment: Enrollment) -> list[dict[str, Value]]:
+    return [{"address": records.pack_address(each)} for each in enrollment.pod.addresses]
+
+
+def _is_own(pins: Pins, enrollment: Enrollment, key: dict[str, Value]) -> bool:
+    found = pins.maps["ss_local"].get(key)  # else the address has a new pod already
+    return found is not None and found["netns_cookie"] == enrollment.netns_cookie
 
 
 def _write_pod(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitStack) -> None:
@@ -397,6 +404,10 @@ def _guard_link(
     undo.callback(guards.delete, {"value": ifindex})
     guard.attach(pins, cookie, ifindex, undo)
     enrollment.guarded_links[ifindex] = row
+    resident = records.resident_record(cookie, enrollment.guarded_links)
+    for key in _address_keys(enrollment):
+        if _is_own(pins, enrollment, key):
+            pins.maps["ss_local"].put(key, resident)
     index = netns.run_aside(partial(netlink.peer_of, ifindex))
     netns.run_in(enrollment.netns_fd, partial(_accept_local, enrollment, index, undo))
 

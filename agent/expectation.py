@@ -27,7 +27,7 @@ Packed = tuple[tuple[str, "Value"], ...]
 COOKIE_PLACES = {
     "ss_pods": ("key", "value"),
     "ss_pod_names": ("key", "value"),
-    "ss_local": ("value", "value"),
+    "ss_local": ("value", "netns_cookie"),
     "ss_bypass": ("key", "netns_cookie"),
     "ss_ports": ("key", "netns_cookie"),
     "ss_listeners": ("key", "value"),
@@ -54,8 +54,9 @@ class Expected:
             case "ss_pod_names":
                 self._add(own, records.pod_name_record(pod))
             case "ss_local":
+                resident = records.resident_record(cookie, enrollment.guarded_links)
                 for address in pod.addresses:
-                    self._add({"address": records.pack_address(address)}, own)
+                    self._add({"address": records.pack_address(address)}, resident)
             case "ss_guards":
                 for ifindex, row in enrollment.guarded_links.items():
                     self._add({"value": ifindex}, records.guarded_record(pod, cookie, row))

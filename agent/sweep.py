@@ -51,8 +51,9 @@ def sweep(pins: Pins, wanted_uids: Collection[str], pod_cgroups: Path) -> list[s
         opened = pins.maps[name]
         for key in [key for key, _value in opened.items() if key[member] in stale]:
             opened.delete(key)
-    for key in [key for key, value in pins.maps["ss_local"].items() if value["value"] in stale]:
-        pins.maps["ss_local"].delete(key)
+    local = pins.maps["ss_local"]
+    for key in [key for key, value in local.items() if value["netns_cookie"] in stale]:
+        local.delete(key)
     for cookie in stale:
         links.detach_lookup(pins, cookie)
     for key, value in list(pins.maps["ss_guards"].items()):

@@ -189,7 +189,10 @@ def _agent_flow(key: Record, _value: Record, names: PodNames) -> Row:
 
 
 def _local(key: Record, value: Record, names: PodNames) -> Row:
-    return _owner(value["value"], names) | {"address": _address(key["address"])}
+    return _owner(value["netns_cookie"], names) | {
+        "address": _address(key["address"]),
+        "interface": value["link"] or None,
+    }
 
 
 def _generation(_key: Record, value: Record, _names: PodNames) -> Row:
@@ -322,7 +325,7 @@ COLUMNS = {
         "endpoint_port",
     ),
     "ss_agent_flows": ("pod", "source", "source_port", "destination_port"),
-    "ss_local": ("pod", "netns_cookie", "address"),
+    "ss_local": ("pod", "netns_cookie", "address", "interface"),
     "ss_probers": ("cgroup_id",),
     "ss_services": ("address", "port", "endpoints"),
     "ss_endpoints": ("service", "port", "index", "endpoint", "endpoint_port"),

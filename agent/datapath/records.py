@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from agent.datapath.btf import Value
     from agent.model.pod import Address, LocalPod, Network
@@ -35,6 +35,15 @@ def unpack_address(packed: Value) -> Address:
 def pod_record(pod: LocalPod, *, is_strict: bool = False) -> dict[str, Value]:
     """Return the value of ss_pods; of several addresses of a family the first counts."""
     return {"is_strict": int(is_strict)} | _first_addresses(pod)
+
+
+def resident_record(netns_cookie: int, links: Mapping[int, int]) -> dict[str, Value]:
+    """Return the value of ss_local; `links` are the pod's guarded ones, each with its row.
+
+    Which of several a pod sends by is left for guard to find out.
+    """
+    only = next(iter(links.items())) if len(links) == 1 else (0, 0)
+    return {"netns_cookie": netns_cookie, "link": only[0], "row": only[1]}
 
 
 def guarded_record(pod: LocalPod, netns_cookie: int, row: int) -> dict[str, Value]:

@@ -56,11 +56,11 @@ static __always_inline bool has_verdict(u64 source_netns_cookie, u64 destination
 static __always_inline bool may_go_direct(u64 source_netns_cookie, const struct endpoint *endpoint)
 {
 	struct local local = {.address = endpoint->address};
-	u64 *destination_netns_cookie = ss_local.lookup(&local), generation;
+	struct resident *destination = ss_local.lookup(&local);
+	u64 generation;
 
-	return destination_netns_cookie &&
-	       has_verdict(source_netns_cookie, *destination_netns_cookie, &endpoint->address,
-			   endpoint->port_be, &generation);
+	return destination && has_verdict(source_netns_cookie, destination->netns_cookie,
+					  &endpoint->address, endpoint->port_be, &generation);
 }
 
 /*
@@ -73,17 +73,18 @@ static __always_inline void remember_probe(struct bpf_sock_addr *ctx,
 {
 	struct local local = {.address = *destination};
 	u64 cgroup_id = bpf_get_current_cgroup_id();
-	u64 *destination_netns_cookie, *probe;
+	struct resident *resident;
+	u64 *probe;
 
 	if (!ss_probers.lookup(&cgroup_id))
 		return;
 	ss_probes.sk_storage_delete(ctx->sk);
-	destination_netns_cookie = ss_local.lookup(&local);
-	if (!destination_netns_cookie)
+	resident = ss_local.lookup(&local);
+	if (!resident)
 		return;
 	probe = ss_probes.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (probe)
-		*probe = *destination_netns_cookie;
+		*probe = resident->netns_cookie;
 }
 
 #endif

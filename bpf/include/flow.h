@@ -82,20 +82,25 @@ static __always_inline bool publish_direct(struct bpf_sock_ops *ops)
 {
 	struct local local = {.address = sockops_local(ops)};
 	struct local remote = {.address = sockops_remote(ops)};
-	u64 source = bpf_get_netns_cookie(ops), *owner = ss_local.lookup(&local);
-	u64 *destination = ss_local.lookup(&remote), allowed, *generation;
+	struct resident *source = ss_local.lookup(&local), *destination = ss_local.lookup(&remote);
+	u64 netns_cookie = bpf_get_netns_cookie(ops), allowed, *generation;
 	struct connection connection;
 	struct direct_flow flow = {};
 	u32 zero = 0;
 
-	if (!destination || !owner || *owner != source)
+	if (!destination || !source || source->netns_cookie != netns_cookie)
 		return false; /* from the address of another, whose connections this could end */
 	flow.source_port_be = bpf_htons(ops->local_port);
 	flow.destination_port_be = sockops_remote_port_be(ops);
-	if (!has_verdict(source, *destination, &remote.address, flow.destination_port_be, &allowed))
+	if (!has_verdict(netns_cookie, destination->netns_cookie, &remote.address,
+			 flow.destination_port_be, &allowed))
 		return false;
-	flow.source_netns_cookie = source;
-	flow.destination_netns_cookie = *destination;
+	flow.source_netns_cookie = netns_cookie;
+	flow.source_link = source->link;
+	flow.source_row = source->row;
+	flow.destination_netns_cookie = destination->netns_cookie;
+	flow.destination_link = destination->link;
+	flow.destination_row = destination->row;
 	flow.socket_cookie = bpf_get_socket_cookie(ops);
 	flow.began_ns = bpf_ktime_get_ns();
 	flow.source = local.address;
@@ -184,7 +189,8 @@ static __always_inline void remember_end(u64 netns_cookie, const struct address 
 static __always_inline void remember_guarded(const struct direct_flow *flow)
 {
 	if (!flow->source_link || !flow->destination_link)
-		return; /* one end has not said a word, so it has none that are late */
+		return; /* of one end it is not known, so it has not said a word that could be late
+			 */
 	remember_end(flow->source_netns_cookie, &flow->source, flow->source_port_be,
 		     &flow->destination, flow->destination_port_be, flow->destination_link);
 	remember_end(flow->destination_netns_cookie, &flow->destination, flow->destination_port_be,
@@ -213,7 +219,7 @@ static __always_inline bool end_direct(struct bpf_sock_ops *ops)
 				__sync_fetch_and_add(lost, 1);
 		}
 	}
-	if (ops->args[0] != BPF_TCP_LAST_ACK)
+	if (ops->args[0] != BPF_TCP_LAST_ACK && ops->args[0] != BPF_TCP_SYN_SENT)
 		remember_guarded(flow);
 	ss_direct_flows.delete(&connection);
 	return true;

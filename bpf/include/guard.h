@@ -17,7 +17,7 @@
 /*
  * Judge a packet of the direct path; false if it is none. Where links share a bridge, others on it
  * can answer for a pod's address (ARP, neighbor discovery). So what a pod gets has to come by the
- * link by which guard has seen the other end send.
+ * link that leads to the other end. A pod with several sends by any of them: guard remembers.
  */
 static __always_inline bool judge_direct(struct __sk_buff *skb, const struct guarded *guarded,
 					 const struct pod_flow *flow, bool is_outbound,
@@ -47,7 +47,7 @@ static __always_inline bool judge_direct(struct __sk_buff *skb, const struct gua
 		link = is_client ? direct->destination_link : direct->source_link;
 		other_cookie =
 			is_client ? direct->destination_netns_cookie : direct->source_netns_cookie;
-		/* Who left the mesh before it said a word has no guard that could have seen it. */
+		/* Who has several and left the mesh before it said a word is seen by no guard. */
 		if (skb->ingress_ifindex != link && (link || ss_pods.lookup(&other_cookie)))
 			*outcome = OUTCOME_SPOOFED;
 	}
@@ -130,9 +130,9 @@ static __always_inline bool is_excluded_flow(const struct pod_flow *flow)
 static __always_inline bool is_own_address(u64 netns_cookie, const struct address *address)
 {
 	struct local local = {.address = *address};
-	u64 *owner = ss_local.lookup(&local);
+	struct resident *resident = ss_local.lookup(&local);
 
-	return owner && *owner == netns_cookie;
+	return resident && resident->netns_cookie == netns_cookie;
 }
 
 static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 direction,

@@ -52,9 +52,10 @@ BPF_TABLE_PINNED("hash", u64, u32, ss_probers, 16, SS_PINS "/ss_probers");
 BPF_TABLE_PINNED("hash", struct inbound_flow, u32, ss_agent_flows, MAX_FLOWS,
 		 SS_PINS "/ss_agent_flows");
 
-/* address of an enrolled pod of this node -> its netns cookie. Written by enroll, read by connect;
- * lives until unenroll. */
-BPF_TABLE_PINNED("hash", struct local, u64, ss_local, MAX_PODS * 4, SS_PINS "/ss_local");
+/* address of an enrolled pod of this node -> the pod, and its link. Written by enroll, read by
+ * connect, sockops and guard; lives until unenroll. */
+BPF_TABLE_PINNED("hash", struct local, struct resident, ss_local, MAX_PODS * 4,
+		 SS_PINS "/ss_local");
 
 /* port of a service, index 0 -> how many endpoints it has. Written by the agent, read by connect.
  */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The short way of guard: packets of a direct connection after both its ends have been judged,
- * which are nearly all on a busy node. One look into a map says enough then, since the connection
- * remembers the links of its ends: guard wrote them when it saw a packet leave by each, from the
- * pod's own address and with the netns cookie of one who speaks in it.
+ * The short way of guard: packets of a direct connection whose links are known, which are nearly
+ * all on a busy node. One look into a map says enough then. The links are those that lead to the
+ * pods with the netns cookies of both ends: sockops took them from ss_local, or guard saw a packet
+ * leave by one, from the pod's own address.
  */
 #ifndef SIDESTEP_SETTLED_H
 #define SIDESTEP_SETTLED_H
@@ -51,7 +51,7 @@ static __always_inline bool plain_ends(struct __sk_buff *skb, struct ends *ends)
 	return true;
 }
 
-/* Count and pass a packet of a settled connection; false if it is none. */
+/* Count and pass a packet of such a connection; false if it is none. */
 static __always_inline bool pass_settled(struct __sk_buff *skb, u16 direction)
 {
 	struct connection connection;

@@ -90,6 +90,13 @@ struct local {
 	struct address address;
 };
 
+/* Who has an address of this node. */
+struct resident {
+	u64 netns_cookie;
+	u32 link; /* interface of the node that leads there, or 0: none is guarded, or several */
+	u32 row;  /* of ss_counters, for that link */
+};
+
 /*
  * What a verdict is about: both pods by their netns cookies, and the destination's port. And the
  * family: policies may speak of addresses, and each pod has one of each family.
@@ -113,7 +120,7 @@ struct direct_flow {
 	struct address destination;
 	__be16 source_port_be;
 	__be16 destination_port_be;
-	u32 source_link; /* interface of the node by which that end sends, once guard has seen it */
+	u32 source_link; /* interface of the node by which that end sends, or 0: not known yet */
 	u32 destination_link;
 	u32 source_row; /* of ss_counters, known as soon as the link is */
 	u32 destination_row;

@@ -23,7 +23,7 @@ static struct {
 	struct origin origin;
 	u64 probe;
 	u32 one;
-	u64 peer_cookie;
+	struct resident peer;
 } world;
 
 static struct pod *find_pod(u64 *cookie)
@@ -50,9 +50,9 @@ static u32 *find_port(struct port *key)
 	return world.is_excluded && key->direction == world.excluded_direction ? &world.one : NULL;
 }
 
-static u64 *find_local(struct local *key)
+static struct resident *find_local(struct local *key)
 {
-	return world.is_local && address_is_v4(&key->address) ? &world.peer_cookie : NULL;
+	return world.is_local && address_is_v4(&key->address) ? &world.peer : NULL;
 }
 
 static u32 *find_service(struct service_port *key)
@@ -120,7 +120,7 @@ static void begin(void)
 {
 	memset(&world, 0, sizeof(world));
 	world.is_enrolled = world.has_origin = true;
-	world.peer_cookie = PEER_COOKIE;
+	world.peer.netns_cookie = PEER_COOKIE;
 	world.service_endpoint.address = address_from_v4(bpf_htonl(ENDPOINT));
 	world.service_endpoint.port_be = bpf_htons(ENDPOINT_PORT);
 	netns_cookie_of_test = COOKIE;

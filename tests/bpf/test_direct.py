@@ -543,10 +543,10 @@ def test_address_that_has_a_new_pod_stays_the_new_pods(neighbors: Neighbors) -> 
     neighbors.allow()
     key: dict[str, int | bytes] = {"address": records.pack_address(ip_address(PEER4))}
     local = neighbors.pins.maps["ss_local"]
-    local.put(key, {"value": 12345})
+    local.put(key, {"netns_cookie": 12345})
     assert neighbors.is_captured()  # a verdict about a namespace is none about an address
     enroll.unenroll(neighbors.server)
-    assert local.get(key) == {"value": 12345}
+    assert local.get(key) == {"netns_cookie": 12345, "link": 0, "row": 0}
     local.delete(key)
 
 

@@ -591,6 +591,7 @@ def test_neighbor_on_the_bridge_does_not_hear_a_direct_connection(bridged: Node)
     client.sendall(b"question")
     assert server.recv(100) == b"question"
     tap = bridged.pods["c"].open_socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)  # nobody acknowledges
     _lead_astray(bridged)
     client.sendall(b"secret")
     wait_until(lambda: bridged.counted(third))

@@ -92,7 +92,7 @@ def make_strict(node: Node) -> None:
 
 def steal_address(node: Node) -> None:
     key: Record = {"address": records.pack_address(node.client.pod.address4)}
-    node.pins.maps["ss_local"].put(key, {"value": 1})
+    node.pins.maps["ss_local"].put(key, {"netns_cookie": 1})
 
 
 def clear_slot(node: Node) -> None:
