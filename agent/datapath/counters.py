@@ -45,7 +45,7 @@ def give_row(guards: Map, counters: Map, pod: LocalPod, netns_cookie: int, ifind
         if before is not None and before["netns_cookie"] == netns_cookie:
             row = _number(before["row"])
         else:
-            taken = {value["row"] for _key, value in guards.items()}
+            taken = {value["row"] for other, value in guards.items() if other != key}
             row = next((n for n in range(guards.facts.max_entries) if n not in taken), 0)
             for index in _indices(row):
                 counters.put({"value": index}, {})
