@@ -102,6 +102,22 @@ def test_pod_that_left_while_no_agent_ran_is_let_go(lab: Lab) -> None:
     assert published == {"shop.cache.yaml", "shop.server.yaml"}  # nobody dials it by a tunnel
 
 
+def test_pod_whose_address_is_not_told_yet_stays_closed(lab: Lab) -> None:
+    """It was brought by the runtime, and the agent killed before the API heard of it."""
+    east, _west = lab.cluster().nodes
+    client = lab.find_pod("client")
+    kill_agent(lab, east)
+    manifest = client.manifest()
+    lab.write_object(manifest | {"status": {"phase": "Pending"}})
+    lab.restart_agent(east)
+    wait_enrolled(lab, east, 1)
+    assert traces(lab, client) == (True, {"1"})
+    assert fetch(lab, "server") == 7
+    lab.write_object(manifest)
+    wait_enrolled(lab, east, 2)
+    assert fetch(lab, "server") == 0
+
+
 def test_exception_that_was_taken_back_while_no_agent_ran_holds_no_more(lab: Lab) -> None:
     east, _west = lab.cluster().nodes
     client = lab.find_pod("client")
