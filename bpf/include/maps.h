@@ -84,8 +84,8 @@ BPF_TABLE_PINNED("sk_storage", int, u64, ss_probes, 0, SS_PINS "/ss_probes", BPF
 /* connection on the direct path -> who speaks in it. Written by sockops before the SYN leaves and
  * deleted by it at the close; read by lookup, which lets exactly these in, by guard and by the
  * agent, which closes those that no longer pass. The key is of addresses alone, so that guard finds
- * it in one look from either end: a reader compares the netns cookies of the value. A plain hash: a
- * full map means capture. */
+ * it in one look from either end: a reader compares the netns cookies of the value, or the links. A
+ * plain hash: where it is full, guard drops the SYN, and the next one may find room. */
 BPF_TABLE_PINNED("hash", struct connection, struct direct_flow, ss_direct_flows, MAX_FLOWS,
 		 SS_PINS "/ss_direct_flows");
 
