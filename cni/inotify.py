@@ -1,8 +1,8 @@
 """Wait until something in a directory changes: inotify(7), which Python's library has not.
 
 Whatever changes is only a reason to look: what came of it is read from the directory itself, so no
-event need be understood, and none can be missed. Called by the installer, and in an event loop by
-`agent.changes`.
+event need be understood, and none can be missed. Called by the installer and the demo, and in an
+event loop by `agent.changes`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class DirectoryWatch:
         """Take the changes so far for seen."""
         os.read(self._fd, EVENTS_BYTES)
 
-    def wait(self, seconds: float, wake_fd: int) -> bool:
-        """Wait for a change; tell whether one came before the time was up or `wake_fd` readable."""
-        ready, _, _ = select.select([self._fd, wake_fd], [], [], seconds)
+    def wait(self, seconds: float, *wake_fds: int) -> bool:
+        """Wait for a change; tell whether one came before the time was up or one was readable."""
+        ready, _, _ = select.select([self._fd, *wake_fds], [], [], seconds)
         if self._fd not in ready:
             return False
         self.drain()
