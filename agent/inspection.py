@@ -72,6 +72,7 @@ class Inspection:
         self._roster = roster
         self._services = services
         self._cgroup_root = cgroup_root
+        self._programs = _Programs(pins)
 
     async def find(self) -> list[Finding]:
         """List every difference (KernelError if something cannot be looked at)."""
@@ -98,7 +99,7 @@ class Inspection:
         if self._pins.is_elsewhere():  # nothing is found at its path
             yield self.find_lost()
             return
-        yield [*self._pinned(), *self._cgroup_links(_Attached(self._pins))]
+        yield [*self._pinned(), *self._cgroup_links(self._look_at_links())]
         for name in COMPARED:
             yield list(self._map(name))
         for enrollment in self._roster.enrollments():
@@ -121,7 +122,7 @@ class Inspection:
             directory = self._pins.directory
             mend = partial(_call, self._pins.rebuild)
             return [Finding(None, "pin", "directory", str(directory), None, mend)]
-        attached = _Attached(self._pins)
+        attached = self._look_at_links()
         found = [*self._pinned(), *self._cgroup_links(attached)]
         has_tcx = features.has_tcx()
         for enrollment in self._roster.enrollments():
@@ -156,9 +157,6 @@ class Inspection:
         for enrollment in self._roster.enrollments():
             expected.add_pod(enrollment, is_strict=self._roster.is_strict(enrollment.pod))
         expected.add_services(self._services())
-        names = listing.pod_names(self._pins.directory)
-        own = (*self._roster.enrollments(), *self._roster.draining())
-        names |= {each.netns_cookie: _named(each) for each in own}
         kept = self._kept()
         opened = self._pins.maps[name]
         observed = {
@@ -166,7 +164,9 @@ class Inspection:
             for key, value in ((packed(key), value) for key, value in opened.items())
             if owner(name, key, packed(value)) not in kept
         }
-        for drift in compare(expected.entries, observed):
+        drifts = compare(expected.entries, observed)
+        names = self._names() if drifts else {}  # dear, and mostly nothing differs
+        for drift in drifts:
             shown = drift.expected if drift.expected is not None else drift.found
             assert shown is not None
             cookie = owner(name, drift.key, shown)
@@ -178,6 +178,11 @@ class Inspection:
                 describe_value(name, drift.key, drift.found, names),
                 partial(_mend_entry, opened, drift, expected.writes.get(drift.key)),
             )
+
+    def _names(self) -> listing.PodNames:
+        own = (*self._roster.enrollments(), *self._roster.draining())
+        named = {each.netns_cookie: _named(each) for each in own}
+        return listing.pod_names(self._pins.directory) | named
 
     def _kept(self) -> set[Value]:
         """Return the cookies of pods that are not enrolled, and of which something has to stay.
@@ -204,6 +209,9 @@ class Inspection:
             where = str(self._pins.directory / path)
             yield Finding(None, "pin", path.rpartition("/")[2], where, None, mend)
 
+    def _look_at_links(self) -> _Attached:
+        return _Attached(self._pins, self._programs.read())
+
     def _cgroup_links(self, attached: _Attached) -> Iterator[Finding]:
         root = self._cgroup_root.stat().st_ino
         mend = partial(_call, partial(links.attach_cgroup, self._pins, self._cgroup_root))
@@ -224,7 +232,7 @@ class Inspection:
 
     def _pod(self, enrollment: Enrollment) -> Iterator[Finding]:
         named = _named(enrollment)
-        attached = _Attached(self._pins)
+        attached = self._look_at_links()
         yield from self._lookup(named, enrollment, attached)
         if enrollment.is_complete:  # a pod that has just come is so a moment later
             there = guard.node_links(enrollment.netns_fd)
@@ -293,13 +301,10 @@ class Inspection:
 class _Attached:
     """Which links are pinned and what is behind them, read as little as can be."""
 
-    def __init__(self, pins: Pins) -> None:
+    def __init__(self, pins: Pins, programs: dict[str, int | None]) -> None:
         self._links = pins.links
-        directory = pins.link_path("")
-        there = directory.iterdir() if directory.exists() else ()
-        self._pinned = {path.name for path in there}
-        # None if the pin is gone, which is told by itself.
-        self.programs = {name: _program_id(pins, name) for name in PROGRAMS}
+        self._pinned = pins.inodes("links")
+        self.programs = programs
 
     def problem(self, name: str, target: int, program: str | None = None) -> str | None:
         """Say what is wrong with a link; an empty text means that it is not there."""
@@ -314,6 +319,24 @@ class _Attached:
         if program is not None and self.programs[program] not in (None, facts.program_id):
             return f"another program: id {facts.program_id}"
         return None
+
+
+class _Programs:
+    """The ids of the pinned programs: the kernel is asked only where there is another pin."""
+
+    def __init__(self, pins: Pins) -> None:
+        self._pins = pins
+        self._known: dict[tuple[str, int], int | None] = {}
+
+    def read(self) -> dict[str, int | None]:
+        """Return the id of each program, None if the pin is gone, which is told by itself."""
+        there, before = self._pins.inodes("programs"), self._known
+        self._known = {
+            pin: before.get(pin) or _program_id(self._pins, pin[0])
+            for pin in there.items()
+            if pin[0] in PROGRAMS
+        }
+        return dict.fromkeys(PROGRAMS) | {name: found for (name, _), found in self._known.items()}
 
 
 def _program_id(pins: Pins, name: str) -> int | None:

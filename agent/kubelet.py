@@ -10,12 +10,12 @@ Called by the composition root.
 from __future__ import annotations
 
 import logging
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import watchfiles
-
+from agent.changes import Changes
 from agent.errors import MapError
+from cni.inotify import NAMES
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from agent.datapath.maps import Map
 
 log = logging.getLogger(__name__)
-LOOK_MILLISECONDS = 10_000  # between two looks, if no change is told
+LOOK_SECONDS = 10.0  # between two looks, if no change is told
 # Below the root of cgroup v2, as systemd, k3s, RKE2 and MicroK8s name it.
 USUAL_CGROUPS = (
     "system.slice/kubelet.service",
@@ -53,26 +53,15 @@ class Probers:
 
     async def follow(self, stop: asyncio.Event) -> None:
         """Follow the cgroup through restarts of the kubelet, until `stop`."""
-        names = {str(each) for each in (self._cgroup, *self._cgroup.parents)}
         while not stop.is_set():
             with suppress(FileNotFoundError):  # what is above went while it was looked at
                 above = self._find_above()
-                changes = watchfiles.awatch(
-                    above[0],
-                    watch_filter=lambda _change, path: path in names,
-                    recursive=False,
-                    stop_event=stop,
-                    step=10,
-                    debounce=50,
-                    rust_timeout=LOOK_MILLISECONDS,
-                    yield_on_timeout=True,
-                )
-                self.refresh()
-                async with aclosing(changes):
-                    async for _change in changes:
+                # Names only: the kernel writes into the files of a cgroup all the time.
+                with Changes(above[0], events=NAMES) as changes:
+                    self.refresh()
+                    while self._find_above() == above and not stop.is_set():
+                        await changes.wait(stop, LOOK_SECONDS)
                         self.refresh()
-                        if self._find_above() != above:
-                            break
 
     def _find_above(self) -> tuple[Path, int]:
         """Return the lowest directory above the cgroup that is there, and which one it is."""

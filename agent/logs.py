@@ -10,8 +10,6 @@ from agent.loglines import Format, Levels, build_line
 
 _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 DEFAULT = Levels()
-# It tells of every change of a file, which we tell in our words where it matters.
-QUIET = (("watchfiles", "warning"),)
 
 
 class Lines(logging.Formatter):
@@ -47,9 +45,6 @@ class _Wanted(logging.Filter):
 
 def set_up(form: Format = Format.JSON, levels: Levels = DEFAULT) -> None:
     """Send the log to stderr, from now on in this form and at these levels."""
-    given = dict(levels.scopes)
-    quiet = tuple((scope, level) for scope, level in QUIET if scope not in given)
-    levels = Levels(levels.default, tuple(sorted((*levels.scopes, *quiet))))
     LOG.form, LOG.levels = form, levels
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(form))

@@ -1,7 +1,8 @@
 """Wait until something in a directory changes: inotify(7), which Python's library has not.
 
 Whatever changes is only a reason to look: what came of it is read from the directory itself, so no
-event need be understood, and none can be missed. Called by the installer.
+event need be understood, and none can be missed. Called by the installer and the demo, and in an
+event loop by `agent.changes`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-# linux/inotify.h. Written in place, renamed over, made, gone; and the directory itself.
-IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x8, 0x40, 0x80
+# linux/inotify.h
+IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x2, 0x4, 0x8, 0x40, 0x80
 IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
-WATCHED = (
-    IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF
-    | IN_MOVE_SELF
-)  # fmt: skip
+# Made, gone, renamed over; and the directory itself.
+NAMES = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
+WRITTEN = NAMES | IN_CLOSE_WRITE
+# Also what is written and not closed, or cut off, and who may read it.
+CONTENTS = WRITTEN | IN_MODIFY | IN_ATTRIB
 EVENTS_BYTES = 1 << 16
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -29,23 +31,38 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class DirectoryWatch:
     """Watches directories from the moment that it is made; close it at the end."""
 
-    def __init__(self, *directories: Path) -> None:
+    def __init__(self, *directories: Path, events: int = WRITTEN) -> None:
         """Watch (OSError; FileNotFoundError if one is not there)."""
+        self._events = events
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             raise _last_error("inotify")
-        for directory in directories:
-            if _libc.inotify_add_watch(self._fd, os.fsencode(directory), WATCHED) < 0:
-                error = _last_error(str(directory))
-                self.close()
-                raise error
+        try:
+            for directory in directories:
+                self.add(directory)
+        except OSError:
+            self.close()
+            raise
 
-    def wait(self, seconds: float, wake_fd: int) -> bool:
-        """Wait for a change; tell whether one came before the time was up or `wake_fd` readable."""
-        ready, _, _ = select.select([self._fd, wake_fd], [], [], seconds)
+    def add(self, directory: Path) -> None:
+        """Watch one more (OSError); nothing changes for one that is watched already."""
+        if _libc.inotify_add_watch(self._fd, os.fsencode(directory), self._events) < 0:
+            raise _last_error(str(directory))
+
+    def fileno(self) -> int:
+        """Return what is readable once there was a change, until `drain`."""
+        return int(self._fd)
+
+    def drain(self) -> None:
+        """Take the changes so far for seen."""
+        os.read(self._fd, EVENTS_BYTES)
+
+    def wait(self, seconds: float, *wake_fds: int) -> bool:
+        """Wait for a change; tell whether one came before the time was up or one was readable."""
+        ready, _, _ = select.select([self._fd, *wake_fds], [], [], seconds)
         if self._fd not in ready:
             return False
-        os.read(self._fd, EVENTS_BYTES)
+        self.drain()
         return True
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ Called by `agent.commands.check`, and by whoever wants the answer before startin
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -72,6 +73,7 @@ def _version(release: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+@functools.cache
 def has_tcx(release: str | None = None) -> bool:
     """Say whether programs can be attached to an interface by a link; before, by a tc filter."""
     return _version(release or os.uname().release) >= TCX_KERNEL

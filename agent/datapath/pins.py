@@ -169,11 +169,21 @@ class Pins:
         for name in list(self.links):
             self.let_go(name)
 
-    def missing(self) -> Iterator[str]:
-        """Yield what is not pinned of the maps and programs, by path below the directory."""
-        for name in self._pinned():
-            if not (self.directory / name).exists():
-                yield name
+    def inodes(self, part: str) -> dict[str, int]:
+        """Return what is pinned in a part of the directory, by name, with the inode of the pin.
+
+        Inodes of bpffs are numbered as they are made, so another pin has another one.
+        """
+        try:
+            with os.scandir(self.directory / part) as there:
+                return {entry.name: entry.inode() for entry in there}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    def missing(self) -> list[str]:
+        """List what is not pinned of the maps and programs, by path below the directory."""
+        there = {f"{part}/{name}" for part in ("maps", "programs") for name in self.inodes(part)}
+        return [name for name in self._pinned() if name not in there]
 
     def restore(self, name: str) -> None:
         """Pin a map or program again where it was (AttachError)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -9,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import watchfiles
-
 from agent.errors import LabError
+from cni.inotify import CONTENTS, DirectoryWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,7 +23,6 @@ FILTERS = {
     "conntrack": (("conntrack", "-L"), ("conntrack", "-L", "-f", "ipv6")),
 }
 LOG_SECONDS = 5.0
-POLL_MILLISECONDS = 50
 START_TIME_FIELD = 22  # of /proc/PID/stat, proc(5)
 
 Rules = dict[str, str]
@@ -83,15 +82,13 @@ class AccessLog:
             LabError: none comes.
         """
         deadline = time.monotonic() + LOG_SECONDS
-        changes = watchfiles.watch(
-            self.path, yield_on_timeout=True, rust_timeout=POLL_MILLISECONDS, step=10, debounce=20
-        )
-        for _change in changes:
-            for entry in self._read():
-                if entry.get("message") == message and matches(entry):
-                    return entry
-            if time.monotonic() > deadline:
-                break
+        with contextlib.closing(DirectoryWatch(self.path.parent, events=CONTENTS)) as changes:
+            while True:
+                for entry in self._read():
+                    if entry.get("message") == message and matches(entry):
+                        return entry
+                if not changes.wait(max(0.0, deadline - time.monotonic())):
+                    break
         raise LabError(f"{self.path} does not tell of the connection, or not that {message!r}")
 
     def _read(self) -> list[dict[str, Any]]:

@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import watchfiles
 import yaml
 
+from agent.changes import Changes
 from agent.discovery.policies import DEFAULT_ROOT_NAMESPACE
 from agent.discovery.reporting import log_problems
 from agent.discovery.translate import REDIRECTION, ObjectProblem, SourcedObject, translate
@@ -27,7 +27,7 @@ from agent.errors import ConfigError
 from agent.model.enrollment import DEFAULT_RULES, EnrollmentRules
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from agent.model.pod import LocalPod
@@ -40,9 +40,7 @@ MOST_BYTES = 8 << 20
 UNSETTLED_NANOSECONDS = 1_000_000_000
 SUFFIXES = (".yaml", ".yml", ".json")
 STATUS = "status"
-# Writers often touch several files at once; half a second late would break the promise of one.
-DEBOUNCE_MILLISECONDS = 50
-STEP_MILLISECONDS = 10
+WRITE_AGAIN_SECONDS = 0.1  # what could not be written
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -100,30 +98,27 @@ class DirectorySource:
         self._good: dict[Path, list[SourcedObject]] = {}
         self._parsed: dict[Path, _Parsed] = {}
         self._unwritten: dict[Path, str] = {}  # of what was published
+        self._wake: Callable[[], None] = lambda: None  # whoever watches, to write it
         self.problems: tuple[ObjectProblem, ...] = ()
 
     async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
         """Yield what the directory says, now and after each change, until `stop`."""
-        changes = watchfiles.awatch(
-            self._directory,
-            watch_filter=lambda _change, path: path.endswith(SUFFIXES),
-            debounce=DEBOUNCE_MILLISECONDS,
-            step=STEP_MILLISECONDS,
-            stop_event=stop,
-            # Also yields without a change, first when the watch is armed: so the first reading
-            # comes after it, and no change falls between.
-            yield_on_timeout=True,
-            rust_timeout=100,
-        )
         latest: Snapshot | None = None
-        async for change in changes:
-            self._write()
-            if change or latest is None:
-                # Some thousand objects take a second, in which the loop has others to serve.
-                snapshot = await asyncio.to_thread(self.read)
-                if snapshot != latest:
-                    latest = snapshot
-                    yield snapshot
+        # The first reading comes when the watch is armed, so no change falls between.
+        with Changes(self._directory) as changes:
+            self._wake = changes.wake
+            has_changed = True
+            while not stop.is_set():
+                self._write()
+                if has_changed:
+                    changes.follow(self._status)  # it may be another one now
+                    # Some thousand objects take a second, in which the loop has others to serve.
+                    snapshot = await asyncio.to_thread(self.read)
+                    if snapshot != latest:
+                        latest = snapshot
+                        yield snapshot
+                again = WRITE_AGAIN_SECONDS if self._unwritten else None
+                has_changed = await changes.wait(stop, again)
 
     def read(self) -> Snapshot:
         """Say what the directory says now; only files that changed are read and parsed again."""
@@ -195,6 +190,7 @@ class DirectorySource:
         self._unwritten[path] = f"redirection: {redirection}\n"
         if has_room and (problem := self._write()):
             log.error("what is published is not written yet", extra={"detail": str(problem)})
+            self._wake()
 
     def _write(self) -> OSError | None:
         """Write what was published and is not there; return why something could not be."""

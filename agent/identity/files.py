@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import watchfiles
-
+from agent.changes import Changes
 from agent.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,20 +26,8 @@ async def changes(directories: Iterable[Path], stop: asyncio.Event) -> AsyncIter
                 f"{directory} is no directory, and a file in it is to be followed: make it, or "
                 "name another file"
             )
-    watch = watchfiles.awatch(
-        *followed,
-        # A volume that Kubernetes mounts changes by a link beside the file: every change counts.
-        watch_filter=None,
-        debounce=50,
-        step=10,
-        recursive=False,
-        stop_event=stop,
-        # Also yields without a change, first when the watch is armed: so nothing is missed.
-        yield_on_timeout=True,
-        rust_timeout=100,
-    )
-    is_first = True
-    async for change in watch:
-        if change or is_first:
-            is_first = False
+    # A volume that Kubernetes mounts changes by a link beside the file: every change counts.
+    with Changes(*followed) as watched:
+        yield
+        while await watched.wait(stop):
             yield

@@ -33,6 +33,7 @@ from agent.errors import LabError, ManifestError
 from agent.lab import machine
 from agent.lab.cluster import Cluster, LabNode, LabPod, parse_cluster
 from agent.model.enrollment import MODE_LABEL
+from agent.question import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -45,6 +46,7 @@ CA_HOST = "ca.lab"
 CA_PORT = 15012
 CERTIFICATE_SECONDS = 24 * 3600
 READY_SECONDS = 20.0
+LOOK_SECONDS = 0.01
 STOP_SECONDS = 10.0
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
@@ -243,7 +245,25 @@ class Lab:
                 except (LabError, StopIteration) as error:
                     detail = "; ".join(f"{pods[uid].key} {text}" for uid, text in late.items())
                     raise LabError(f"not all pods of {name} have followed: {detail}") from error
+        protocol = "tcp" if mode is None else "hbone"
+        for node in cluster.nodes:
+            self._wait_until_known(node, {pod.key for pod in pods.values()}, protocol)
         return time.monotonic() - began
+
+    def _wait_until_known(self, node: LabNode, pods: set[str], protocol: str) -> None:
+        """Wait until a node's agent knows how pods are reached, which their own agents tell it."""
+        until = time.monotonic() + READY_SECONDS
+        while True:
+            rows = ask(self.admin_socket(node), "workloads")
+            late = pods - {row["workload"] for row in rows if row["protocol"] == protocol}
+            if not late:
+                return
+            if time.monotonic() > until:
+                named = ", ".join(sorted(late))
+                raise LabError(
+                    f"the agent of node {node.name} does not reach by {protocol}: {named}"
+                )
+            time.sleep(LOOK_SECONDS)
 
     def restart_agent(self, node: LabNode) -> None:
         """Stop a node's agent as an operator would, and start it anew."""

@@ -12,7 +12,7 @@ import pytest
 # The libraries of the control side and of the command line.
 HEAVY = {
     "asyncio", "bcc", "click", "cryptography", "grpc", "kubernetes", "pyroute2", "rich",
-    "watchfiles", "yaml",
+    "yaml",
 }  # fmt: skip
 START_SECONDS = 0.5
 
@@ -38,10 +38,10 @@ def test_command_line_loads_no_command_before_it_is_asked_for() -> None:
     ("command", "unneeded"),
     [
         ("agent", {"bcc", "grpc", "kubernetes", "rich"}),
-        ("check", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2", "watchfiles"}),
-        ("maps", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2", "watchfiles"}),
-        ("programs", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2", "watchfiles"}),
-        ("lab", {"bcc", "kubernetes", "watchfiles"}),
+        ("check", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2"}),
+        ("maps", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2"}),
+        ("programs", {"asyncio", "bcc", "cryptography", "kubernetes", "pyroute2"}),
+        ("lab", {"bcc", "kubernetes"}),
     ],
 )
 def test_command_loads_only_what_it_needs(command: str, unneeded: set[str]) -> None:

@@ -9,10 +9,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import watchfiles
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import netns
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,17 +36,14 @@ def wait_for_entry(
     lab: Lab, node: LabNode, message: str, matches: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
     """Return the first entry that matches; a log tells of what has happened a moment later."""
-    deadline = time.monotonic() + SECONDS
-    changes = watchfiles.watch(
-        lab.agent_log(node), yield_on_timeout=True, rust_timeout=50, step=10, debounce=20
-    )
-    for _change in changes:
-        for entry in entries(lab, node, message):
-            if matches(entry):
-                return entry
-        if time.monotonic() > deadline:
-            break
-    raise AssertionError(f"the agent of {node.name} logs no such {message!r}")
+    found: list[dict[str, Any]] = []
+
+    def is_logged() -> bool:
+        found.extend(filter(matches, entries(lab, node, message)))
+        return bool(found)
+
+    wait_until(is_logged, SECONDS, f"the agent of {node.name} logs no such {message!r}")
+    return found[0]
 
 
 def are_available(certificates: list[dict[str, Any]]) -> bool:

@@ -76,7 +76,7 @@ Probed = TypeVar("Probed", bound=ProbersMap)
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what comes before it is watched found soon, since nothing shows that it is."""
-    monkeypatch.setattr(kubelet, "LOOK_MILLISECONDS", 100)
+    monkeypatch.setattr(kubelet, "LOOK_SECONDS", 0.1)
 
 
 def follow(

@@ -29,7 +29,6 @@ def test_records_are_lines_of_json_with_their_fields(capsys: pytest.CaptureFixtu
     logs.set_up()
     logging.getLogger("agent.app").info("pod enrolled", extra={"pod": "shop/cart"})
     logging.getLogger("agent.app").debug("nobody wants this")
-    logging.getLogger("watchfiles.main").info("nor this")
     (line,) = capsys.readouterr().err.splitlines()
     entry = json.loads(line)
     assert entry.pop("time").endswith("+00:00")

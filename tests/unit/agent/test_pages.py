@@ -36,8 +36,8 @@ def test_level_of_what_logs_is_set(level: str) -> None:
 
 
 def test_scope_may_include_those_below_it_and_be_a_librarys() -> None:
-    assert set_levels(**{"agent.identity": "debug", "watchfiles": "info"}) == [
-        "agent.identity=debug,watchfiles=info"
+    assert set_levels(**{"agent.identity": "debug", "asyncio": "info"}) == [
+        "agent.identity=debug,asyncio=info"
     ]
 
 

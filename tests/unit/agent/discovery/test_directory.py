@@ -279,6 +279,50 @@ def test_what_cannot_be_written_is_published_as_soon_as_it_can(
     assert not source.read().workloads[0].is_hbone
 
 
+def test_what_nobody_is_told_of_lets_what_is_published_be_written(tmp_path: Path) -> None:
+    # As on a disk that is full, and then is not.
+    objects, elsewhere = tmp_path / "objects", tmp_path / "elsewhere"
+    objects.mkdir()
+    fill(objects)
+    source = DirectorySource(objects)
+    (pod,) = source.read().local_pods["n1"]
+    (objects / "status/shop.cart.draft").symlink_to(elsewhere / "draft")
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+            async def watch() -> None:
+                async for snapshot in source.watch(stop):
+                    if snapshot.workloads[0].is_hbone:
+                        return
+                    # While the watch waits, which it does without an end.
+                    loop.call_later(0.1, source.publish, pod, "enabled")
+                    loop.call_later(0.3, elsewhere.mkdir)
+
+            tasks.create_task(watch())
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_status_directory_that_is_made_anew_is_followed(tmp_path: Path) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    (pod,) = source.read().local_pods["n1"]
+
+    async def run() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        async for snapshot in source.watch(stop):
+            if snapshot.workloads[0].is_hbone:
+                stop.set()
+            else:
+                (tmp_path / "status").rmdir()
+                (tmp_path / "status").mkdir()
+                loop.call_later(0.3, source.publish, pod, "enabled")
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
 POLICY = """
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
