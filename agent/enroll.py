@@ -9,7 +9,8 @@ The order keeps the pod closed or untouched, never half open:
     5 lookup link   inbound is captured from here on     undo: unpin
                     (left out for a pod that wants plaintext past us)
     6 ss_pods       outbound is captured from here on    undo: delete
-    7 guard         on the node's side of each link      undo: detach; counters
+    7 guard         on the node's side of each link,     undo: detach; sysctl; ss_captures
+                    accept_local on the pod's
                     (a pod without a veth has none, and takes no direct path)
 
 Over what an agent before us left, the same steps replace without a gap: the pod was captured, and
@@ -34,7 +35,7 @@ from functools import partial
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from agent import guard, netlink, netns, sysctl
+from agent import accept_local, guard, netlink, netns, sysctl
 from agent.datapath import links, records
 from agent.datapath.counters import give_row
 from agent.datapath.exemption import exempt
@@ -58,10 +59,6 @@ REPLY_SYSCTLS = tuple(
     for name in ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")
 )
 SYSCTL_DEFAULT = "0"
-# Of the pod's end of a guarded link: guard drops what comes from the pod's own addresses. Where
-# there are rules, like ours for replies, the kernel would look for that by a second search of the
-# routes for each packet that it routes (fib_validate_source), 1.5 % of a short connection.
-ACCEPT_LOCAL = "ipv4/conf/{}/accept_local"
 
 
 @dataclass
@@ -81,6 +78,7 @@ class Enrollment:
     guarded_links: dict[int, int] = field(default_factory=dict)  # interface of the node -> row
     sysctls: dict[Path, str] = field(default_factory=dict)  # as they were before enrollment
     was_enrolled: bool = False  # by an agent before us, so that sysctls may be ours already
+    accepting: list[int] = field(default_factory=list)  # interfaces of the pod (accept_local)
 
     @property
     def is_unguarded(self) -> bool:
@@ -237,7 +235,7 @@ def _add_reply_route(
             for path in REPLY_SYSCTLS
             if path.exists()
         }
-        enrollment.sysctls.update(inherited.sysctls | before)
+        enrollment.sysctls.update(before)
         ground.callback(netns.run_in, enrollment.netns_fd, lambda: take_reply_route(before))
         for path in before:
             path.write_text("1")
@@ -252,16 +250,15 @@ def take_reply_route(sysctls: Mapping[Path, str] | None = None) -> None:
     for family in (socket.AF_INET, socket.AF_INET6):
         netlink.delete_reply_route(family)
     if sysctls is None:
-        links = sysctl.NET.glob(ACCEPT_LOCAL.format("*"))
-        own = (path for path in links if path.parent.name not in ("all", "default"))
-        sysctls = dict.fromkeys((*REPLY_SYSCTLS, *own), SYSCTL_DEFAULT)
+        sysctls = {path: SYSCTL_DEFAULT for path in REPLY_SYSCTLS if path.exists()}
     for path, text in sysctls.items():
-        _write_back(path, text)
-
-
-def _write_back(path: Path, text: str) -> None:
-    if path.exists():  # else the interface has gone, or the family
         path.write_text(text)
+
+
+def clean_namespace() -> None:
+    """Undo in the current namespace what an agent before us left there."""
+    take_reply_route()
+    accept_local.take_back_all()
 
 
 def _open_listeners(
@@ -356,8 +353,18 @@ def _write_addresses(pins: Pins, enrollment: Enrollment, undo: contextlib.ExitSt
             local.delete(key)
 
     for key in _address_keys(enrollment):
-        local.put(key, records.resident_record(enrollment.netns_cookie, {}))
+        local.put(key, resident_of(enrollment))
         undo.callback(partial(delete_own, key))
+
+
+def resident_of(enrollment: Enrollment) -> dict[str, Value]:
+    """Return the value of ss_local for each address of a pod."""
+    exclusions = enrollment.pod.exclusions
+    return records.resident_record(
+        enrollment.netns_cookie,
+        enrollment.guarded_links,
+        has_exclusions=bool(exclusions.outbound_ports or exclusions.outbound_networks),
+    )
 
 
 def _address_keys(enrollment: Enrollment) -> list[dict[str, Value]]:
@@ -404,24 +411,22 @@ def _guard_link(
     undo.callback(guards.delete, {"value": ifindex})
     guard.attach(pins, cookie, ifindex, undo)
     enrollment.guarded_links[ifindex] = row
-    resident = records.resident_record(cookie, enrollment.guarded_links)
+    resident = resident_of(enrollment)
     for key in _address_keys(enrollment):
         if _is_own(pins, enrollment, key):
             pins.maps["ss_local"].put(key, resident)
+    _accept_local(enrollment, ifindex, undo)
+
+
+def _accept_local(enrollment: Enrollment, ifindex: int, undo: contextlib.ExitStack) -> None:
     index = netns.run_aside(partial(netlink.peer_of, ifindex))
-    netns.run_in(enrollment.netns_fd, partial(_accept_local, enrollment, index, undo))
-
-
-def _accept_local(enrollment: Enrollment, index: int | None, undo: contextlib.ExitStack) -> None:
     if index is None:
-        return  # it has just gone, and the pod with it
-    path = sysctl.NET / ACCEPT_LOCAL.format(socket.if_indextoname(index))
-    if path not in enrollment.sysctls:
-        before = SYSCTL_DEFAULT if enrollment.was_enrolled else path.read_text()
-        enrollment.sysctls[path] = before
-    restore = partial(_write_back, path, enrollment.sysctls[path])
-    undo.callback(netns.run_in, enrollment.netns_fd, restore)
-    path.write_text("1")
+        return  # it has just gone
+    known = enrollment.pod.addresses
+    allow = partial(accept_local.allow, index, known, is_ours=enrollment.was_enrolled)
+    if netns.run_in(enrollment.netns_fd, allow):
+        enrollment.accepting.append(index)
+        undo.callback(netns.run_in, enrollment.netns_fd, partial(accept_local.take_back, index))
 
 
 def _drop_captures(pins: Pins, netns_cookie: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from agent import netns
 from agent.datapath import listing, records
-from agent.enroll import exclusion_entries
+from agent.enroll import exclusion_entries, resident_of
 
 if TYPE_CHECKING:
     from agent.datapath.btf import Value
@@ -54,9 +54,8 @@ class Expected:
             case "ss_pod_names":
                 self._add(own, records.pod_name_record(pod))
             case "ss_local":
-                resident = records.resident_record(cookie, enrollment.guarded_links)
                 for address in pod.addresses:
-                    self._add({"address": records.pack_address(address)}, resident)
+                    self._add({"address": records.pack_address(address)}, resident_of(enrollment))
             case "ss_guards":
                 for ifindex, row in enrollment.guarded_links.items():
                     self._add({"value": ifindex}, records.guarded_record(pod, cookie, row))

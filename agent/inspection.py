@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from agent import guard, netlink, netns, sock_diag
+from agent import accept_local, guard, netlink, netns, sock_diag
 from agent.datapath import features, libbpf, links, listing
 from agent.datapath.source import CGROUP_PROGRAMS, PROGRAMS
-from agent.enroll import guard_link
+from agent.enroll import REPLY_SYSCTLS, guard_link
 from agent.errors import KernelError, SidestepError
 from agent.expectation import COMPARED, Expected, describe, describe_value, owner, packed
 from agent.model.capture import REPLY_MARK
@@ -238,7 +238,7 @@ class Inspection:
             there = guard.node_links(enrollment.netns_fd)
             yield from self._guards(named, enrollment, there, attached)
         try:
-            look = partial(_look_inside, tuple(enrollment.sysctls))
+            look = partial(_look_inside, enrollment)
             inside = netns.run_in(enrollment.netns_fd, look)
         except OSError as error:
             raise KernelError(f"the namespace of {named} cannot be looked at: {error}") from error
@@ -263,6 +263,11 @@ class Inspection:
             if text != "1":
                 write = partial(_call, partial(_write_sysctl, enrollment.netns_fd, path))
                 yield Finding(named, "sysctl", str(path), "1", text, write)
+        for index in inside.too_trustful:
+            take_back = partial(accept_local.take_back, index)
+            mend = partial(_call, partial(netns.run_in, enrollment.netns_fd, take_back))
+            what = f"accept_local of interface {index}, beside an address that nobody told"
+            yield Finding(named, "sysctl", what, "0", "1", mend)
 
     def _lookup(self, named: str, enrollment: Enrollment, attached: _Attached) -> Iterator[Finding]:
         cookie = enrollment.netns_cookie
@@ -355,15 +360,21 @@ class _Inside:
     families: list[int]
     reply_routes: dict[int, tuple[bool, bool]]
     sysctls: dict[Path, str]
+    too_trustful: list[int]  # interfaces with accept_local that ought to have it no more
 
 
-def _look_inside(sysctls: Iterable[Path]) -> _Inside:
+def _look_inside(enrollment: Enrollment) -> _Inside:
     families: list[int] = [socket.AF_INET, *([socket.AF_INET6] if netns.has_ipv6() else [])]
     return _Inside(
         {found.inode for found in sock_diag.list_tcp(sock_diag.LISTENING_STATE)},
         families,
         {family: netlink.reply_route(family) for family in families},
-        {path: path.read_text().strip() for path in sysctls if path.exists()},
+        {path: path.read_text().strip() for path in REPLY_SYSCTLS if path.exists()},
+        [
+            index
+            for index in enrollment.accepting
+            if accept_local.is_set(index) and accept_local.has_others(enrollment.pod.addresses)
+        ],
     )
 
 

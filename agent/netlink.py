@@ -13,6 +13,7 @@ import importlib.util
 import socket
 import struct
 import sys
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import NetlinkError
@@ -209,6 +210,13 @@ def veth_peers() -> list[tuple[int, int]]:
             if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") == "veth"
             and link.get_attr("IFLA_LINK")
         ]
+
+
+def ipv4_addresses() -> list[IPv4Address]:
+    """List the addresses of the current namespace."""
+    with _session("addresses cannot be listed") as ipr:
+        listed = ipr.get_addr(family=socket.AF_INET)
+        return [IPv4Address(each.get_attr("IFA_LOCAL")) for each in listed]
 
 
 def peer_of(ifindex: int) -> int | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from agent import guard, netns, sandbox
 from agent.datapath import links
-from agent.enroll import take_reply_route
+from agent.enroll import clean_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -65,7 +65,7 @@ def sweep(pins: Pins, wanted_uids: Collection[str], pod_cgroups: Path) -> list[s
             pins.maps["ss_guards"].delete(key)
     for fd in sandbox.all_netns(pod_cgroups):
         if netns.netns_cookie(fd) in stale:
-            netns.run_in(fd, take_reply_route)
+            netns.run_in(fd, clean_namespace)
     return sorted(stale.values())
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from agent import netlink, netns, sandbox
 from agent.datapath import links, listing, pins
-from agent.enroll import take_reply_route
+from agent.enroll import clean_namespace
 from agent.errors import KernelError, PinsInUse
 from agent.guard import PARENTS
 from agent.handover import SOCKET_NAME, Predecessor
@@ -123,5 +123,5 @@ def _take_filters() -> Iterator[str]:
 def _take_from_pod() -> bool:
     if not netlink.has_reply_route():
         return False
-    take_reply_route()
+    clean_namespace()
     return True

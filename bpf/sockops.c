@@ -17,6 +17,13 @@ static __always_inline u32 begin(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, false);
 		return BPF_SOCK_OPS_STATE_CB_FLAG;
 	}
+	if (is_steered(ops)) {
+		origin = ss_origin.sk_storage_get(sk, 0, 0);
+		if (!origin)
+			return 0;
+		note_origin(ops, origin, false);
+		return BPF_SOCK_OPS_STATE_CB_FLAG;
+	}
 	if (publish_direct(ops))
 		return BPF_SOCK_OPS_STATE_CB_FLAG;
 	probe = ss_probes.sk_storage_get(sk, 0, 0);
@@ -24,13 +31,7 @@ static __always_inline u32 begin(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 		note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, false);
 		return BPF_SOCK_OPS_STATE_CB_FLAG;
 	}
-	if (may_be_late(ops))
-		return BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
-	origin = ss_origin.sk_storage_get(sk, 0, 0);
-	if (!origin)
-		return 0;
-	note_origin(ops, origin, false);
-	return BPF_SOCK_OPS_STATE_CB_FLAG;
+	return may_be_late(ops) ? BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG : 0;
 }
 
 static __always_inline void end(struct bpf_sock_ops *ops, struct bpf_sock *sk)
@@ -42,16 +43,17 @@ static __always_inline void end(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, true);
 		return;
 	}
+	if (is_steered(ops)) {
+		origin = ss_origin.sk_storage_get(sk, 0, 0);
+		if (origin)
+			note_origin(ops, origin, true);
+		return;
+	}
 	if (end_direct(ops))
 		return;
 	probe = ss_probes.sk_storage_get(sk, 0, 0);
-	if (probe) {
+	if (probe)
 		note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, true);
-		return;
-	}
-	origin = ss_origin.sk_storage_get(sk, 0, 0);
-	if (origin)
-		note_origin(ops, origin, true);
 }
 
 int ss_sockops(struct bpf_sock_ops *ops)

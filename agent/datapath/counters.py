@@ -10,16 +10,17 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from agent.datapath.records import guarded_record
+from agent.errors import MapError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from agent.datapath.btf import Value
     from agent.datapath.maps import Map
     from agent.model.pod import LocalPod
 
-OUTCOMES = 4  # enum outcome
-_OF_A_LINK = 2 * OUTCOMES  # outbound and inbound
+OUTCOME_COUNT = 4  # of enum outcome
+_OF_A_LINK = 2 * OUTCOME_COUNT  # outbound and inbound
 _GIVING = threading.Lock()  # links are guarded in threads, and no two may find the same row free
 
 
@@ -46,7 +47,7 @@ def give_row(guards: Map, counters: Map, pod: LocalPod, netns_cookie: int, ifind
             row = _number(before["row"])
         else:
             taken = {value["row"] for other, value in guards.items() if other != key}
-            row = next((n for n in range(guards.facts.max_entries) if n not in taken), 0)
+            row = _free_row(taken, netns_cookie, guards.facts.max_entries)
             for index in _indices(row):
                 counters.put({"value": index}, {})
         guards.put(key, guarded_record(pod, netns_cookie, row))
@@ -61,8 +62,18 @@ def read_counts(guards: Map, counters: Map) -> Iterator[Count]:
             found = counters.get({"value": index}) or {}
             packets, size = _number(found.get("packets", 0)), _number(found.get("bytes", 0))
             if packets:
-                direction, outcome = divmod(index % _OF_A_LINK, OUTCOMES)
+                direction, outcome = divmod(index % _OF_A_LINK, OUTCOME_COUNT)
                 yield Count(cookie, ifindex, direction, outcome, packets, size)
+
+
+def _free_row(taken: Collection[Value], netns_cookie: int, count: int) -> int:
+    # From a place of the pod's own on, so that one that comes back finds what its connections that
+    # are still open count in, and nobody else's do.
+    for number in range(count):
+        row = (netns_cookie + number) % count
+        if row not in taken:
+            return row
+    raise MapError(f"ss_guards is full: {count} links are guarded")
 
 
 def _indices(row: int) -> range:

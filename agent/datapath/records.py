@@ -37,13 +37,20 @@ def pod_record(pod: LocalPod, *, is_strict: bool = False) -> dict[str, Value]:
     return {"is_strict": int(is_strict)} | _first_addresses(pod)
 
 
-def resident_record(netns_cookie: int, links: Mapping[int, int]) -> dict[str, Value]:
+def resident_record(
+    netns_cookie: int, links: Mapping[int, int], *, has_exclusions: bool
+) -> dict[str, Value]:
     """Return the value of ss_local; `links` are the pod's guarded ones, each with its row.
 
     Which of several a pod sends by is left for guard to find out.
     """
     only = next(iter(links.items())) if len(links) == 1 else (0, 0)
-    return {"netns_cookie": netns_cookie, "link": only[0], "row": only[1]}
+    return {
+        "netns_cookie": netns_cookie,
+        "link": only[0],
+        "row": only[1],
+        "has_exclusions": int(has_exclusions),
+    }
 
 
 def guarded_record(pod: LocalPod, netns_cookie: int, row: int) -> dict[str, Value]:

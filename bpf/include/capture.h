@@ -24,12 +24,25 @@ static __always_inline bool is_excluded_port(u64 netns_cookie, __be16 port_be, u
 	return ss_ports.lookup(&port) != 0;
 }
 
+/* Whether a pod reaches a destination without us: its own addresses, excluded networks and ports.
+ */
+static __always_inline bool is_bypassed(u64 netns_cookie, const struct address *destination,
+					__be16 port_be)
+{
+	struct network network = {};
+
+	network.prefix_bits = 32 + 64 + 128;
+	network.netns_cookie = netns_cookie;
+	network.address = *destination;
+	return ss_bypass.lookup(&network) ||
+	       is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND);
+}
+
 /* Decide on a connection of `*pod`; `endpoint` is where it goes if it is captured. */
 static __always_inline enum capture capture_connect(struct bpf_sock_addr *ctx,
 						    const struct address *destination,
 						    struct pod **pod, struct endpoint *endpoint)
 {
-	struct network network = {};
 	struct origin *origin;
 	u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	__be16 port_be = ctx->user_port;
@@ -43,13 +56,9 @@ static __always_inline enum capture capture_connect(struct bpf_sock_addr *ctx,
 	if (ss_exempt.sk_storage_get(ctx->sk, 0, 0))
 		return CAPTURE_PASS;
 
-	network.prefix_bits = 32 + 64 + 128;
-	network.netns_cookie = netns_cookie;
-	network.address = *destination;
 	/* A socket may connect again after a failure: forget where it wanted to go. */
 	ss_origin.sk_storage_delete(ctx->sk);
-	if (address_is_local_scope(destination) || ss_bypass.lookup(&network) ||
-	    is_excluded_port(netns_cookie, port_be, DIRECTION_OUTBOUND))
+	if (address_is_local_scope(destination) || is_bypassed(netns_cookie, destination, port_be))
 		return CAPTURE_PASS;
 
 	*endpoint = choose_endpoint(destination, port_be);

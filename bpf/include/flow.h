@@ -4,6 +4,7 @@
 #define SIDESTEP_FLOW_H
 
 #include "address.h"
+#include "capture.h"
 #include "direct.h"
 #include "maps.h"
 
@@ -92,6 +93,9 @@ static __always_inline bool publish_direct(struct bpf_sock_ops *ops)
 		return false; /* from the address of another, whose connections this could end */
 	flow.source_port_be = bpf_htons(ops->local_port);
 	flow.destination_port_be = sockops_remote_port_be(ops);
+	if (source->has_exclusions &&
+	    is_bypassed(netns_cookie, &remote.address, flow.destination_port_be))
+		return false; /* the verdict is about another way to there, as by a service */
 	if (!has_verdict(netns_cookie, destination->netns_cookie, &remote.address,
 			 flow.destination_port_be, &allowed))
 		return false;
@@ -130,10 +134,9 @@ static __always_inline bool may_be_late(struct bpf_sock_ops *ops)
 
 /* The flow of a socket, if it is the client's end of one. */
 static __always_inline struct direct_flow *own_flow(struct bpf_sock_ops *ops,
-						    const struct connection *connection)
+						    struct connection *connection)
 {
-	struct connection key = *connection;
-	struct direct_flow *flow = ss_direct_flows.lookup(&key);
+	struct direct_flow *flow = ss_direct_flows.lookup(connection);
 
 	return flow && flow->socket_cookie == bpf_get_socket_cookie(ops) ? flow : 0;
 }
@@ -189,8 +192,7 @@ static __always_inline void remember_end(u64 netns_cookie, const struct address 
 static __always_inline void remember_guarded(const struct direct_flow *flow)
 {
 	if (!flow->source_link || !flow->destination_link)
-		return; /* of one end it is not known, so it has not said a word that could be late
-			 */
+		return; /* an end that no guard has seen: it has sent nothing that could be late */
 	remember_end(flow->source_netns_cookie, &flow->source, flow->source_port_be,
 		     &flow->destination, flow->destination_port_be, flow->destination_link);
 	remember_end(flow->destination_netns_cookie, &flow->destination, flow->destination_port_be,
@@ -234,6 +236,15 @@ static __always_inline void note_agent_flow(struct bpf_sock_ops *ops, u64 netns_
 		ss_agent_flows.delete(&flow);
 	else
 		ss_agent_flows.update(&flow, &kind);
+}
+
+/* Whether connect has steered the socket to our listener. */
+static __always_inline bool is_steered(struct bpf_sock_ops *ops)
+{
+	struct address remote = sockops_remote(ops);
+
+	return sockops_remote_port_be(ops) == bpf_htons(PORT_OUTBOUND) &&
+	       address_is_loopback(&remote);
 }
 
 static __always_inline void note_origin(struct bpf_sock_ops *ops, struct origin *origin,

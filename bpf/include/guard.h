@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Which packet of an enrolled pod may pass its link. Only TCP is judged: everything else is counted
- * and passes. A segment without payload carries nothing, so it passes as well, but for the SYN of
- * a connection that nobody knows. It slipped past connect(), which captures what every enrolled pod
- * opens, STRICT or not: by a raw socket, or while the hooks were detached.
+ * and passes, unless it comes from outside in the pod's own name. A segment without payload carries
+ * nothing, so it passes as well, but for the SYN of a connection that nobody knows. It slipped past
+ * connect(), which captures what every enrolled pod opens, STRICT or not: by a raw socket, or while
+ * the hooks were detached.
  */
 #ifndef SIDESTEP_GUARD_H
 #define SIDESTEP_GUARD_H
@@ -48,7 +49,7 @@ static __always_inline bool judge_direct(struct __sk_buff *skb, const struct gua
 		other_cookie =
 			is_client ? direct->destination_netns_cookie : direct->source_netns_cookie;
 		/* Who has several and left the mesh before it said a word is seen by no guard. */
-		if (skb->ingress_ifindex != link && (link || ss_pods.lookup(&other_cookie)))
+		if (link ? skb->ingress_ifindex != link : !!ss_pods.lookup(&other_cookie))
 			*outcome = OUTCOME_SPOOFED;
 	}
 	return true;
@@ -116,15 +117,9 @@ static __always_inline bool is_carried_flow(const struct pod_flow *flow)
 
 static __always_inline bool is_excluded_flow(const struct pod_flow *flow)
 {
-	struct network network = {};
-
-	network.prefix_bits = 32 + 64 + 128;
-	network.netns_cookie = flow->netns_cookie;
-	network.address = flow->remote;
 	return is_excluded_port(flow->netns_cookie, flow->local_port_be, DIRECTION_INBOUND) ||
 	       is_excluded_port(flow->netns_cookie, flow->local_port_be, DIRECTION_PLAINTEXT) ||
-	       is_excluded_port(flow->netns_cookie, flow->remote_port_be, DIRECTION_OUTBOUND) ||
-	       ss_bypass.lookup(&network);
+	       is_bypassed(flow->netns_cookie, &flow->remote, flow->remote_port_be);
 }
 
 static __always_inline bool is_own_address(u64 netns_cookie, const struct address *address)
@@ -135,6 +130,13 @@ static __always_inline bool is_own_address(u64 netns_cookie, const struct addres
 	return resident && resident->netns_cookie == netns_cookie;
 }
 
+/* The addresses of a packet from the pod to itself, also by one of which nobody has told us. */
+static __always_inline bool is_to_itself(const struct segment *segment)
+{
+	return segment->source.words_be[3] &&
+	       address_is_equal(&segment->source, &segment->destination);
+}
+
 static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 direction,
 						  const struct guarded *guarded,
 						  struct pod_flow *flow, struct segment *segment)
@@ -143,18 +145,23 @@ static __always_inline enum outcome guard_outcome(struct __sk_buff *skb, u16 dir
 	struct pod *pod;
 	bool is_outbound = direction == DIRECTION_OUTBOUND, is_syn, opens, has_payload;
 	enum outcome outcome;
+	__be16 type_be;
 
-	if (skb->protocol == ETHERTYPE_IPV4_BE)
+	/* Of the frame, as the pod reads it: who sends it from the node may say anything in skb. */
+	if (bpf_skb_load_bytes(skb, ETHERTYPE_OFFSET, &type_be, sizeof(type_be)))
+		return OUTCOME_PASSED;
+	if (type_be == ETHERTYPE_IPV4_BE)
 		parse_ipv4(skb, segment);
-	else if (skb->protocol == ETHERTYPE_IPV6_BE)
+	else if (type_be == ETHERTYPE_IPV6_BE)
 		parse_ipv6(skb, segment);
-	else if (skb->protocol == ETHERTYPE_VLAN_BE || skb->protocol == ETHERTYPE_QINQ_BE)
+	else if (type_be == ETHERTYPE_VLAN_BE || type_be == ETHERTYPE_QINQ_BE)
 		return OUTCOME_FRAGMENT; /* one tag is off by now, and the kernel follows more */
 	/*
 	 * Nobody outside speaks as the pod itself. Lookup takes a connection from the pod to itself
 	 * for granted, and the kernel does not look any more (accept_local, see enroll.py).
 	 */
-	if (!is_outbound && is_own_address(flow->netns_cookie, &segment->source))
+	if (!is_outbound &&
+	    (is_own_address(flow->netns_cookie, &segment->source) || is_to_itself(segment)))
 		return OUTCOME_SPOOFED;
 	if (!segment->tcp_offset)
 		return OUTCOME_PASSED;

@@ -5,6 +5,7 @@
 
 #include "address.h"
 
+#define ETHERTYPE_OFFSET     12
 #define ETHERNET_BYTES	     14
 #define ETHERTYPE_IPV4_BE    bpf_htons(0x0800)
 #define ETHERTYPE_IPV6_BE    bpf_htons(0x86dd)

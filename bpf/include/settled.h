@@ -83,7 +83,7 @@ static __always_inline bool pass_settled(struct __sk_buff *skb, u16 direction)
 		return true;
 	}
 	/* From another link it may be an answer that somebody else on the bridge made up. */
-	if (direction == DIRECTION_INBOUND && skb->ifindex == to_link &&
+	if (direction == DIRECTION_INBOUND && from_link && skb->ifindex == to_link &&
 	    skb->ingress_ifindex == from_link) {
 		count_packet(skb, to_row, direction, OUTCOME_PASSED);
 		return true;

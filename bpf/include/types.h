@@ -95,6 +95,8 @@ struct resident {
 	u64 netns_cookie;
 	u32 link; /* interface of the node that leads there, or 0: none is guarded, or several */
 	u32 row;  /* of ss_counters, for that link */
+	u32 has_exclusions; /* of ports or networks that it reaches without us */
+	u32 pad;
 };
 
 /*
@@ -159,15 +161,14 @@ struct pod_flow {
 	u32 pad;
 };
 
-#define OUTCOMES 4 /* the values of enum outcome */
-
 /* What became of a packet at the guard. */
 enum outcome {
 	OUTCOME_PASSED = 0,
 	OUTCOME_PLAINTEXT = 1, /* dropped: TCP that did not pass the agent */
-	OUTCOME_SPOOFED = 2,   /* dropped: from an address that is not the pod's */
+	OUTCOME_SPOOFED = 2,   /* dropped: from an address that is not its sender's */
 	OUTCOME_FRAGMENT = 3,  /* dropped: fragments or headers that hide the TCP they carry */
 };
+#define OUTCOMES 4
 
 /* Key of ss_captures. */
 struct capture_key {

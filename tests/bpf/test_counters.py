@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.datapath.counters import OUTCOMES, Count, give_row, read_counts
+from agent.datapath.counters import OUTCOME_COUNT, Count, give_row, read_counts
 from agent.model.pod import LocalPod
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 POD = LocalPod("uid", "shop", "cart", "cart", ())
 COOKIE = 7
 FIRST_LINK = 1_000_000  # no interface of this machine has such a number
-FRAGMENTS_INBOUND = OUTCOMES + 3
+FRAGMENTS_INBOUND = OUTCOME_COUNT + 3
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def maps(loaded: Pins) -> Iterator[tuple[Map, Map]]:
 def test_link_keeps_its_row_and_what_was_counted(maps: tuple[Map, Map]) -> None:
     guards, counters = maps
     row = give_row(guards, counters, POD, COOKIE, FIRST_LINK)
-    counters.put({"value": row * 2 * OUTCOMES + FRAGMENTS_INBOUND}, {"packets": 3, "bytes": 99})
+    counters.put(
+        {"value": row * 2 * OUTCOME_COUNT + FRAGMENTS_INBOUND}, {"packets": 3, "bytes": 99}
+    )
     assert give_row(guards, counters, POD, COOKIE, FIRST_LINK) == row
     (count,) = read_counts(guards, counters)
     # What is put is put for each processor, what is read is the sum.
@@ -47,11 +49,11 @@ def test_link_keeps_its_row_and_what_was_counted(maps: tuple[Map, Map]) -> None:
 def test_row_that_is_given_again_begins_at_zero(maps: tuple[Map, Map]) -> None:
     guards, counters = maps
     row = give_row(guards, counters, POD, COOKIE, FIRST_LINK)
-    for outcome in range(2 * OUTCOMES):
-        counters.put({"value": row * 2 * OUTCOMES + outcome}, {"packets": 3, "bytes": 99})
-    assert len(list(read_counts(guards, counters))) == 2 * OUTCOMES
+    for outcome in range(2 * OUTCOME_COUNT):
+        counters.put({"value": row * 2 * OUTCOME_COUNT + outcome}, {"packets": 3, "bytes": 99})
+    assert len(list(read_counts(guards, counters))) == 2 * OUTCOME_COUNT
     # The interface's number is another pod's now.
-    assert give_row(guards, counters, POD, COOKIE + 1, FIRST_LINK) == row
+    assert give_row(guards, counters, POD, COOKIE + guards.facts.max_entries, FIRST_LINK) == row
     assert list(read_counts(guards, counters)) == []
 
 
@@ -59,4 +61,4 @@ def test_no_two_links_get_one_row(maps: tuple[Map, Map]) -> None:
     give = partial(give_row, *maps, POD, COOKIE)
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(give, range(FIRST_LINK, FIRST_LINK + 200)))
-    assert sorted(rows) == list(range(200))
+    assert sorted(rows) == list(range(COOKIE, COOKIE + 200))

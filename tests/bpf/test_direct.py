@@ -546,7 +546,12 @@ def test_address_that_has_a_new_pod_stays_the_new_pods(neighbors: Neighbors) -> 
     local.put(key, {"netns_cookie": 12345})
     assert neighbors.is_captured()  # a verdict about a namespace is none about an address
     enroll.unenroll(neighbors.server)
-    assert local.get(key) == {"netns_cookie": 12345, "link": 0, "row": 0}
+    assert local.get(key) == {
+        "netns_cookie": 12345,
+        "link": 0,
+        "row": 0,
+        "has_exclusions": 0,
+    }
     local.delete(key)
 
 

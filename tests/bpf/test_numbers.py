@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent import netns, sock_diag
-from agent.datapath import features, libbpf, listing, pins, records, source
+from agent.datapath import counters, features, libbpf, listing, pins, records, source
 from agent.model import capture
 from agent.tunnel import sockets
 
@@ -82,6 +82,8 @@ def test_directions_have_the_values_that_python_writes(tmp_path: Path) -> None:
 def test_outcomes_have_the_names_that_python_shows(tmp_path: Path) -> None:
     found = ask_gcc(enumerators("types.h", "outcome"), tmp_path)
     assert found == {f"OUTCOME_{name.upper()}": n for n, name in listing.OUTCOMES.items()}
+    assert len(found) == counters.OUTCOME_COUNT
+    assert ask_gcc(["OUTCOMES"], tmp_path) == {"OUTCOMES": len(found)}
 
 
 def test_address_is_packed_as_the_programs_do(tmp_path: Path) -> None:

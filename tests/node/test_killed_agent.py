@@ -12,7 +12,7 @@ import pytest
 from agent import netlink, netns, sysctl
 from agent.datapath import listing
 from agent.discovery.translate import EXCLUDE_OUTBOUND_PORTS
-from agent.enroll import ACCEPT_LOCAL, REPLY_SYSCTLS
+from agent.enroll import REPLY_SYSCTLS
 from agent.lab import machine
 from tests.support.labs import wait_for_entry
 
@@ -43,7 +43,7 @@ def traces(lab: Lab, pod: LabPod) -> tuple[bool, set[str]]:
     """Return whether the pod's namespace has the reply route, and the values of its sysctls."""
 
     def look() -> tuple[bool, set[str]]:
-        paths = (*REPLY_SYSCTLS, sysctl.NET / ACCEPT_LOCAL.format("eth0"))
+        paths = (*REPLY_SYSCTLS, sysctl.NET / "ipv4/conf/eth0/accept_local")
         values = {path.read_text().strip() for path in paths}
         return netlink.has_reply_route(), values
 

@@ -146,3 +146,11 @@ def test_service_without_endpoints_is_left_to_the_agent() -> None:
 def test_key_of_an_endpoint_counts_from_zero() -> None:
     assert records.service_port_key(V4, 80) == {"address": MAPPED, "port_be": 80, "index": 0}
     assert records.service_port_key(V4, 80, 2)["index"] == 2
+
+
+@pytest.mark.parametrize(
+    ("links", "link", "row"), [({}, 0, 0), ({5: 2}, 5, 2), ({5: 2, 6: 3}, 0, 0)]
+)
+def test_resident_has_a_link_if_it_has_no_more(links: dict[int, int], link: int, row: int) -> None:
+    record = records.resident_record(7, links, has_exclusions=True)
+    assert record == {"netns_cookie": 7, "link": link, "row": row, "has_exclusions": 1}
