@@ -28,6 +28,7 @@ from pyroute2.iproute.linux import IPRoute
 from agent import enroll, netlink, netns
 from agent.datapath import counters, direct, features, links
 from agent.datapath.exemption import exempt
+from agent.datapath.services import ServiceMaps
 from agent.kubelet import Probers
 from agent.lab.machine import allow_forwarding
 from agent.model.capture import HBONE_PORT
@@ -663,6 +664,41 @@ def test_change_of_policy_between_connect_and_syn_costs_a_second(node: Node) -> 
         assert server.recv(100) == b"question"
     (flow,) = direct.live_flows(node.pins)
     assert flow.source_port == client.getsockname()[1]
+
+
+def test_verdict_does_not_lead_past_an_exclusion(node: Node) -> None:
+    """The verdict is about another way to there: a service whose port is not excluded."""
+    first = node.enroll("a", outbound_ports=frozenset({PORT}))
+    second = node.enroll("b")
+    node.allow(first, second)
+    node.pods["a"].connect(PODS["b"][0], PORT)  # b's agent gets it, as from any plaintext client
+    assert list(direct.live_flows(node.pins)) == []
+
+
+def test_end_of_a_connection_to_a_service_leaves_others_from_its_port_alone(node: Node) -> None:
+    """It was not published, and the name of the service is on its socket all the same."""
+    first, second = node.enroll("a"), node.enroll("b")
+    maps, service = node.pins.maps, ip_address("10.96.0.10")
+    verdicts = direct.Verdicts(maps["ss_verdicts"], maps["ss_generation"])
+    services = ServiceMaps(node.pins)
+    services.apply({(service, 80): ((ip_address(PODS["b"][0]), PORT),)})
+    netns.run_in(node.pods["a"].fd, lambda: FASTOPEN_SYSCTL.write_text(FASTOPEN_NO_COOKIE))
+    captured, other = (node.pods["a"].open_socket() for _ in range(2))
+    for each in (captured, other):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.bind((PODS["a"][0], PORTS[0]))
+    captured.connect(("10.98.0.1", 443))
+    (key, _origin) = next(iter(maps["ss_origin_flow"].items()))
+    node.allow(first, second)
+    other.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+    other.connect((str(service), 80))
+    verdicts.renew()
+    other.setblocking(False)
+    other.send(b"question")
+    assert node.counted(first) == {("outbound", "plaintext"): 1}
+    other.close()
+    assert maps["ss_origin_flow"].get(key) is not None
+    services.apply({})
 
 
 def test_pod_that_leaves_the_mesh_before_it_answers_still_answers(node: Node) -> None:

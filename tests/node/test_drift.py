@@ -14,6 +14,7 @@ from agent.model.capture import HBONE_PORT
 from tests.support.damage import detach
 from tests.support.damaged_node import (
     Node,
+    add_address,
     add_exception,
     add_service,
     clear_slot,
@@ -61,6 +62,7 @@ def node() -> Iterator[Node]:
         (remove_map_pin, "pin", "ss_pods", True, False),
         (remove_reply_route, "rule", "ipv4", True, False),
         (reset_sysctl, "sysctl", "/proc/sys/net/ipv4/tcp_fwmark_accept", True, True),
+        (add_address, "sysctl", "accept_local of interface", True, True),
         (destroy_listener, "listener", f"[::]:{HBONE_PORT}", True, False),
     ],
 )

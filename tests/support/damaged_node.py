@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from ipaddress import ip_interface
 from typing import TYPE_CHECKING, Any
 
 from agent import netlink, netns, sock_diag
@@ -126,6 +127,11 @@ def remove_reply_route(node: Node) -> None:
 
 def reset_sysctl(node: Node) -> None:
     node.inside(lambda: REPLY_SYSCTLS[0].write_text("0"))
+
+
+def add_address(node: Node) -> None:
+    """Give the pod an address that guard does not know."""
+    node.inside(lambda: netlink.add_address("lo", ip_interface("10.78.9.9/32")))
 
 
 def destroy_listener(node: Node) -> None:
