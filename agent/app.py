@@ -43,7 +43,7 @@ from agent.model.identity import SpiffeId
 from agent.model.pod import Exclusions
 from agent.pages import Pages
 from agent.roster import Roster
-from agent.state.arrival import complete, pods_of
+from agent.state.arrival import complete
 from agent.state.store import Snapshot
 from agent.sweep import forget_exceptions, sweep
 from agent.tunnel import messages
@@ -133,6 +133,7 @@ class Agent:
             self._roster,
             lambda: records.service_ports(self._snapshot.services, settings.node),
             links.cgroup_root(),
+            wanted=self._wanted,
         )
         self._upkeep = Upkeep(
             self._inspection,
@@ -618,13 +619,22 @@ class Agent:
         closed = self._direct.close_unless(self._enforcement.passes)
         log.info("policies in force", extra={"closed_direct_connections": closed})
 
+    def _wanted(self) -> set[str]:
+        """Name the pods that are to be in the mesh, also those whose addresses nobody has told yet.
+
+        An agent before us may have brought those.
+        """
+        starting = (
+            pod.uid
+            for pod in self._snapshot.starting
+            if pod.node == self._settings.node and pod.local is not None
+        )
+        return {*self._desired, *starting}
+
     def _sweep(self) -> None:
-        pods = pods_of(self._snapshot, self._settings.node).values()
-        # Also those whose addresses nobody has told yet: an agent before us may have brought them.
-        wanted = {*self._desired, *(pod.uid for pod in pods if pod.local is not None)}
         try:
             forget_exceptions(self._pins, self._roster.exceptions())
-            for uid in sweep(self._pins, wanted, self._settings.pod_cgroups):
+            for uid in sweep(self._pins, self._wanted(), self._settings.pod_cgroups):
                 log.info("what an agent before left of a pod is taken away", extra={"uid": uid})
         except (SidestepError, OSError) as error:
             log.error(

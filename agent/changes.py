@@ -5,14 +5,16 @@ looks every few milliseconds in a thread of its own whether it is to stop: half 
 processor for each watch, all the time.
 
 Called by whoever follows files. What changed is not said: it is a reason to look, and whoever is
-told looks at all of it. Also told is the end of the directory itself; one that is made anew under
-the old name is another one, for `Changes.follow`.
+told looks at all of it. Who writes where it looks names its drafts, which are no reason. Also told
+is the end of the directory itself; one that is made anew under the old name is another one, for
+`Changes.follow`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 from agent.errors import FeatureMissing
@@ -31,8 +33,10 @@ LONGEST_SECONDS = 0.05
 class Changes:
     """Watches directories while it is entered."""
 
-    def __init__(self, *directories: Path, events: int = CONTENTS) -> None:
-        """Watch from now on.
+    def __init__(
+        self, *directories: Path, events: int = CONTENTS, ignored_suffix: str | None = None
+    ) -> None:
+        """Watch from now on, but for files whose names end in `ignored_suffix`.
 
         Raises:
             FileNotFoundError: a directory is not there.
@@ -40,6 +44,7 @@ class Changes:
         """
         with _refused():
             self._watch = DirectoryWatch(*directories, events=events)
+        self._ignored_suffix = None if ignored_suffix is None else os.fsencode(ignored_suffix)
         self._loop = asyncio.get_running_loop()
         self._has_changed = asyncio.Event()
 
@@ -82,8 +87,9 @@ class Changes:
                 await self._has_changed.wait()
 
     def _on_readable(self) -> None:
-        self._watch.drain()
-        self._has_changed.set()
+        names, suffix = self._watch.drain(), self._ignored_suffix
+        if suffix is None or not all(name.endswith(suffix) for name in names):
+            self._has_changed.set()
 
 
 @contextlib.contextmanager

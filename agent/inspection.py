@@ -65,13 +65,24 @@ class Inspection:
     """Looks at one node."""
 
     def __init__(
-        self, pins: Pins, roster: Roster, services: Callable[[], ServicePorts], cgroup_root: Path
+        self,
+        pins: Pins,
+        roster: Roster,
+        services: Callable[[], ServicePorts],
+        cgroup_root: Path,
+        *,
+        wanted: Callable[[], set[str]],
     ) -> None:
-        """Look at nothing yet; `services()` are those that the kernel ought to know."""
+        """Look at nothing yet.
+
+        `services()` are those that the kernel ought to know, `wanted()` the uids of all pods that
+        are to be in the mesh, enrolled or not.
+        """
         self._pins = pins
         self._roster = roster
         self._services = services
         self._cgroup_root = cgroup_root
+        self._wanted = wanted
         self._programs = _Programs(pins)
 
     async def find(self) -> list[Finding]:
@@ -187,13 +198,11 @@ class Inspection:
     def _kept(self) -> set[Value]:
         """Return the cookies of pods that are not enrolled, and of which something has to stay.
 
-        Of those that drain, and of those that could not be enrolled where an agent before us had
-        captured them: what it left keeps them closed.
+        Of those that drain, and of those that an agent before us had captured and that could not
+        be enrolled yet, or whose addresses nobody has told yet: what it left keeps them closed.
         """
         kept: set[Value] = {each.netns_cookie for each in self._roster.draining()}
-        waiting = {
-            uid.encode() for uid, each in self._roster.statuses.items() if each.state != "enrolled"
-        }
+        waiting = {uid.encode() for uid in self._wanted() - self._roster.captured()}
         for key, value in self._pins.maps["ss_pod_names"].items() if waiting else ():
             uid = value["uid"]
             assert isinstance(uid, bytes)

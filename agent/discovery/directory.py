@@ -40,6 +40,7 @@ MOST_BYTES = 8 << 20
 UNSETTLED_NANOSECONDS = 1_000_000_000
 SUFFIXES = (".yaml", ".yml", ".json")
 STATUS = "status"
+DRAFT = ".draft"  # what is written, until it is whole
 WRITE_AGAIN_SECONDS = 0.1  # what could not be written
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -105,7 +106,7 @@ class DirectorySource:
         """Yield what the directory says, now and after each change, until `stop`."""
         latest: Snapshot | None = None
         # The first reading comes when the watch is armed, so no change falls between.
-        with Changes(self._directory) as changes:
+        with Changes(self._directory, ignored_suffix=DRAFT) as changes:
             self._wake = changes.wake
             has_changed = True
             while not stop.is_set():
@@ -198,9 +199,9 @@ class DirectorySource:
             try:
                 # What an agent before us wrote needs no room.
                 if not path.exists() or path.read_text() != text:
-                    # Renamed into place, so that nobody reads a half; the watch does not see the
-                    # name before.
-                    draft = path.with_suffix(".draft")
+                    # Renamed into place, so that nobody reads a half. The watch ignores drafts:
+                    # one that cannot be written would have us look, and write it again, at once.
+                    draft = path.with_suffix(DRAFT)
                     draft.write_text(text)
                     draft.replace(path)
             except OSError as error:

@@ -18,7 +18,8 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 from agent.errors import SidestepError
-from agent.line_log import SCOPE, log
+from agent.line_log import log
+from agent.loglines import TUNNEL
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT, LISTENER_PORTS, REPLY_MARK
 from agent.model.condition import Connection
@@ -243,7 +244,7 @@ class Inbound:
             failure = session.handshake_failure
             COUNTS.add("handshakes_failed", direction="inbound", reason=failure)
         level = "warning" if session.refusal else "info"
-        if self._ledger.may_log(level, SCOPE):
+        if self._ledger.may_log(level, TUNNEL):
             log(
                 "tunnel closed",
                 level=level,

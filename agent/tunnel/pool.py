@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.errors import PeerRevoked, SidestepError
-from agent.line_log import SCOPE, log
+from agent.line_log import log
+from agent.loglines import TUNNEL
 from agent.model.bounds import DEFAULT_BOUNDS, Bounds
 from agent.model.capture import HBONE_PORT
 from agent.model.flag import Failure, Flag
@@ -176,7 +177,7 @@ class Pool:
         def on_closed(session: Session, reason: str) -> None:
             if session.refusal:
                 COUNTS.add("peers_refused", direction="outbound", reason=session.refusal)
-                if self._may_log("info", SCOPE):
+                if self._may_log("info", TUNNEL):
                     log(
                         "tunnel refused",
                         pod=f"{served.pod.namespace}/{served.pod.name}",

@@ -32,7 +32,7 @@ def inspection(loaded: pins.Pins) -> Iterator[Inspection]:
     if loaded.lock < 0:
         loaded.hold()
     root = links.cgroup_root()
-    yield Inspection(loaded, cast("Roster", NoPods()), dict, root)
+    yield Inspection(loaded, cast("Roster", NoPods()), dict, root, wanted=set)
     links.attach_cgroup(loaded, root)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from agent.discovery.translate import EXCLUDE_OUTBOUND_PORTS
 from agent.enroll import REPLY_SYSCTLS
 from agent.lab import machine
 from tests.support.labs import wait_for_entry
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from agent.lab.cluster import LabNode, LabPod
@@ -58,6 +61,13 @@ def wait_enrolled(lab: Lab, node: LabNode, count: int) -> None:
     for state in lab.agent_states(node):
         if [pod["state"] for pod in state["pods"]] == ["enrolled"] * count:
             return
+
+
+def repair(lab: Lab) -> list[dict[str, Any]]:
+    """Have every agent look at all of its node, mend what differs, and return what did."""
+    line = [sys.executable, "-m", "agent.cli", "check", "--repair", "--lab", lab.name, "-o", "json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout))
 
 
 def test_pods_of_a_killed_agent_are_closed_and_the_next_one_serves_them(lab: Lab) -> None:
@@ -111,11 +121,31 @@ def test_pod_whose_address_is_not_told_yet_stays_closed(lab: Lab) -> None:
     lab.write_object(manifest | {"status": {"phase": "Pending"}})
     lab.restart_agent(east)
     wait_enrolled(lab, east, 1)
+    assert repair(lab) == []  # nor does upkeep, which compares the same, take anything away
     assert traces(lab, client) == (True, {"1"})
     assert fetch(lab, "server") == 7
     lab.write_object(manifest)
     wait_enrolled(lab, east, 2)
     assert fetch(lab, "server") == 0
+
+
+def test_pod_that_ends_before_its_address_is_told_leaves_nothing(lab: Lab) -> None:
+    east, _west = lab.cluster().nodes
+    client = lab.find_pod("client")
+    kill_agent(lab, east)
+    manifest = client.manifest()
+    lab.write_object(manifest | {"status": {"phase": "Pending"}})
+    lab.restart_agent(east)
+    wait_enrolled(lab, east, 1)
+    (directory,) = listing.find_directories((lab.pins / "east",))
+
+    def captured() -> set[object]:
+        return {row["pod"] for row in listing.dump_map(directory, "ss_pods")}
+
+    assert captured() == {"shop/cache", "shop/client"}
+    lab.remove_object(manifest)
+    wait_until(lambda: repair(lab) == [] and captured() == {"shop/cache"}, 10)
+    assert sum(path.name.startswith("lookup_") for path in (directory / "links").iterdir()) == 1
 
 
 def test_exception_that_was_taken_back_while_no_agent_ran_holds_no_more(lab: Lab) -> None:

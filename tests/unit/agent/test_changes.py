@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -152,6 +153,23 @@ def test_names_alone_say_nothing_of_what_is_written(tmp_path: Path) -> None:
             (tmp_path / "file").write_text("a")
             assert not await watched.wait(stop, 0.05)
             (tmp_path / "other").mkdir()
+            assert await watched.wait(stop, 5)
+
+    asyncio.run(run())
+
+
+def test_drafts_are_no_change_and_what_becomes_of_them_is(tmp_path: Path) -> None:
+    draft = tmp_path / "file.draft"
+    change_directory = partial(tmp_path.chmod, 0o700)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        with Changes(tmp_path, ignored_suffix=".draft") as watched:
+            draft.write_text("a")
+            assert not await watched.wait(stop, 0.05)
+            draft.replace(tmp_path / "file")
+            assert await watched.wait(stop, 5)
+            change_directory()
             assert await watched.wait(stop, 5)
 
     asyncio.run(run())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent import logs
+from agent import line_log, logs
 from agent.loglines import Format, Levels
 
 if TYPE_CHECKING:
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def _root_logger() -> Iterator[None]:
-    root = logging.getLogger()
+def _global_state() -> Iterator[None]:
+    root, lines = logging.getLogger(), line_log.LOG
     handlers, level = root.handlers[:], root.level
+    form, levels = lines.form, lines.levels
     root.handlers.clear()  # pytest's own would be closed
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    lines.form, lines.levels = form, levels
 
 
 def test_records_are_lines_of_json_with_their_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,11 +45,13 @@ def test_records_are_lines_of_json_with_their_fields(capsys: pytest.CaptureFixtu
 def test_levels_and_form_change_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up(Format.TEXT, Levels("error", (("agent.app", "debug"),)))
     logging.getLogger("agent.app").debug("seen")
+    line_log.log("seen at once", scope="agent.app", level="debug")
     logging.getLogger("agent.roster").warning("not seen")
     logs.set_up(Format.TEXT, Levels("off"))
     logging.getLogger("agent.app").critical("not seen either")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.split("\t")[1:4] == ["debug", "agent.app", "seen"]
+    line_log.log("not seen either", scope="agent.app", level="error")
+    lines = [line.split("\t")[1:4] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [["debug", "agent.app", text] for text in ("seen", "seen at once")]
 
 
 def test_exceptions_are_a_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ metadata: {name: cart, namespace: shop, uid: u-1}
 spec: {nodeName: n1, serviceAccountName: cart}
 status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 """
+
+
+MOST_READS = 3  # the first, and what `publish` wakes
 
 
 def fill(directory: Path) -> None:
@@ -303,6 +307,47 @@ def test_what_nobody_is_told_of_lets_what_is_published_be_written(tmp_path: Path
             tasks.create_task(watch())
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_what_cannot_be_written_wakes_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    source = DirectorySource(tmp_path)
+    (pod,) = source.read().local_pods["n1"]
+    reads: list[Snapshot] = []
+    read = source.read
+
+    def count_and_read() -> Snapshot:
+        reads.append(read())
+        return reads[-1]
+
+    monkeypatch.setattr(source, "read", count_and_read)
+
+    async def run() -> int:
+        stop, is_armed = asyncio.Event(), asyncio.Event()
+
+        async def watch() -> None:
+            async for snapshot in source.watch(stop):
+                is_armed.set()
+                if snapshot.workloads[0].is_hbone:
+                    stop.set()
+
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            tasks.create_task(watch())
+            await is_armed.wait()
+            # As on a full disk: a file can be made, and nothing written into it.
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+            try:
+                source.publish(pod, "enabled")
+                await asyncio.sleep(1)
+                count = len(reads)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return count
+
+    assert asyncio.run(run()) <= MOST_READS
 
 
 def test_status_directory_that_is_made_anew_is_followed(tmp_path: Path) -> None:
