@@ -41,7 +41,7 @@ UNSETTLED_NANOSECONDS = 1_000_000_000
 SUFFIXES = (".yaml", ".yml", ".json")
 STATUS = "status"
 DRAFT = ".draft"  # what is written, until it is whole
-WRITE_AGAIN_SECONDS = 0.1  # what could not be written
+LOOK_AGAIN_SECONDS = 0.1  # where something could not be written, or is away
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -99,11 +99,15 @@ class DirectorySource:
         self._good: dict[Path, list[SourcedObject]] = {}
         self._parsed: dict[Path, _Parsed] = {}
         self._unwritten: dict[Path, str] = {}  # of what was published
+        self._is_away = False
         self._wake: Callable[[], None] = lambda: None  # whoever watches, to write it
         self.problems: tuple[ObjectProblem, ...] = ()
 
     async def watch(self, stop: asyncio.Event) -> AsyncIterator[Snapshot]:
-        """Yield what the directory says, now and after each change, until `stop`."""
+        """Yield what the directory says, now and after each change, until `stop`.
+
+        While it is away, what it said holds.
+        """
         latest: Snapshot | None = None
         # The first reading comes when the watch is armed, so no change falls between.
         with Changes(self._directory, ignored_suffix=DRAFT) as changes:
@@ -112,14 +116,29 @@ class DirectorySource:
             while not stop.is_set():
                 self._write()
                 if has_changed:
-                    changes.follow(self._status)  # it may be another one now
-                    # Some thousand objects take a second, in which the loop has others to serve.
-                    snapshot = await asyncio.to_thread(self.read)
-                    if snapshot != latest:
+                    for directory in (self._directory, self._status):
+                        changes.follow(directory)  # it may be another one now
+                    snapshot = await self._read_aside() or latest
+                    if snapshot is not None and snapshot != latest:
                         latest = snapshot
                         yield snapshot
-                again = WRITE_AGAIN_SECONDS if self._unwritten else None
-                has_changed = await changes.wait(stop, again)
+                again = LOOK_AGAIN_SECONDS if self._unwritten or self._is_away else None
+                # Of a directory that comes back nobody tells.
+                has_changed = await changes.wait(stop, again) or self._is_away
+
+    async def _read_aside(self) -> Snapshot | None:
+        """Read in a thread: some thousand objects take a second. None if the directory is away."""
+        try:
+            snapshot = await asyncio.to_thread(self.read)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self._directory.is_dir():
+                raise
+            if not self._is_away:
+                log.warning("objects are away, what they said holds", extra={"error": str(error)})
+            self._is_away = True
+            return None
+        self._is_away = False
+        return snapshot
 
     def read(self) -> Snapshot:
         """Say what the directory says now; only files that changed are read and parsed again."""

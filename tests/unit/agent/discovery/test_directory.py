@@ -350,6 +350,40 @@ def test_what_cannot_be_written_wakes_nobody(
     assert asyncio.run(run()) <= MOST_READS
 
 
+@pytest.mark.parametrize("is_another", [False, True], ids=["moved back", "made anew"])
+def test_directory_that_was_away_is_followed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_another: bool
+) -> None:
+    objects, away = tmp_path / "objects", tmp_path / "away"
+    objects.mkdir()
+    fill(objects)
+    source = DirectorySource(objects)
+
+    def come_back() -> None:
+        if is_another:
+            objects.mkdir()
+        else:
+            away.rename(objects)
+
+    async def run() -> list[int]:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        counts: list[int] = []
+        async for snapshot in source.watch(stop):
+            counts.append(len(snapshot.workloads))
+            if len(counts) == 1:
+                objects.rename(away)
+                loop.call_later(0.5, come_back)
+                loop.call_later(1, fill, objects)
+                loop.call_later(1.5, lambda: (objects / "shop.yaml").unlink())
+            elif counts[-1] == 0 and (not is_another or len(counts) > 2):
+                stop.set()
+        return counts
+
+    counts = asyncio.run(asyncio.wait_for(run(), 10))
+    assert counts == ([1, 0, 1, 0] if is_another else [1, 0])
+    assert caplog.text.count("objects are away") == 1
+
+
 def test_status_directory_that_is_made_anew_is_followed(tmp_path: Path) -> None:
     fill(tmp_path)
     source = DirectorySource(tmp_path)
