@@ -46,6 +46,7 @@ class LogSink(io.TextIOBase):
         return len(text)
 
     def _write(self, text: str) -> None:
+        told = self._lost  # others may be lost meanwhile
         data = self._rest + self._notice() + text.encode(errors="backslashreplace")
         try:
             sent = os.write(self._fd, data)
@@ -58,9 +59,10 @@ class LogSink(io.TextIOBase):
             # A line that has begun is ended later, so that no two run into one.
             end = data.find(b"\n", sent) + 1
             self._rest = data[sent:end]
-            self._lost = data[end:].count(b"\n")
+            self._lost += data[end:].count(b"\n") - told
         else:
-            self._rest, self._lost = b"", 0
+            self._rest = b""
+            self._lost -= told
 
     def _notice(self) -> bytes:
         if not self._lost:

@@ -625,6 +625,21 @@ def test_neighbor_on_the_bridge_does_not_answer_a_direct_connection(bridged: Nod
     assert bridged.counted(first)["inbound", "spoofed"] == before + 1  # into what was open before
 
 
+def test_end_whose_link_is_not_known_is_not_the_node(node: Node) -> None:
+    """A pod with several links sends by one that guard has not seen yet, and the node by none."""
+    first, second = node.enroll("a"), node.enroll("b")
+    node.allow(first, second)
+    client, _server = join(node.pods["a"], node.pods["b"], PODS["b"][0])
+    flows = node.pins.maps["ss_direct_flows"]
+    for key, flow in list(flows.items()):
+        flows.put(key, flow | {"source_link": 0})
+    ports = client.getsockname()[1], PORT
+    words = tcp_packet(PODS["a"][0], PODS["b"][0], ACK | PUSH, ports, b"evil")
+    head = netns.run_in(node.pods["b"].fd, partial(_mac, "eth0")) + bytes.fromhex("020000000001")
+    send_frame(node.node, "pod-b", head + b"\x08\x00" + with_checksum(words))
+    assert node.counted(second) == {("inbound", "spoofed"): 1}
+
+
 def test_neighbor_on_the_bridge_does_not_hear_a_direct_connection(bridged: Node) -> None:
     """Pod c is in the mesh as well: what a says to b does not reach it, whomever a asks for b."""
     first, second, third = (bridged.enroll(name) for name in "abc")

@@ -34,6 +34,27 @@ def test_lines_that_find_no_room_are_lost_and_counted() -> None:
     os.close(writer)
 
 
+def test_line_that_is_written_while_a_line_is_written_is_lost_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A finalizer says something, and the collector runs it where the sink itself is at work."""
+    reader, writer = os.pipe()
+    sink, written = LogSink(writer), os.write
+
+    def write(fd: int, data: bytes) -> int:
+        monkeypatch.undo()
+        assert sink.write(LINE) == len(LINE)  # and comes back
+        return written(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    sink.write(LINE)
+    sink.write(LINE)
+    found = os.read(reader, 1 << 20).decode().splitlines()
+    assert [json.loads(line).get("count") for line in found] == [None, 1, None]
+    os.close(reader)
+    os.close(writer)
+
+
 def test_long_line_that_is_cut_is_ended_before_the_next() -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)
