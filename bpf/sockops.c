@@ -7,53 +7,45 @@
  */
 #include "flow.h"
 
+/* Note begin or end of what the agent dials, or of what is steered to it; false if it is neither.
+ */
+static __always_inline bool note_carried(struct bpf_sock_ops *ops, struct bpf_sock *sk, bool is_end)
+{
+	struct origin *origin;
+
+	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
+		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, is_end);
+		return true;
+	}
+	origin = is_steered(ops) ? ss_origin.sk_storage_get(sk, 0, 0) : 0;
+	if (!origin)
+		return false;
+	note_origin(ops, origin, is_end);
+	return true;
+}
+
+static __always_inline bool note_probe(struct bpf_sock_ops *ops, struct bpf_sock *sk, bool is_end)
+{
+	u64 *probe = ss_probes.sk_storage_get(sk, 0, 0);
+
+	if (!probe)
+		return false;
+	note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, is_end);
+	return true;
+}
+
 /* The SYN is about to leave: return what else sockops wants to hear of the connection. */
 static __always_inline u32 begin(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 {
-	struct origin *origin;
-	u64 *probe;
-
-	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
-		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, false);
+	if (note_carried(ops, sk, false) || publish_direct(ops) || note_probe(ops, sk, false))
 		return BPF_SOCK_OPS_STATE_CB_FLAG;
-	}
-	if (is_steered(ops)) {
-		origin = ss_origin.sk_storage_get(sk, 0, 0);
-		if (!origin)
-			return 0;
-		note_origin(ops, origin, false);
-		return BPF_SOCK_OPS_STATE_CB_FLAG;
-	}
-	if (publish_direct(ops))
-		return BPF_SOCK_OPS_STATE_CB_FLAG;
-	probe = ss_probes.sk_storage_get(sk, 0, 0);
-	if (probe) {
-		note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, false);
-		return BPF_SOCK_OPS_STATE_CB_FLAG;
-	}
 	return may_be_late(ops) ? BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG : 0;
 }
 
 static __always_inline void end(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 {
-	struct origin *origin;
-	u64 *probe;
-
-	if (ss_exempt.sk_storage_get(sk, 0, 0)) {
-		note_agent_flow(ops, bpf_get_netns_cookie(ops), AGENT_FLOW_DIALED, true);
-		return;
-	}
-	if (is_steered(ops)) {
-		origin = ss_origin.sk_storage_get(sk, 0, 0);
-		if (origin)
-			note_origin(ops, origin, true);
-		return;
-	}
-	if (end_direct(ops))
-		return;
-	probe = ss_probes.sk_storage_get(sk, 0, 0);
-	if (probe)
-		note_agent_flow(ops, *probe, AGENT_FLOW_PROBE, true);
+	if (!note_carried(ops, sk, true) && !end_direct(ops))
+		note_probe(ops, sk, true);
 }
 
 int ss_sockops(struct bpf_sock_ops *ops)
