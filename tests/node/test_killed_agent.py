@@ -112,38 +112,37 @@ def test_pod_that_left_while_no_agent_ran_is_let_go(lab: Lab) -> None:
     assert published == {"shop.cache.yaml", "shop.server.yaml"}  # nobody dials it by a tunnel
 
 
-def test_pod_whose_address_is_not_told_yet_stays_closed(lab: Lab) -> None:
-    """It was brought by the runtime, and the agent killed before the API heard of it."""
+def restart_before_its_address_is_told(lab: Lab) -> tuple[LabNode, LabPod]:
+    """Kill the first node's agent, and start the next one while its client has no address."""
     east, _west = lab.cluster().nodes
     client = lab.find_pod("client")
     kill_agent(lab, east)
-    manifest = client.manifest()
-    lab.write_object(manifest | {"status": {"phase": "Pending"}})
+    lab.write_object(client.manifest() | {"status": {"phase": "Pending"}})
     lab.restart_agent(east)
     wait_enrolled(lab, east, 1)
+    return east, client
+
+
+def test_pod_whose_address_is_not_told_yet_stays_closed(lab: Lab) -> None:
+    """It was brought by the runtime, and the agent killed before the API heard of it."""
+    east, client = restart_before_its_address_is_told(lab)
     assert repair(lab) == []  # nor does upkeep, which compares the same, take anything away
     assert traces(lab, client) == (True, {"1"})
     assert fetch(lab, "server") == 7
-    lab.write_object(manifest)
+    lab.write_object(client.manifest())
     wait_enrolled(lab, east, 2)
     assert fetch(lab, "server") == 0
 
 
 def test_pod_that_ends_before_its_address_is_told_leaves_nothing(lab: Lab) -> None:
-    east, _west = lab.cluster().nodes
-    client = lab.find_pod("client")
-    kill_agent(lab, east)
-    manifest = client.manifest()
-    lab.write_object(manifest | {"status": {"phase": "Pending"}})
-    lab.restart_agent(east)
-    wait_enrolled(lab, east, 1)
+    _east, client = restart_before_its_address_is_told(lab)
     (directory,) = listing.find_directories((lab.pins / "east",))
 
     def captured() -> set[object]:
         return {row["pod"] for row in listing.dump_map(directory, "ss_pods")}
 
     assert captured() == {"shop/cache", "shop/client"}
-    lab.remove_object(manifest)
+    lab.remove_object(client.manifest())
     wait_until(lambda: repair(lab) == [] and captured() == {"shop/cache"}, 10)
     assert sum(path.name.startswith("lookup_") for path in (directory / "links").iterdir()) == 1
 
